@@ -17,11 +17,14 @@ use crate::{
         CycleRequest, CycleState, FinishedCycle, Identity, Issue, Name, Payload, Revision, Severity, SkipReason,
         SpanContext, SubsystemReport, SubsystemState, Trigger, excerpt,
     },
-    ports::Record,
+    ports::{Checks, Record},
     proto::{duration, orchestrator::v1 as pb, read_duration, subsystem::v1 as pbs, timestamp},
 };
 
 pub use self::audit::{check_event, copies_events, copy_event, decode_cause, encode_cause, encode_event};
+
+/// What the records and audit events of a store have to pass.
+pub const CHECKS: Checks = Checks { record: check, event: check_event };
 
 /// Most bytes of an error message in a record.
 const MAX_MESSAGE: usize = 1 << 10;
@@ -165,11 +168,19 @@ pub fn decode_pruned(bytes: &[u8]) -> Result<RecordsPruned, String> {
     Ok(RecordsPruned { leaves: pruned.leaves.iter().map(range).collect(), first_kept: pruned.first_kept })
 }
 
-/// Checks that clients can decode a record, and that its other fields are those in its bytes.
+/// The SHA-256 of the output of a subsystem, by a record that was checked; `None` if it had none in that cycle, or an
+/// earlier version wrote the record.
+pub fn output_sha256(record: &Record, subsystem: &Name) -> Option<[u8; 32]> {
+    let telemetry = decode(record).ok()?;
+    let part = telemetry.subsystems.iter().find(|part| part.name == subsystem.as_str())?;
+    part.output_sha256[..].try_into().ok()
+}
+
+/// Checks that clients of the contract can decode a record, and that its other fields are those in its bytes.
 ///
 /// # Errors
 /// The problem.
-pub fn check_columns(record: &Record) -> Result<(), String> {
+pub fn check(record: &Record) -> Result<(), String> {
     let telemetry = decode(record)?;
     let name = record.trigger.loop_name().map(Name::as_str).unwrap_or_default();
     let columns = [
@@ -185,22 +196,6 @@ pub fn check_columns(record: &Record) -> Result<(), String> {
         Some((column, _)) => Err(format!("its column {column} is not that of its bytes")),
         None => Ok(()),
     }
-}
-
-/// The SHA-256 of the output of a subsystem, by a record that was checked; `None` if it had none in that cycle, or an
-/// earlier version wrote the record.
-pub fn output_sha256(record: &Record, subsystem: &Name) -> Option<[u8; 32]> {
-    let telemetry = decode(record).ok()?;
-    let part = telemetry.subsystems.iter().find(|part| part.name == subsystem.as_str())?;
-    part.output_sha256[..].try_into().ok()
-}
-
-/// Checks that clients of the contract can decode a record.
-///
-/// # Errors
-/// The problem.
-pub fn check(record: &Record) -> Result<(), String> {
-    decode(record).map(drop)
 }
 
 /// Decodes a record as clients do.
@@ -557,7 +552,7 @@ mod tests {
     #[test]
     fn a_column_that_is_not_that_of_the_bytes_is_named() {
         let record = encode(&cycle(), usize::MAX).at(Revision(9));
-        assert_eq!(check_columns(&record), Ok(()));
+        assert_eq!(check(&record), Ok(()));
         let finished_at = record.finished_at + Duration::from_nanos(1);
         for (column, changed) in [
             ("epoch", Record { epoch: Epoch(4), ..record.clone() }),
@@ -568,7 +563,7 @@ mod tests {
             ("triggered_by", Record { triggered_by: None, ..record.clone() }),
             ("finished_at", Record { finished_at, ..record.clone() }),
         ] {
-            assert_eq!(check_columns(&changed), Err(format!("its column {column} is not that of its bytes")));
+            assert_eq!(check(&changed), Err(format!("its column {column} is not that of its bytes")));
         }
     }
 

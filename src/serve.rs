@@ -175,7 +175,7 @@ impl Service {
         let (connect_timeout, tls) = (config.dial.connect_timeout, certificates.dial());
         let dialer = Arc::new(Dialer::with(transport, connect_timeout, replies, tls, config.reach()));
         dialer.revoke(config.access.revoked.clone());
-        let store = store::open(&config.store.url, record::check, host.clock).await?;
+        let store = store::open(&config.store.url, record::CHECKS, host.clock).await?;
         let taken_over = log::take_over(config, host.random.id128(), store).await?;
         let (mut exporting, stop_exporting) = (Tasks::default(), CancellationToken::new());
         let (mut exporter, mut spans): (_, Arc<dyn Spans>) = (None, Arc::new(Untraced));

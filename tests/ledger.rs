@@ -13,6 +13,12 @@ use std::{
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
+#[cfg(target_os = "linux")]
+use std::{
+    env,
+    future::{pending, ready},
+    sync::Arc,
+};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use bytes::Bytes;
@@ -24,6 +30,8 @@ use common::{
     patiently,
     service::{Home, Service, because, decode, invalid, next_event, reason},
 };
+#[cfg(target_os = "linux")]
+use orchestrator_core::{config::Config, host::Host, serve, transport::Sockets};
 use orchestrator_core::{
     ledger::{
         BundleError, Checkpoint, Consistency, Content, Entry, Frontier, Hash, Inclusion, LogVerifier, Node, Part, Pin,
@@ -37,6 +45,8 @@ use orchestrator_core::{
 use prost::Message;
 use rusqlite::{Connection, params};
 use tokio::io::{AsyncBufReadExt, BufReader};
+#[cfg(target_os = "linux")]
+use tokio::runtime::Builder;
 use tonic::{Code, Response, Status, transport::Channel};
 
 /// The numbers and hashes in the table of complete nodes.
@@ -117,12 +127,20 @@ async fn records_of_an_earlier_version_are_not_in_the_log_and_later_ones_are() {
     let earlier =
         "DROP INDEX cycles_by_leaf; ALTER TABLE cycles DROP COLUMN leaf; ALTER TABLE meta DROP COLUMN log_size;
                    ALTER TABLE meta DROP COLUMN log_first_kept; DROP TABLE hashes; DROP TABLE control;
+                   ALTER TABLE meta DROP COLUMN succeeded; ALTER TABLE meta DROP COLUMN degraded;
+                   ALTER TABLE meta DROP COLUMN failed; ALTER TABLE meta DROP COLUMN cancelled;
+                   ALTER TABLE meta DROP COLUMN interrupted; ALTER TABLE meta DROP COLUMN changes;
+                   ALTER TABLE meta DROP COLUMN calls; ALTER TABLE meta DROP COLUMN denials;
+                   CREATE TABLE counts (
+    state  INTEGER PRIMARY KEY,
+    cycles INTEGER NOT NULL
+);
+                   INSERT INTO counts VALUES (1, 3), (2, 0), (3, 0), (4, 0), (5, 0);
                    ALTER TABLE meta DROP COLUMN unlogged_to;
                    ALTER TABLE meta DROP COLUMN seal; ALTER TABLE subsystems DROP COLUMN seal;
                    ALTER TABLE loops DROP COLUMN seal; ALTER TABLE outputs DROP COLUMN seal;
                    ALTER TABLE open_cycles DROP COLUMN seal;
                    ALTER TABLE open_cycles DROP COLUMN audit; DROP TABLE audit;
-                   DROP TABLE audit_counts;
                    ALTER TABLE cycles DROP COLUMN triggered_by; ALTER TABLE open_cycles DROP COLUMN triggered_by;
                    ALTER TABLE subsystems DROP COLUMN owner;
                    PRAGMA user_version = 4";
@@ -441,37 +459,83 @@ async fn a_log_that_lacks_its_end_or_is_another_one_keeps_the_checkpoint() {
     assert!(home.log().contains("the first 6 entries of its log are not those of its checkpoint"), "{}", home.log());
 }
 
-/// Without any data that was not synced, at different points after a checkpoint was published.
+/// The home of a service that was killed after this number of syncs of its files, and some more.
 #[cfg(target_os = "linux")]
-#[tokio::test]
-async fn after_a_power_failure_the_log_extends_the_last_checkpoint() {
-    const POINTS: u64 = 5;
-    let mut stage = Stage::at(disk::home()).await;
+async fn synced_often(times: usize) -> Home {
+    let mut stage = Stage::at(disk::with_journal()).await;
+    // The machine has restarted since, at each of the points.
+    database(&stage.home.path("o.db")).execute("UPDATE meta SET boot_id = 'before'", []).unwrap();
     stage.register("a", |_| {}).await;
-    for point in 0..POINTS {
-        let cycle_id = stage.client.run().await.unwrap().cycle_id;
-        let (_, key) = checkpoint(&mut ledger(&stage).await).await;
-        let published = inclusion(&mut ledger(&stage).await, cycle_id, 0).await.unwrap();
-        let earlier = key.open(&published.checkpoint).unwrap();
-        let mut last = cycle_id;
-        for _ in 0..point {
-            last = stage.client.run().await.unwrap().cycle_id;
+    let syncs = |home: &Home| {
+        let mut journal = disk::journal(home);
+        std::iter::from_fn(|| journal.next_sync().map(drop)).count()
+    };
+    while syncs(&stage.home) < times + 10 {
+        for _ in 0..50 {
+            stage.client.admit().await.unwrap();
+            stage.client.run().await.unwrap();
         }
-        stage.fleet.run("a", common::fleet::Run::Hold);
-        let nth = stage.fleet.runs("a").len() + 1;
-        stage.client.admit().await.unwrap();
-        stage.fleet.until_run("a", nth).await;
-        let Stage { fleet, home, service, .. } = stage;
-        service.kill().await;
-        disk::loses_power(&home);
-        fleet.run("a", common::fleet::Run::Echo);
-        stage = Stage::again(fleet, home).await;
-        let mut ledger = ledger(&stage).await;
-        let proved = inclusion(&mut ledger, last, 0).await.unwrap();
-        let later = key.open(&proved.checkpoint).unwrap();
-        let extension = consistency(&mut ledger, earlier.size, later.size).await.unwrap();
-        let extension = Consistency(hashes_of(&extension.hashes));
-        assert_eq!(extension.verify((earlier.size, earlier.root), (later.size, later.root)), Ok(()), "{point}");
+    }
+    let Stage { home, service, .. } = stage;
+    service.kill().await;
+    home
+}
+
+/// A machine loses power after each sync, with everything that was not synced. What a process has published is the
+/// worst case: a checkpoint is read from then on when its file is synced, before that is renamed.
+#[cfg(target_os = "linux")]
+#[test]
+fn after_a_power_failure_the_log_extends_the_last_checkpoint() {
+    let points = env::var("ORCHESTRATOR_TEST_POWER_FAILURES").map_or(100, |text| text.parse().unwrap());
+    let runtime = Builder::new_multi_thread().enable_all().build().unwrap();
+    let home = runtime.block_on(synced_often(points));
+    drop(runtime);
+    let key = stolen(&home);
+    let config = format!(
+        "server.listen = \"127.0.0.1:0\"\nadmin.listen = \"off\"\nstore.url = \"sqlite:{}\"\n",
+        home.path("o.db").display()
+    );
+    let config = Config::from_toml_str("test.toml", &config).unwrap();
+    let mut journal = disk::journal(&home);
+    let (mut point, mut published) = (0, None);
+    while point < points {
+        let (synced, files) = journal.next_sync().unwrap();
+        if synced.starts_with("o.db.checkpoint.") {
+            published = Some(String::from_utf8(files[&synced].clone()).unwrap());
+        }
+        let Some(published) = &published else { continue };
+        for name in ["o.db", "o.db-wal"] {
+            // They stay the same files.
+            fs::write(home.path(name), files.get(name).map_or(&[][..], Vec::as_slice)).unwrap();
+        }
+        let _ = fs::remove_file(home.path("o.db-shm"));
+        let _ = fs::remove_file(home.path("o.db.last"));
+        fs::write(home.path("o.db.checkpoint"), published).unwrap();
+        point += 1;
+
+        let served = async {
+            let service = serve::Service::start(&config, Host::system(), Arc::new(Sockets::default())).await;
+            service.map_err(|error| error.to_string())?.run(ready(()), async || pending().await).await;
+            Ok::<_, String>(())
+        };
+        // The files are free once all of its tasks are gone.
+        let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+        assert_eq!(runtime.block_on(served), Ok(()), "point {point}, after {synced}");
+        drop(runtime);
+        let database = database(&home.path("o.db"));
+        assert_eq!(new_logs(&database), [], "point {point}, after {synced}");
+        let earlier = key.verifying().open(published).unwrap();
+        let later = fs::read_to_string(home.path("o.db.checkpoint")).unwrap();
+        let later = key.verifying().open(&later).unwrap();
+        let mut log = Frontier::default();
+        for (leaf, entry) in entries(&database) {
+            if leaf == earlier.size {
+                assert_eq!(log.root(), earlier.root, "point {point}, after {synced}");
+            }
+            log.append(Hash::of_leaf([&entry[..]]));
+        }
+        assert!(later.size >= earlier.size, "point {point}, after {synced}");
+        assert_eq!((log.size(), log.root()), (later.size, later.root), "point {point}, after {synced}");
     }
 }
 
@@ -870,6 +934,16 @@ async fn what_a_program_without_the_key_changes_is_neither_signed_nor_used() {
             "the seal of the subsystem \"a\"",
         ),
         ("UPDATE subsystems SET owner = 'token:x' WHERE name = 'b'", "its subsystem \"b\"", "the subsystem \"b\""),
+        (
+            "UPDATE meta SET epoch = 9223372036854775806",
+            "the seal of its log",
+            "the seal of the log does not belong to its 6 entries and the table meta",
+        ),
+        (
+            "UPDATE meta SET succeeded = 1000",
+            "the seal of its log",
+            "the seal of the log does not belong to its 6 entries and the table meta",
+        ),
         ("UPDATE outputs SET payload = x'' WHERE name = 'a'", "its output \"a\"", "the output of a is not that of"),
     ] {
         let database = database(&path);
@@ -887,6 +961,126 @@ async fn what_a_program_without_the_key_changes_is_neither_signed_nor_used() {
             let _ = fs::remove_file(home.path(log));
         }
         fs::write(&path, &untouched).unwrap();
+    }
+    assert!(home.serve().await.stop().await.success());
+}
+
+#[tokio::test]
+async fn an_epoch_that_no_clock_gives_is_not_accepted_either() {
+    let home = Home::new();
+    assert!(home.serve().await.stop().await.success());
+    let path = home.path("o.db");
+    database(&path).execute("UPDATE meta SET epoch = 9223372036854775806", []).unwrap();
+    let url = format!("sqlite:{}", path.display());
+    let (code, said) = call(None, &["store", "accept", &url]).await;
+    assert!(
+        code == 1 && said.contains("epoch in its table meta is 9223372036854775806, which no clock gives"),
+        "{said}"
+    );
+    fs::remove_file(home.path("o.db.key")).unwrap();
+    assert_eq!(home.try_serve().await.err().unwrap().code(), Some(1), "{}", home.log());
+    assert!(home.log().contains("which no clock gives"), "{}", home.log());
+    // The next epoch can be any later one.
+    database(&path).execute("UPDATE meta SET epoch = 1", []).unwrap();
+    assert_eq!(call(None, &["store", "accept", &url]).await.0, 0);
+    assert!(home.serve().await.stop().await.success());
+}
+
+#[tokio::test]
+async fn retention_removes_nothing_that_is_not_what_its_columns_say() {
+    let mut stage = Stage::new().await;
+    for _ in 0..3 {
+        stage.client.run().await.unwrap();
+    }
+    let Stage { mut home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    let path = home.path("o.db");
+    let untouched = fs::read(&path).unwrap();
+    for (rule, change, named) in [
+        (
+            "audit.retention.max_age=\"1h\"",
+            "UPDATE audit SET time = 0 WHERE leaf = 1",
+            "the audit event of leaf 1 can't be read: its column time is not that of its bytes",
+        ),
+        (
+            "store.retention.max_age=\"1h\"",
+            "UPDATE cycles SET finished_at = 0 WHERE cycle_id = 1",
+            "the record of cycle 1, revision 1, can't be read: its column finished_at is not that of its bytes",
+        ),
+        (
+            "store.retention.max_cycles=2",
+            "UPDATE cycles SET revision = 9 WHERE cycle_id = 1; UPDATE cycles SET revision = 1 WHERE cycle_id = 2;
+             UPDATE cycles SET revision = 2 WHERE cycle_id = 1",
+            "the record of cycle 2, revision 1, can't be read: it contains cycle 2, revision 2",
+        ),
+        (
+            "store.retention.max_cycles=2",
+            "UPDATE cycles SET record = (SELECT record FROM cycles WHERE cycle_id = 2) WHERE cycle_id = 1",
+            "the record of cycle 1, revision 1, can't be read: its bytes were changed",
+        ),
+    ] {
+        fs::write(&path, &untouched).unwrap();
+        database(&path).execute_batch(change).unwrap();
+        home = home.with_args(["--set", rule]);
+        let service = home.serve().await;
+        home.logged(&format!("nothing is removed any more, since {named}"), 1).await;
+        let kept = |table: &str| {
+            database(&path).query_row(&format!("SELECT count(*) FROM {table}"), [], |row| row.get::<_, i64>(0)).unwrap()
+        };
+        assert_eq!((kept("cycles"), kept("audit"), kept("control")), (3, 3, 0), "{change}");
+        assert!(service.stop().await.success());
+        fs::remove_file(home.path("log")).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_branch_of_the_log_without_the_hashes_to_compare_it_is_not_the_log() {
+    let mut stage = Stage::new().await;
+    stage.register("a", |_| {}).await;
+    let Stage { fleet, home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    let earlier = fs::read(home.path("o.db.checkpoint")).unwrap();
+    let mut stage = Stage::again(fleet, home).await;
+    stage.client.run().await.unwrap();
+    let Stage { home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    // The first hash is that of the whole log then, and below another one now.
+    fs::write(home.path("o.db.checkpoint"), earlier).unwrap();
+    assert_eq!(database(&home.path("o.db")).execute("DELETE FROM hashes WHERE id = 0", []).unwrap(), 1);
+    let home = home.with_args(["--set", "access.mode=\"enforce\""]);
+    assert_eq!(home.try_serve().await.err().unwrap().code(), Some(1), "{}", home.log());
+    assert!(home.log().contains("the first 1 entries of its log are not those of its checkpoint"), "{}", home.log());
+}
+
+#[tokio::test]
+async fn a_table_with_another_definition_is_neither_served_nor_verified() {
+    let mut stage = Stage::new().await;
+    stage.client.run().await.unwrap();
+    let (_, key) = checkpoint(&mut ledger(&stage).await).await;
+    let Stage { home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    let path = home.path("o.db");
+    let untouched = fs::read(&path).unwrap();
+    for (change, table) in [
+        ("ALTER TABLE audit ADD COLUMN whole INTEGER GENERATED ALWAYS AS (1)", "audit"),
+        ("ALTER TABLE outputs ADD COLUMN more INTEGER NOT NULL DEFAULT 1", "outputs"),
+        ("CREATE UNIQUE INDEX one_owner ON subsystems (owner)", "subsystems"),
+        ("DROP INDEX cycles_by_state; CREATE INDEX cycles_by_state ON cycles (state)", "cycles"),
+        (
+            "PRAGMA writable_schema = ON;
+             UPDATE sqlite_schema SET sql = replace(sql, 'DEFAULT 1', 'DEFAULT 2') WHERE name = 'audit'",
+            "audit",
+        ),
+    ] {
+        database(&path).execute_batch(change).unwrap();
+        assert_eq!(home.try_serve().await.err().unwrap().code(), Some(1), "{change}: {}", home.log());
+        let named =
+            format!("the definition of its table {table}, or an index of that, is not the one of this software");
+        assert!(home.log().contains(&named), "{change}: {}", home.log());
+        let (code, said) = verify(&path, &key, &[]);
+        assert!(code == Some(1) && said.contains(&named), "{change}: {said}");
+        fs::write(&path, &untouched).unwrap();
+        fs::remove_file(home.path("log")).unwrap();
     }
     assert!(home.serve().await.stop().await.success());
 }

@@ -323,7 +323,7 @@ fn request(step: &Step, registered: &BTreeSet<String>) -> CycleRequest {
 /// A new orchestrator, over a fleet without registrations.
 async fn start(settings: Settings, fleet: &Arc<Fleet>) -> (Orchestrator, OrchestratorTasks) {
     let host = Host::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 0);
-    let store = store::open(&store::StoreUrl::Memory, record::check, host.clock).await.unwrap();
+    let store = store::open(&store::StoreUrl::Memory, record::CHECKS, host.clock).await.unwrap();
     let signer = Signer::generate("test").unwrap();
     let contents = store.take_over(Seals::Checked(SealKeys::of(&signer))).await.unwrap();
     let memory = Shares::of(1 << 30);

@@ -132,12 +132,7 @@ pub(super) fn differences(db: &Path, checkpoint: &Checkpoint, keys: &[SigningKey
             printed = print(&format!("wrong: {}\n", clean(&problem)));
         }
     };
-    let rules = Rules {
-        record: record::check_columns,
-        event: record::check_event,
-        output: record::output_sha256,
-        pruned: record::decode_pruned,
-    };
+    let rules = Rules { checks: record::CHECKS, output: record::output_sha256, pruned: record::decode_pruned };
     let verified = store::verify(db, checkpoint, seals, rules, &mut wrong);
     let verified = verified.map_err(|error| refused(error.to_string()))?;
     printed?;

@@ -281,7 +281,8 @@ impl State {
             state.add_record(Arc::new(record), None);
         };
         let mut waiting = Vec::new();
-        for open in &contents.open {
+        // Nothing is recorded of a row that another program may have written.
+        for open in contents.open.iter().filter(|open| open.stage != Stage::Unsealed) {
             match waits_again(open).filter(|_| !any_may_have_begun) {
                 Some(request) => waiting.push((open.cycle_id, request)),
                 None => interrupt(self, open.cycle_id, Some(open)),
@@ -345,7 +346,7 @@ fn interrupted(
     let open = open.filter(|open| open.stage != Stage::Unknown);
     let started_at = open.and_then(|open| match open.stage {
         Stage::Begun(at) => Some(at),
-        Stage::Waiting(_) | Stage::Unknown => None,
+        Stage::Waiting(_) | Stage::Unknown | Stage::Unsealed => None,
     });
     // The clock may have been set back since it started.
     let finished_at = started_at.map_or(now, |started_at| now.max(started_at));
@@ -376,8 +377,18 @@ fn interrupted(
 fn tell_unreadable_rows(rows: &[UnreadableRow]) {
     /// Most rows that are logged: if all are damaged, a few are enough.
     const TOLD: usize = 64;
-    for UnreadableRow { what, key, problem } in rows.iter().take(TOLD) {
-        tracing::error!(what, key, problem, "skipped: a row of the store can't be read; it stays in the store");
+    for UnreadableRow { what, key, problem, is_sealed } in rows.iter().take(TOLD) {
+        if *is_sealed {
+            tracing::error!(what, key, problem, "skipped: a row of the store can't be read; it stays in the store");
+        } else {
+            tracing::warn!(
+                what,
+                key,
+                problem,
+                "skipped: a row of the store can't be read, and doesn't have its seal: another program may have \
+                 written it; it stays in the store"
+            );
+        }
     }
     if rows.len() > TOLD {
         tracing::error!(rows = rows.len() - TOLD, "skipped: further rows of the store can't be read");

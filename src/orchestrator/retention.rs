@@ -71,22 +71,39 @@ impl Shared {
         let now = self.clock.now();
         let retention = self.settings().retention.clone();
         let by_number = without_ages(&retention);
-        while self.remove(by_number.clone(), now).await? == BATCH {}
-        match shortest_age(&retention) {
-            Some(shortest) if !doubt.doubts(now, shortest) => self.remove(retention, now).await,
-            _ => Ok(0),
+        while self.remove(by_number.clone(), now, BATCH).await? > 0 {}
+        let mut removed_for_age = 0;
+        if let Some(shortest) = shortest_age(&retention)
+            && !doubt.doubts(now, shortest)
+        {
+            while removed_for_age < BATCH {
+                match self.remove(retention.clone(), now, BATCH - removed_for_age).await? {
+                    0 => break,
+                    removed => removed_for_age += removed,
+                }
+            }
         }
+        Ok(removed_for_age)
     }
 
-    /// Removes one batch of records over these limits, and returns their number: none any more once the process drains,
-    /// since nothing may follow its last write.
-    async fn remove(&self, retention: Retention, now: Timestamp) -> Result<usize, StoreError> {
+    /// Removes at most this number of records and events over these limits, and returns how many: none any more once
+    /// the process drains, since nothing may follow its last write.
+    ///
+    /// What is removed is in the published checkpoint. So the next process can compare its log with that: the hashes of
+    /// a checkpoint go only with entries that follow it.
+    async fn remove(&self, retention: Retention, now: Timestamp, limit: usize) -> Result<usize, StoreError> {
+        let excess = self.store.excess(retention, now, limit).await?;
+        if excess.end() > self.checkpoints.newest().size {
+            // Without a newer one, the rest is removed later.
+            let _ = self.published(excess.end()).await;
+        }
+        let signed = self.checkpoints.newest().size.max(self.store.log().first_kept);
+        let excess = excess.before(signed);
         // Counted before the check, so that the last write waits for it.
         let _token = self.changes.token();
         if self.state().draining {
             return Ok(0);
         }
-        let excess = self.store.excess(retention, now, BATCH).await?;
         let count = excess.records.len() + excess.events.len();
         if count > 0 {
             let (removed, written) = oneshot::channel();

@@ -173,7 +173,7 @@ pub struct Contents {
     /// The record with the highest revision, if any.
     pub last_record: Option<Found>,
     /// All cycles that were noted and never recorded, by id. If nothing more can be read of a cycle, it has
-    /// [`Trigger::Unknown`] and [`Stage::Unknown`], and is in `unreadable` as well.
+    /// [`Trigger::Unknown`] and [`Stage::Unknown`] or [`Stage::Unsealed`], and is in `unreadable` as well.
     pub open: Vec<OpenCycle>,
     /// True if the earlier process did not close the store and the machine has restarted since, so that buffered
     /// writes, and with them an entry of `open`, may be lost.
@@ -217,6 +217,9 @@ pub struct UnreadableRow {
     pub key: String,
     /// The problem.
     pub problem: String,
+    /// True if it has the seal of a process with the key: then this software wrote it as it is, such as another version
+    /// of it. False if another program may have written it.
+    pub is_sealed: bool,
 }
 
 /// Acknowledged commits that are no longer in the store: its end was damaged, or an older copy replaced it.
@@ -373,6 +376,9 @@ pub enum Stage {
     Begun(Timestamp),
     /// Its entry can't be read. Its other fields have no meaning.
     Unknown,
+    /// The same, and the entry doesn't have the seal that belongs to it: another program may have written it. No record
+    /// may be made of it.
+    Unsealed,
 }
 
 /// The durable state of a subsystem.
@@ -410,6 +416,21 @@ pub struct StoredOutput {
     pub output: Output,
     /// When the cycle that made it ended; `None` if its record is not retained.
     pub finished_at: Option<Timestamp>,
+}
+
+/// Checks the bytes of a record: all clients can decode those that pass, and its other fields are those in its bytes.
+pub type Check = fn(&Record) -> Result<(), String>;
+
+/// Checks the bytes of an audit event in the same way.
+pub type EventCheck = fn(&AuditEntry) -> Result<(), String>;
+
+/// What records and audit events have to pass when they are read, and before retention removes them.
+#[derive(Clone, Copy, Debug)]
+pub struct Checks {
+    /// The check of records.
+    pub record: Check,
+    /// The check of audit events.
+    pub event: EventCheck,
 }
 
 /// A filter of records.
@@ -580,6 +601,23 @@ pub struct Excess {
     pub events: Vec<u64>,
     /// Without these, all entries of the log below this leaf are gone.
     pub first_kept: u64,
+}
+
+impl Excess {
+    /// The leaf after the last one of them; 0 if none has a leaf.
+    #[must_use]
+    pub fn end(&self) -> u64 {
+        let leaves = self.records.iter().filter_map(|(_, leaf)| *leaf).chain(self.events.iter().copied());
+        leaves.max().map_or(0, |last| last + 1)
+    }
+
+    /// Those of them that have no leaf, or one below this one.
+    #[must_use]
+    pub fn before(mut self, end: u64) -> Self {
+        self.records.retain(|(_, leaf)| leaf.is_none_or(|leaf| leaf < end));
+        self.events.retain(|leaf| *leaf < end);
+        Self { first_kept: self.first_kept.min(end), ..self }
+    }
 }
 
 /// The size of a store.

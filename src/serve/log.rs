@@ -10,7 +10,7 @@ use crate::{
     config::{Config, LedgerSettings},
     ledger::{Frontier, LogBegan, LogBeganReason, SealKeys, Signer, SigningKey},
     orchestrator::TakenOver,
-    ports::{Contents, Seals, Store, StoreError},
+    ports::{Contents, Seals, Store, StoreError, UnreadableRow},
     record,
     store::{self, KeyFileError, LogKeys},
 };
@@ -36,10 +36,26 @@ pub enum LogBreak {
         signed: u64,
     },
     /// It has other entries.
-    #[error("the first {signed} entries of its log are not those of its checkpoint: another database replaced it")]
+    #[error(
+        "the first {signed} entries of its log are not those of its checkpoint: another database replaced it, or their \
+         hashes were removed"
+    )]
     Other {
         /// Number of entries in the checkpoint.
         signed: u64,
+    },
+    /// A row can't be read, and doesn't have its seal. With `enforce` only: otherwise it is skipped.
+    #[error(
+        "the row of its {what} {key:?} can't be read ({problem}), and doesn't have the seal that belongs to it: another \
+         program may have written it"
+    )]
+    Unreadable {
+        /// What the row is.
+        what: &'static str,
+        /// Its name or number.
+        key: String,
+        /// The problem.
+        problem: String,
     },
     /// It has no seals. With `enforce` only: otherwise its log begins, and nothing precedes that.
     #[error("it has no seals: an earlier version of this software wrote it, or another program removed them")]
@@ -125,6 +141,10 @@ async fn compare(
     if is_strict && !contents.is_sealed {
         return Ok(Some(LogBreak::Unsealed));
     }
+    let unreadable = contents.unreadable.iter().find(|row| is_strict && !row.is_sealed);
+    if let Some(UnreadableRow { what, key, problem, .. }) = unreadable {
+        return Ok(Some(LogBreak::Unreadable { what, key: key.clone(), problem: problem.clone() }));
+    }
     let opened = signer.keys.iter().find_map(|key| key.verifying().open(previous?).ok());
     let Some(signed) = opened.filter(|signed| signed.origin == signer.origin) else {
         // A store that was never sealed has none.
@@ -133,9 +153,9 @@ async fn compare(
     if signed.size > size {
         return Ok(Some(LogBreak::Behind { size, signed: signed.size }));
     }
-    // If retention has removed what is needed, nothing can be compared.
+    // Retention removes nothing that the published checkpoint lacks, so all hashes that this needs are there.
     let then = store.nodes(Frontier::nodes(signed.size)).await?.and_then(|roots| Frontier::of(signed.size, roots));
-    if then.is_some_and(|then| then.root() != signed.root) {
+    if then.is_none_or(|then| then.root() != signed.root) {
         return Ok(Some(LogBreak::Other { signed: signed.size }));
     }
     Ok(None)
@@ -146,7 +166,7 @@ impl LogBreak {
     fn began(&self, previous: Option<&str>) -> LogBegan {
         let reason = match self {
             Self::KeyMissing => LogBeganReason::KeyMissing,
-            Self::CheckpointMissing | Self::Unsealed => LogBeganReason::CheckpointMissing,
+            Self::CheckpointMissing | Self::Unreadable { .. } | Self::Unsealed => LogBeganReason::CheckpointMissing,
             Self::Behind { .. } | Self::Other { .. } => LogBeganReason::Behind,
         };
         LogBegan { reason, previous: previous.unwrap_or_default().to_owned() }

@@ -1,7 +1,7 @@
 //! The files of the keys that sign the checkpoints of a log.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io::{self, Read},
     path::{Path, PathBuf},
 };
@@ -12,6 +12,9 @@ use crate::{
     ledger::{NoteError, SigningKey},
     model::excerpt,
 };
+
+/// Most lost checkpoints that are kept beside the first one. An incident makes one, so that there are hardly more.
+const KEPT_LOST: usize = 8;
 
 /// Why there is no key to sign with. Each message contains the remedy.
 #[derive(Debug, thiserror::Error)]
@@ -128,16 +131,47 @@ pub fn published(url: &StoreUrl) -> Option<String> {
     Some(excerpt(&String::from_utf8_lossy(&bytes), MAX).to_owned())
 }
 
-/// Keeps this checkpoint, which the store does not go on from, in a file of another name beside the database. Waits for
-/// the disk.
+/// Keeps this checkpoint, which the store does not go on from, in a file of another name beside the database: with the
+/// suffix `.checkpoint.lost`, and later ones with `.checkpoint.lost.2` and so on. The first one and the newest
+/// [`KEPT_LOST`] are kept. Waits for the disk.
 ///
 /// # Errors
 /// It can't be written.
 pub fn keep_published(url: &StoreUrl, checkpoint: &str) -> io::Result<PathBuf> {
     let StoreUrl::Sqlite(database) = url else { return Err(io::ErrorKind::NotFound.into()) };
-    let kept = beside(database, ".checkpoint.lost");
-    file::replace(&kept, checkpoint)?;
-    Ok(kept)
+    let first = beside(database, ".checkpoint.lost");
+    if !first.exists() {
+        file::replace(&first, checkpoint)?;
+        return Ok(first);
+    }
+    let mut numbers = lost_after(&first)?;
+    let nth = |number: u64| beside(database, &format!(".checkpoint.lost.{number}"));
+    let newest = numbers.last().map_or_else(|| first.clone(), |number| nth(*number));
+    // A start that is repeated keeps it once.
+    if fs::read(&newest).is_ok_and(|kept| kept == checkpoint.as_bytes()) {
+        return Ok(newest);
+    }
+    let next = numbers.last().map_or(2, |number| number.saturating_add(1));
+    file::replace(&nth(next), checkpoint)?;
+    numbers.push(next);
+    for number in &numbers[..numbers.len().saturating_sub(KEPT_LOST)] {
+        fs::remove_file(nth(*number))?;
+    }
+    Ok(nth(next))
+}
+
+/// The numbers of the files after the first one, in increasing order.
+fn lost_after(first: &Path) -> io::Result<Vec<u64>> {
+    let (Some(directory), Some(name)) = (first.parent(), first.file_name()) else { return Ok(Vec::new()) };
+    let directory = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
+    let mut numbers = Vec::new();
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?.file_name();
+        let number = entry.to_str().zip(name.to_str()).and_then(|(entry, name)| entry.strip_prefix(name));
+        numbers.extend(number.and_then(|number| number.strip_prefix('.')?.parse::<u64>().ok()).filter(|it| *it > 1));
+    }
+    numbers.sort_unstable();
+    Ok(numbers)
 }
 
 /// The file with this suffix beside a database, wherever links lead to that.
@@ -171,10 +205,7 @@ fn read_if_exists(path: &Path) -> Result<Option<SigningKey>, KeyFileError> {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        fs,
-        os::unix::fs::{MetadataExt, PermissionsExt, symlink},
-    };
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
     use super::*;
 
@@ -229,6 +260,26 @@ mod tests {
         keys.new.save().unwrap();
         assert_eq!(signing_key(&new).unwrap().verifying(), keys.keys[0].verifying());
         assert!(LogKeys::read(&StoreUrl::Memory, &[directory.path().join("other.key")], "b").unwrap().are_new());
+    }
+
+    #[test]
+    fn the_first_lost_checkpoint_and_the_newest_ones_are_kept() {
+        let directory = tempfile::tempdir().unwrap();
+        let url = StoreUrl::Sqlite(directory.path().join("o.db"));
+        let keep = |checkpoint: u64| {
+            let kept = keep_published(&url, &checkpoint.to_string()).unwrap();
+            kept.file_name().unwrap().to_str().unwrap().to_owned()
+        };
+        assert_eq!(
+            [keep(1), keep(1), keep(2)],
+            ["o.db.checkpoint.lost", "o.db.checkpoint.lost", "o.db.checkpoint.lost.2"]
+        );
+        (3..=12).for_each(|checkpoint| drop(keep(checkpoint)));
+        assert_eq!(keep(12), "o.db.checkpoint.lost.12", "it is the newest one already");
+        let read = |path: PathBuf| fs::read_to_string(path).unwrap().parse::<u64>().unwrap();
+        let mut kept: Vec<_> = fs::read_dir(directory.path()).unwrap().map(|file| read(file.unwrap().path())).collect();
+        kept.sort_unstable();
+        assert_eq!(kept, [1, 5, 6, 7, 8, 9, 10, 11, 12]);
     }
 
     #[test]

@@ -25,7 +25,7 @@ use crate::{
     file,
     ledger::{Checkpoint, Hash, RecordsPruned, SealKeys, Signer},
     model::{CycleId, Name},
-    ports::{AuditEntry, Record, Store, StoreError},
+    ports::{Checks, Record, Store, StoreError},
 };
 
 /// The location of a store.
@@ -71,18 +71,15 @@ impl fmt::Display for StoreUrl {
     }
 }
 
-/// Checks the bytes of a record. All clients can decode a record that passes.
-pub type Check = fn(&Record) -> Result<(), String>;
-
-/// Opens a store for reading; [`Store::take_over`] allows writing. Each record that is read has to pass `check`, which
-/// runs on a reading thread. `clock` bounds new epochs from below.
+/// Opens a store for reading; [`Store::take_over`] allows writing. Each record and audit event that is read has to pass
+/// `checks`, which run on a reading thread. `clock` bounds new epochs from below.
 ///
 /// # Errors
 /// Another process has it open, it must not be served, or it can't be opened or read.
-pub async fn open(url: &StoreUrl, check: Check, clock: Clock) -> Result<Arc<dyn Store>, OpenError> {
+pub async fn open(url: &StoreUrl, checks: Checks, clock: Clock) -> Result<Arc<dyn Store>, OpenError> {
     match url {
         StoreUrl::Memory => Ok(Arc::new(memory::MemoryStore::new(clock))),
-        StoreUrl::Sqlite(path) => Ok(Arc::new(sqlite::SqliteStore::open(path.clone(), check, clock).await?)),
+        StoreUrl::Sqlite(path) => Ok(Arc::new(sqlite::SqliteStore::open(path.clone(), checks, clock).await?)),
     }
 }
 
@@ -144,6 +141,18 @@ pub enum OpenError {
         store: String,
         /// The name of the trigger.
         trigger: String,
+    },
+    /// Other software has changed the definition of one of its tables, or of an index of it.
+    #[error(
+        "{store}: the definition of its table {table}, or an index of that, is not the one of this software: another \
+         program has changed it, which could change or drop what is written. Drop what was added, or restore it from a \
+         backup"
+    )]
+    Definition {
+        /// The location of the store.
+        store: String,
+        /// The table.
+        table: String,
     },
     /// It lacks more acknowledged cycles than a damaged end explains.
     #[error(
@@ -232,10 +241,8 @@ pub enum AcceptError {
 /// What is expected of the entries of a log.
 #[derive(Clone, Copy, Debug)]
 pub struct Rules {
-    /// Checks that the keys of a record are those in its bytes.
-    pub record: Check,
-    /// Checks that the keys of an audit event are those in its bytes.
-    pub event: fn(&AuditEntry) -> Result<(), String>,
+    /// Check that the keys of records and audit events are those in their bytes.
+    pub checks: Checks,
     /// The SHA-256 of the output of a subsystem, by the record of its cycle; `None` if the record has none.
     pub output: fn(&Record, &Name) -> Option<[u8; Hash::LEN]>,
     /// Decodes a control entry.

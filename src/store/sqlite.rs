@@ -24,6 +24,7 @@
 mod backup;
 mod commit;
 mod contents;
+mod counts;
 mod error;
 mod identity;
 mod log;
@@ -74,15 +75,15 @@ use self::{
     reading::Readers,
     writer::{Job, Writer},
 };
-use super::{Check, OpenError, keys::checkpoint_of};
+use super::{OpenError, keys::checkpoint_of};
 use crate::{
     clock::Clock,
     file,
     ledger::{Hash, Node, Part},
     model::{CycleId, RequestKey, Revision},
     ports::{
-        Contents, EventFilter, EventPage, Excess, Filter, Found, Log, Page, PageLimits, ResumeError, Retention, Seals,
-        Store, StoreError, StoreSize, Write,
+        Checks, Contents, EventFilter, EventPage, Excess, Filter, Found, Log, Page, PageLimits, ResumeError, Retention,
+        Seals, Store, StoreError, StoreSize, Write,
     },
 };
 
@@ -96,7 +97,7 @@ const LATE: Duration = Duration::from_secs(5);
 /// A SQLite database.
 pub(super) struct SqliteStore {
     path: Arc<PathBuf>,
-    check: Check,
+    checks: Checks,
     jobs: Option<mpsc::Sender<Job>>,
     writer: Option<thread::JoinHandle<()>>,
     readers: Readers,
@@ -107,13 +108,13 @@ pub(super) struct SqliteStore {
 }
 
 impl SqliteStore {
-    pub(super) async fn open(path: PathBuf, check: Check, clock: Clock) -> Result<Self, OpenError> {
+    pub(super) async fn open(path: PathBuf, checks: Checks, clock: Clock) -> Result<Self, OpenError> {
         let store = path.display().to_string();
-        let opened = tokio::task::spawn_blocking(move || Self::open_blocking(&path, check, clock)).await;
+        let opened = tokio::task::spawn_blocking(move || Self::open_blocking(&path, checks, clock)).await;
         opened.unwrap_or_else(|error| Err(StoreError::Unavailable { store, problem: error.to_string() }.into()))
     }
 
-    fn open_blocking(path: &Path, check: Check, clock: Clock) -> Result<Self, OpenError> {
+    fn open_blocking(path: &Path, checks: Checks, clock: Clock) -> Result<Self, OpenError> {
         let Opened { place, connection, here, .. } = Opened::at(path, false)?;
         let mark = Mark::read(&connection).map_err(|error| explain(&place.path, &error))?;
         let (note, noted) = Note::open(&place.path)?;
@@ -123,13 +124,13 @@ impl SqliteStore {
         let readers = Readers::connect(&path).map_err(|error| explain(&path, &error))?;
         let (jobs, incoming) = mpsc::channel(QUEUE);
         let log = SharedLog::default();
-        let writer = Writer::new((path.clone(), here), connection, log.clone(), (note, noted), check, clock);
+        let writer = Writer::new((path.clone(), here), connection, log.clone(), (note, noted), checks, clock);
         let writer = writer.map_err(|error| unwritable(&path, &error))?;
         let writer = thread::Builder::new().name("store".into()).spawn(move || writer.run(incoming));
         let writer = writer.map_err(|error| unavailable(&path, error.to_string()))?;
         Ok(Self {
             path,
-            check,
+            checks,
             jobs: Some(jobs),
             writer: Some(writer),
             readers,
@@ -186,12 +187,12 @@ impl Store for SqliteStore {
     }
 
     fn cycle(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<Found>, StoreError>> {
-        let check = self.check;
+        let check = self.checks.record;
         Box::pin(self.readers.read(move |connection| reading::cycle(connection, check, cycle_id)))
     }
 
     fn cycle_of_request(&self, request: RequestKey) -> BoxFuture<'_, Result<Option<Found>, StoreError>> {
-        let check = self.check;
+        let check = self.checks.record;
         Box::pin(self.readers.read(move |connection| reading::cycle_of_request(connection, check, &request)))
     }
 
@@ -201,14 +202,14 @@ impl Store for SqliteStore {
         filter: Filter,
         limits: PageLimits,
     ) -> BoxFuture<'_, Result<Page, StoreError>> {
-        let check = self.check;
+        let check = self.checks.record;
         Box::pin(
             self.readers.read(move |connection| reading::cycles_before(connection, check, before, &filter, limits)),
         )
     }
 
     fn cycles_after(&self, revision: Revision, limits: PageLimits) -> BoxFuture<'_, Result<Vec<Found>, ResumeError>> {
-        let check = self.check;
+        let check = self.checks.record;
         Box::pin(self.readers.read(move |connection| reading::cycles_after(connection, check, revision, limits)))
     }
 
@@ -218,7 +219,8 @@ impl Store for SqliteStore {
         filter: EventFilter,
         limit: usize,
     ) -> BoxFuture<'_, Result<EventPage, StoreError>> {
-        Box::pin(self.readers.read(move |connection| reading::events_before(connection, before, &filter, limit)))
+        let check = self.checks.event;
+        Box::pin(self.readers.read(move |connection| reading::events_before(connection, check, before, &filter, limit)))
     }
 
     fn excess(&self, retention: Retention, now: Timestamp, limit: usize) -> BoxFuture<'_, Result<Excess, StoreError>> {

@@ -1,11 +1,61 @@
 //! A disk that can hang, and that loses unsynced data in a power failure. The service loads a library in C
 //! (`tests/disk/disk.c`) before the system's own.
 
-use std::{fs, process::Command};
+use std::{collections::BTreeMap, fs, process::Command};
 
 use rusqlite::Connection;
 
 use super::service::Home;
+
+/// A home whose services write to such a disk, which keeps a [`journal`].
+pub fn with_journal() -> Home {
+    let home = home();
+    let journal = format!("DISK_JOURNAL={}", home.path("journal").display());
+    home.with_wrapper(["env".to_owned(), journal])
+}
+
+/// The synced content of each file after each sync on the disk of a home.
+pub struct Journal {
+    bytes: Vec<u8>,
+    at: usize,
+    files: BTreeMap<String, Vec<u8>>,
+}
+
+/// What was synced so far.
+pub fn journal(home: &Home) -> Journal {
+    Journal { bytes: fs::read(home.path("journal")).unwrap(), at: 0, files: BTreeMap::new() }
+}
+
+impl Journal {
+    /// The name of the file that is synced next, and all files after that; `None` at the end.
+    pub fn next_sync(&mut self) -> Option<(String, &BTreeMap<String, Vec<u8>>)> {
+        if self.at == self.bytes.len() {
+            return None;
+        }
+        let line = self.line();
+        let mut words = line.split(' ');
+        let mut word = || words.next().unwrap().to_owned();
+        let (name, size, blocks): (_, usize, usize) = (word(), word().parse().unwrap(), word().parse().unwrap());
+        let mut file = self.files.remove(&name).unwrap_or_default();
+        file.resize(size, 0);
+        for _ in 0..blocks {
+            let block = self.line();
+            let (offset, length) = block.split_once(' ').unwrap();
+            let (offset, length): (usize, usize) = (offset.parse().unwrap(), length.parse().unwrap());
+            file[offset..offset + length].copy_from_slice(&self.bytes[self.at..self.at + length]);
+            self.at += length;
+        }
+        self.files.insert(name.clone(), file);
+        Some((name, &self.files))
+    }
+
+    fn line(&mut self) -> String {
+        let rest = &self.bytes[self.at..];
+        let length = rest.iter().position(|byte| *byte == b'\n').unwrap();
+        self.at += length + 1;
+        String::from_utf8(rest[..length].to_vec()).unwrap()
+    }
+}
 
 /// A home whose services write to such a disk.
 pub fn home() -> Home {

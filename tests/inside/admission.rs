@@ -30,7 +30,7 @@ struct Held {
 
 /// An orchestrator over the subsystems `a`, `b` and `c`.
 async fn stage(held: Arc<Held>) -> (Orchestrator, OrchestratorTasks) {
-    let inner = store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap();
+    let inner = store::open(&store::StoreUrl::Memory, record::CHECKS, host().clock).await.unwrap();
     let delay = move || -> BoxFuture<'static, ()> {
         let (held, waits) = (held.clone(), held.next.swap(false, Ordering::Relaxed));
         Box::pin(async move {

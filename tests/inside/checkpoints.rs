@@ -162,3 +162,29 @@ async fn proofs_are_given_as_far_as_retention_has_left_their_hashes() {
     let removed = stage.orchestrator.prove(Logged::Cycle(CycleId(15)), 21).await;
     assert!(matches!(removed, Err(Refusal::CycleNotFound(CycleId(15)))), "{removed:?}");
 }
+
+#[tokio::test(start_paused = true)]
+async fn retention_removes_only_what_the_published_checkpoint_contains() {
+    let rule = RetentionRule { max_cycles: Some(2), max_age: None };
+    let retention = Retention { default: rule, ..Retention::default() };
+    let stage = Stage::new(Settings { retention, ..settings() }).await;
+    let cycle_id = stage.run(10).await;
+    assert_eq!(stage.orchestrator.checkpoint_of(Logged::Cycle(cycle_id)).await.unwrap().size, 10);
+    stage.fails.store(true, Ordering::Relaxed);
+    stage.run(20).await;
+    let kept = async || {
+        let mut kept = Vec::new();
+        for cycle_id in 1..=30 {
+            match stage.orchestrator.cycle(CycleId(cycle_id)).await {
+                Err(Refusal::CycleNotFound(_)) => {}
+                found => kept.push(found.unwrap().cycle_id.0),
+            }
+        }
+        kept
+    };
+    sleep(Duration::from_mins(5)).await;
+    assert_eq!(kept().await, (11..=30).collect::<Vec<_>>());
+    stage.fails.store(false, Ordering::Relaxed);
+    sleep(Duration::from_mins(5)).await;
+    assert_eq!(kept().await, [29, 30]);
+}

@@ -77,7 +77,7 @@ impl Place {
         };
         let url = store::StoreUrl::Sqlite(home.path().join("orchestrator.db"));
         let inner = loop {
-            match store::open(&url, record::check, host().clock).await {
+            match store::open(&url, record::CHECKS, host().clock).await {
                 Err(OpenError::InUse { .. }) => yield_now().await,
                 opened => break opened.unwrap(),
             }
@@ -340,7 +340,8 @@ async fn a_loss_of_records_is_reported_with_their_revisions_and_any_other_loss_a
 async fn up_to_64_unreadable_rows_of_the_store_are_named_and_more_are_counted() {
     errors();
     for (rows, counted) in [(2, None), (64, None), (65, Some("rows=1\n")), (1000, Some("rows=936\n"))] {
-        let unreadable = |i| UnreadableRow { what: "loop", key: format!("l{i}"), problem: "as scripted".into() };
+        let unreadable =
+            |i| UnreadableRow { what: "loop", key: format!("l{i}"), problem: "as scripted".into(), is_sealed: true };
         let (_, _tasks) = after(|contents| contents.unreadable = (0..rows).map(unreadable).collect()).await;
         let said = errors();
         let named = said.matches("a row of the store can't be read").count();

@@ -34,7 +34,7 @@ const MINUTE: Duration = Duration::from_mins(1);
 const MIB: usize = 1 << 20;
 
 async fn keeping(retention: Retention) -> (Orchestrator, OrchestratorTasks) {
-    let store = store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap();
+    let store = store::open(&store::StoreUrl::Memory, record::CHECKS, host().clock).await.unwrap();
     let settings = Settings { retention, ..settings() };
     let (orchestrator, tasks) = start(settings, Arc::new(Fleet::default()), store).await;
     orchestrator.register(subsystem("a"), None, &Registrar::Anyone, by_test()).await.unwrap();
@@ -110,7 +110,7 @@ async fn after_a_long_downtime_no_record_is_removed_for_its_age_at_first() {
     let rule = RetentionRule { max_cycles: None, max_age: Some(10 * MINUTE) };
     let (retention, store) = (
         Retention { default: rule, ..Retention::default() },
-        store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap(),
+        store::open(&store::StoreUrl::Memory, record::CHECKS, host().clock).await.unwrap(),
     );
     let settings = Settings { retention, ..settings() };
     let (orchestrator, mut tasks) = start(settings.clone(), Arc::default(), store.clone()).await;

@@ -280,7 +280,7 @@ pub(crate) fn host() -> Host {
 
 /// An empty store in memory.
 pub(crate) async fn in_memory() -> Arc<dyn Store> {
-    store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap()
+    store::open(&store::StoreUrl::Memory, record::CHECKS, host().clock).await.unwrap()
 }
 
 /// What signs the log of every process, so that each can take over from another one.

@@ -21,7 +21,7 @@ use crate::kit::{Around, Fleet, Prune, by_test, host, of, of_all, settings, star
 
 /// An orchestrator over a store that panics after this number of commits.
 async fn over(fleet: Fleet, commits: usize, prune: Box<Prune>) -> (Orchestrator, OrchestratorTasks) {
-    let inner = store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap();
+    let inner = store::open(&store::StoreUrl::Memory, record::CHECKS, host().clock).await.unwrap();
     let committed = AtomicUsize::new(0);
     let commit = move |store: Arc<dyn Store>, write| -> futures_util::future::BoxFuture<'static, _> {
         let is_defect = committed.fetch_add(1, Ordering::SeqCst) >= commits;
@@ -83,7 +83,7 @@ async fn an_idle_process_ends_once_another_has_taken_over_its_store() {
 /// Runs a cycle over `a`, with others over `a` behind it, and drains the process. Returns the states of the cycles in
 /// the record of the next process.
 async fn drained(ends: impl Fn(&Orchestrator)) -> Vec<CycleState> {
-    let store = store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap();
+    let store = store::open(&store::StoreUrl::Memory, record::CHECKS, host().clock).await.unwrap();
     let (orchestrator, mut tasks) = start(settings(), Arc::default(), store.clone()).await;
     orchestrator.register(subsystem("a"), None, &Registrar::Anyone, by_test()).await.unwrap();
     let named = || CycleRequest { request_id: Some("named".into()), ..of(&["a"]) };

@@ -25,7 +25,7 @@ const MIB: usize = 1 << 20;
 
 /// An orchestrator over the subsystems `a` to `d`.
 async fn stage(settings: Settings) -> (Orchestrator, OrchestratorTasks) {
-    let store = store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap();
+    let store = store::open(&store::StoreUrl::Memory, record::CHECKS, host().clock).await.unwrap();
     let (orchestrator, tasks) = start(settings, Arc::new(Fleet::default()), store).await;
     for name in ["a", "b", "c", "d"] {
         orchestrator.register(subsystem(name), None, &Registrar::Anyone, by_test()).await.unwrap();
@@ -371,7 +371,7 @@ async fn a_watcher_is_shown_a_record_at_once_and_lags_while_its_next_record_is_n
 async fn the_cache_for_watchers_and_their_filters_count_as_memory_of_the_history() {
     // The share of the history is 64 MiB.
     let memory = Shares::of(512 << 20);
-    let store = store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap();
+    let store = store::open(&store::StoreUrl::Memory, record::CHECKS, host().clock).await.unwrap();
     let process = Process { memory: memory.clone(), ..Process::default() };
     let (orchestrator, _tasks) = process.over(store).await.unwrap();
     // 8 MiB of records, with the state in which they are decoded for filters.
@@ -390,7 +390,7 @@ async fn the_cache_for_watchers_and_their_filters_count_as_memory_of_the_history
 /// mebibyte. Returns the number of records that are cached for watchers.
 async fn cached(parts: &[usize]) -> usize {
     let settings = Settings { max_watchers: 20, max_record_bytes: 16 * MIB, max_outputs_bytes: None, ..settings() };
-    let store = store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap();
+    let store = store::open(&store::StoreUrl::Memory, record::CHECKS, host().clock).await.unwrap();
     let fleet = Arc::new(Fleet::default());
     let (orchestrator, _tasks) = start(settings, fleet.clone(), store).await;
     let names = ["a", "b", "c", "d", "e", "f", "g", "h", "i"];

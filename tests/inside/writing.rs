@@ -82,7 +82,7 @@ struct Stage {
 
 impl Stage {
     async fn new() -> Self {
-        let store = store::open(&store::StoreUrl::Memory, record::check, host().clock).await.unwrap();
+        let store = store::open(&store::StoreUrl::Memory, record::CHECKS, host().clock).await.unwrap();
         // Each registration, and the start, is a commit: from there on they wait.
         let script = Arc::new(Script {
             permits: Semaphore::new(4),

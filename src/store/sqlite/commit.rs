@@ -5,6 +5,7 @@ use std::fs;
 use rusqlite::{Connection, ToSql, Transaction, TransactionBehavior, named_params};
 
 use super::{
+    counts::Counts,
     identity::Identity,
     log,
     note::Mark,
@@ -29,6 +30,7 @@ pub(super) struct Term {
     pub(super) pruned_to: Revision,
     /// The highest revision of the records that are older than the log.
     pub(super) unlogged_to: Revision,
+    pub(super) counts: Counts,
     pub(super) frontier: Frontier,
     pub(super) sealer: Sealer,
     /// What the first commit of the term seals anew, if anything.
@@ -47,44 +49,75 @@ pub(super) enum Renewal {
 }
 
 impl Term {
-    /// Writes in one transaction; `Some` is the epoch that has taken over, and then nothing was written.
+    /// Writes in one transaction, and returns the numbers after it; or else the epoch that has taken over, and then
+    /// nothing was written.
     pub(super) fn transact(
         &self,
         connection: &mut Connection,
         here: &Identity,
         write: &Write,
         appended: &Appended,
-    ) -> rusqlite::Result<Option<Epoch>> {
+    ) -> rusqlite::Result<Result<Counts, Epoch>> {
         let last_revision = write.records.last().map_or(self.frontier.last_revision, |record| record.revision);
         let [cycle_id, revision, pruned_to] =
             [write.last_cycle_id.0, last_revision.0, self.pruned_to_by(write).0].map(integer);
-        let (commits, first_kept) = (integer(self.commits + 1), integer(appended.log.first_kept));
+        let (epoch, commits, first_kept) =
+            (integer(self.epoch.0), integer(self.commits + 1), integer(appended.log.first_kept));
+        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let counts = self.counts.after(&transaction, write)?;
+        let [succeeded, degraded, failed, cancelled, interrupted, changes, calls, denials] = &counts.columns();
         let seal = self.sealer.of_end(
             &appended.log.frontier,
-            [&cycle_id, &revision, &pruned_to, &commits, &write.close, &first_kept, &integer(self.unlogged_to.0)],
+            [
+                &epoch,
+                &cycle_id,
+                &revision,
+                &pruned_to,
+                &commits,
+                &write.close,
+                &first_kept,
+                &integer(self.unlogged_to.0),
+                succeeded,
+                degraded,
+                failed,
+                cancelled,
+                interrupted,
+                changes,
+                calls,
+                denials,
+            ],
         )?;
-        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let written = transaction
             .prepare_cached(
                 "UPDATE meta SET last_cycle_id = :cycle_id, last_revision = :revision, is_closed = :is_closed,
                  commits = :commits, epoch = :epoch, pruned_to = :pruned_to, log_size = :log_size,
-                 log_first_kept = :first_kept, seal = :seal WHERE epoch = :current",
+                 log_first_kept = :first_kept, succeeded = :succeeded, degraded = :degraded, failed = :failed,
+                 cancelled = :cancelled, interrupted = :interrupted, changes = :changes, calls = :calls,
+                 denials = :denials, seal = :seal WHERE epoch = :current",
             )?
             .execute(named_params! {
                 ":cycle_id": cycle_id,
                 ":revision": revision,
                 ":is_closed": write.close,
                 ":commits": commits,
-                ":epoch": integer(self.epoch.0),
+                ":epoch": epoch,
                 ":pruned_to": pruned_to,
                 ":log_size": integer(appended.log.frontier.size()),
                 ":first_kept": first_kept,
+                ":succeeded": succeeded,
+                ":degraded": degraded,
+                ":failed": failed,
+                ":cancelled": cancelled,
+                ":interrupted": interrupted,
+                ":changes": changes,
+                ":calls": calls,
+                ":denials": denials,
                 ":seal": &seal[..],
                 ":current": integer(self.current.0),
             })?;
         if written == 0 {
             let epoch = transaction.query_row("SELECT epoch FROM meta", [], |row| number(row, 0))?;
-            return Ok(Some(Epoch(epoch)));
+            return Ok(Err(Epoch(epoch)));
         }
         if self.current != self.epoch {
             transaction.execute("UPDATE meta SET boot_id = ?1", [boot_id()])?;
@@ -101,11 +134,12 @@ impl Term {
         }
         put_knowledge(&transaction, &self.sealer, write)?;
         transaction.commit()?;
-        Ok(None)
+        Ok(Ok(counts))
     }
 
-    /// Advances by `write`, and by what it appends to the log.
-    pub(super) fn advance(&mut self, write: &Write, appended: Appended) {
+    /// Advances by `write`, and by what it appends to the log, to these numbers.
+    pub(super) fn advance(&mut self, write: &Write, appended: Appended, counts: Counts) {
+        self.counts = counts;
         self.current = self.epoch;
         self.commits += 1;
         self.pruned_to = self.pruned_to_by(write);
@@ -142,7 +176,7 @@ fn put_cycles(
         let (trigger, started_at, request) = match &open.stage {
             Stage::Waiting(request) => (trigger_number(&open.trigger), None, request.as_deref()),
             Stage::Begun(at) => (trigger_number(&open.trigger), Some(nanoseconds(*at)), None),
-            Stage::Unknown => (trigger_number(&Trigger::Unknown), None, None),
+            Stage::Unknown | Stage::Unsealed => (trigger_number(&Trigger::Unknown), None, None),
         };
         let values: [&dyn ToSql; _] = [
             &integer(open.cycle_id.0),
@@ -180,9 +214,6 @@ fn put_cycles(
                 ":record": &record.bytes[..],
             })?;
         transaction
-            .prepare_cached("UPDATE counts SET cycles = cycles + 1 WHERE state = ?1")?
-            .execute([state_number(record.state)])?;
-        transaction
             .prepare_cached("DELETE FROM open_cycles WHERE cycle_id = ?1")?
             .execute([integer(record.cycle_id.0)])?;
     }
@@ -194,17 +225,13 @@ fn remove_entries(transaction: &Transaction<'_>, write: &Write) -> rusqlite::Res
     let Removal { revisions, events, first_kept, .. } = &write.removal;
     let mut leaves = events.clone();
     for revision in revisions {
-        let (state, leaf): (i64, Option<i64>) = transaction
-            .prepare_cached("DELETE FROM cycles WHERE revision = ?1 RETURNING state, leaf")?
-            .query_row([integer(revision.0)], |row| Ok((row.get(0)?, row.get(1)?)))?;
-        transaction.prepare_cached("UPDATE counts SET cycles = cycles - 1 WHERE state = ?1")?.execute([state])?;
+        let leaf: Option<i64> = transaction
+            .prepare_cached("DELETE FROM cycles WHERE revision = ?1 RETURNING leaf")?
+            .query_row([integer(revision.0)], |row| row.get(0))?;
         leaves.extend(leaf.map(i64::unsigned_abs));
     }
     for leaf in events {
-        let kind: i64 = transaction
-            .prepare_cached("DELETE FROM audit WHERE leaf = ?1 RETURNING kind")?
-            .query_row([integer(*leaf)], |row| row.get(0))?;
-        transaction.prepare_cached("UPDATE audit_counts SET events = events - 1 WHERE kind = ?1")?.execute([kind])?;
+        transaction.prepare_cached("DELETE FROM audit WHERE leaf = ?1")?.execute([integer(*leaf)])?;
     }
     // The entry of this removal replaces them.
     let mut query = transaction.prepare_cached("DELETE FROM control WHERE leaf < ?1 RETURNING leaf")?;

@@ -3,10 +3,12 @@
 
 use std::{path::Path, time::Duration};
 
+use jiff::Timestamp;
 use rusqlite::{Connection, OptionalExtension, Row, Transaction};
 
 use super::{
     commit::{Renewal, boot_id},
+    counts::Counts,
     error::explain,
     log,
     note::Mark,
@@ -19,8 +21,7 @@ use crate::{
     clock::Clock,
     ledger::SealedBy,
     model::{CycleId, Epoch, Output, Payload, Revision},
-    ports::{Contents, Log, Seals, StoreError, StoredLoop, StoredOutput, StoredSubsystem, UnreadableRow},
-    store::Check,
+    ports::{Check, Contents, Log, Seals, Stage, StoreError, StoredLoop, StoredOutput, StoredSubsystem, UnreadableRow},
 };
 
 /// What a database contains.
@@ -31,6 +32,7 @@ pub(super) struct Read {
     pub(super) mark: Mark,
     /// The highest revision of the records that are older than the log.
     pub(super) unlogged_to: Revision,
+    pub(super) counts: Counts,
     pub(super) log: Log,
     pub(super) sealer: Sealer,
     /// The rows that are to be sealed anew.
@@ -83,8 +85,11 @@ pub(super) fn read_contents(
         Seals::Renewed(keys) => (keys, false),
     };
     let sealer = Sealer::new(keys, mark.id);
-    let of_end = |row: &Row<'_>| Ok((sealer.check_end(row, &log.frontier)?, Revision(number(row, "unlogged_to")?)));
-    let (seal, unlogged_to) = transaction.query_row("SELECT * FROM meta", [], of_end).map_err(explained)?;
+    let of_end = |row: &Row<'_>| {
+        let unlogged_to = Revision(number(row, "unlogged_to")?);
+        Ok((sealer.check_end(row, &log.frontier)?, unlogged_to, Counts::of_row(row)?))
+    };
+    let (seal, unlogged_to, mut counts) = transaction.query_row("SELECT * FROM meta", [], of_end).map_err(explained)?;
     let mut renewal = match seal {
         _ if !are_checked => Some(Renewal::Everything),
         Seal::Valid(SealedBy::FirstKey) => None,
@@ -97,6 +102,11 @@ pub(super) fn read_contents(
             return Err(tampered(path, problem));
         }
     };
+    if matches!(renewal, Some(Renewal::Missing | Renewal::Everything)) {
+        check_unsealed_epoch(current)
+            .map_err(|problem| StoreError::Corrupt { store: path.display().to_string(), problem })?;
+        counts = Counts::count(&transaction).map_err(explained)?;
+    }
     let (mut unreadable, mut changed) = (Vec::new(), None);
     let mut rows = Rows {
         transaction: &transaction,
@@ -109,7 +119,7 @@ pub(super) fn read_contents(
     let noted = 1..=integer(contents.last_cycle_id.0);
     let open = "SELECT *, EXISTS (SELECT 1 FROM cycles WHERE cycle_id = open_cycles.cycle_id) AS is_recorded
                 FROM open_cycles ORDER BY cycle_id";
-    rows.read_all(&OPEN_CYCLES, open, |row| {
+    rows.read_all(&OPEN_CYCLES, open, |row, is_sealed| {
         let cycle_id: i64 = row.get("cycle_id")?;
         if !noted.contains(&cycle_id) {
             return Err(wrong(row, "cycle_id", NotOpen("its number was given to no cycle")));
@@ -118,11 +128,12 @@ pub(super) fn read_contents(
             return Err(wrong(row, "cycle_id", NotOpen("it is recorded")));
         }
         let read = open_cycle(row);
-        let unknown = |_| unknown_cycle(CycleId(cycle_id.unsigned_abs()));
+        let stage = if is_sealed { Stage::Unknown } else { Stage::Unsealed };
+        let unknown = |_| unknown_cycle(CycleId(cycle_id.unsigned_abs()), stage);
         contents.open.push(read.as_ref().map_or_else(unknown, Clone::clone));
         read.map(drop)
     })?;
-    contents.subsystems = rows.read_all(&SUBSYSTEMS, "SELECT * FROM subsystems ORDER BY name", |row| {
+    contents.subsystems = rows.read_all(&SUBSYSTEMS, "SELECT * FROM subsystems ORDER BY name", |row, _| {
         let lease_ms: Option<i64> = row.get("lease_ms")?;
         Ok(StoredSubsystem {
             name: name(row, "name")?,
@@ -132,12 +143,12 @@ pub(super) fn read_contents(
             owner: identity(row, "owner")?,
         })
     })?;
-    contents.loops = rows.read_all(&LOOPS, "SELECT * FROM loops ORDER BY name", |row| {
+    contents.loops = rows.read_all(&LOOPS, "SELECT * FROM loops ORDER BY name", |row, _| {
         let state = json(row, "state")?.unwrap_or_default();
         Ok(StoredLoop { name: name(row, "name")?, spec: json(row, "spec")?, state })
     })?;
     let outputs = "SELECT outputs.*, finished_at FROM outputs LEFT JOIN cycles USING (cycle_id) ORDER BY name";
-    contents.outputs = rows.read_all(&OUTPUTS, outputs, |row| {
+    contents.outputs = rows.read_all(&OUTPUTS, outputs, |row, _| {
         let bytes: Vec<u8> = row.get("payload")?;
         let payload = Payload::check(bytes.into()).map_err(|malformed| wrong(row, "payload", malformed))?;
         let finished_at: Option<i64> = row.get("finished_at")?;
@@ -156,7 +167,16 @@ pub(super) fn read_contents(
         !(open.is_empty() && subsystems.is_empty() && loops.is_empty() && outputs.is_empty() && unreadable.is_empty());
     let is_empty = *last_cycle_id == CycleId(0) && !has_rows;
     contents.is_sealed = is_empty || (are_checked && seal != Seal::Missing);
-    Ok(Read { contents, current, mark, unlogged_to, log, sealer, renewal })
+    Ok(Read { contents, current, mark, unlogged_to, counts, log, sealer, renewal })
+}
+
+/// Refuses an epoch that no clock can have given, if nothing shows that this software wrote it: the next epochs would
+/// be used up soon, and subsystems would refuse those of another store.
+pub(super) fn check_unsealed_epoch(epoch: Epoch) -> Result<(), String> {
+    if epoch <= Epoch::by_clock(Timestamp::MAX) {
+        return Ok(());
+    }
+    Err(format!("epoch in its table meta is {epoch}, which no clock gives, and it has no seal"))
 }
 
 fn tampered(path: &Path, problem: String) -> StoreError {
@@ -227,7 +247,7 @@ impl Rows<'_> {
         &mut self,
         table: &Table,
         query: &str,
-        mut read: impl FnMut(&Row<'_>) -> rusqlite::Result<T>,
+        mut read: impl FnMut(&Row<'_>, bool) -> rusqlite::Result<T>,
     ) -> Result<Vec<T>, StoreError> {
         let mut all = Vec::new();
         let mut read_rows = || {
@@ -235,23 +255,26 @@ impl Rows<'_> {
             let mut rows = query.query([])?;
             while let Some(row) = rows.next()? {
                 let key = || row.get_ref(0).map_or_else(|_| String::new(), key);
-                match read(row) {
+                let is_sealed = match self.sealer.check_row(row, table)? {
+                    Seal::Valid(SealedBy::FirstKey) => true,
+                    Seal::Valid(SealedBy::OtherKey) => {
+                        *self.renewal = (*self.renewal).max(Some(Renewal::OtherKey));
+                        true
+                    }
+                    Seal::Missing => *self.renewal >= Some(Renewal::Missing),
+                    Seal::Wrong => *self.renewal == Some(Renewal::Everything),
+                };
+                match read(row, is_sealed) {
                     Ok(read) => all.push(read),
                     Err(error) => {
                         let problem = error.to_string();
-                        self.unreadable.push(UnreadableRow { what: table.row, key: key(), problem });
-                        // It is not used, whatever its seal says.
+                        self.unreadable.push(UnreadableRow { what: table.row, key: key(), problem, is_sealed });
+                        // It is not used.
                         continue;
                     }
                 }
-                match self.sealer.check_row(row, table)? {
-                    Seal::Valid(SealedBy::FirstKey) => {}
-                    Seal::Valid(SealedBy::OtherKey) => *self.renewal = (*self.renewal).max(Some(Renewal::OtherKey)),
-                    Seal::Missing if *self.renewal == Some(Renewal::Missing) => {}
-                    _ if *self.renewal == Some(Renewal::Everything) => {}
-                    Seal::Missing | Seal::Wrong => {
-                        self.changed.get_or_insert_with(|| format!("{} {:?}", table.row, key()));
-                    }
+                if !is_sealed {
+                    self.changed.get_or_insert_with(|| format!("{} {:?}", table.row, key()));
                 }
             }
             Ok(())

@@ -165,9 +165,6 @@ pub(super) fn append(transaction: &Transaction<'_>, write: &Write, appended: &Ap
                 ":denied": event.denied,
                 ":event": &event.bytes[..],
             })?;
-        transaction
-            .prepare_cached("UPDATE audit_counts SET events = events + 1 WHERE kind = ?1")?
-            .execute([kind_number(event.kind)])?;
     }
     for (leaf, entry) in appended.control(write) {
         transaction

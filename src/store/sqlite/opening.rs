@@ -8,18 +8,21 @@ use rusqlite::{Connection, OpenFlags, TransactionBehavior, config::DbConfig};
 use super::{
     BUSY,
     commit::Renewal,
+    contents::check_unsealed_epoch,
+    counts::Counts,
     error::{explain, unwritable},
     identity::Identity,
     log,
     note::{Mark, Note},
     place::{DatabaseFileError, LockedDatabase, note_of},
-    rows::integer,
+    rows::{integer, number},
     schema::{check_version, migrate},
     seal::Sealer,
 };
 use crate::{
     ledger::{Frontier, SealKeys},
-    ports::Write,
+    model::Epoch,
+    ports::{StoreError, Write},
     store::{AcceptError, Accepted, NewKeys, OpenError, frontier::Appended},
 };
 
@@ -73,6 +76,10 @@ pub(in crate::store) fn accept(
     }
     let Opened { place, mut connection, here, noted } = Opened::at(path, true)?;
     let log = log::read(&connection, &place.path).map_err(OpenError::from)?;
+    let epoch = connection.query_row("SELECT epoch FROM meta", [], |row| number(row, 0)).map(Epoch);
+    let epoch = epoch.map_err(|error| OpenError::from(explain(&place.path, &error)))?;
+    let store = place.path.display().to_string();
+    check_unsealed_epoch(epoch).map_err(|problem| OpenError::from(StoreError::Corrupt { store, problem }))?;
     new.save()?;
     let write = Write { began: Some(began), ..Write::default() };
     let appended = Appended::to(&log, &write);
@@ -83,6 +90,7 @@ pub(in crate::store) fn accept(
         let sealer = Sealer::new(keys, mark.id);
         log::append(&transaction, &write, &appended)?;
         transaction.execute("UPDATE meta SET log_size = ?1", [integer(appended.log.frontier.size())])?;
+        Counts::count(&transaction)?.put(&transaction)?;
         sealer.seal_end(&transaction, &appended.log.frontier)?;
         sealer.renew(&transaction, Renewal::Everything)?;
         transaction.commit()?;
@@ -129,6 +137,8 @@ fn harden(connection: &Connection) -> rusqlite::Result<()> {
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false)?;
     // One that is added later does nothing.
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_TRIGGER, false)?;
+    // Nor can a table of another program keep rows of ours from being removed.
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_FKEY, false)?;
     Ok(())
 }
 

@@ -20,10 +20,9 @@ use crate::{
     ledger::Entry,
     model::{CycleId, RequestKey, Revision},
     ports::{
-        EventFilter, EventPage, Filter, Found, LoggedEvent, Page, PageLimits, ResumeError, SCAN_LIMIT, StoreError,
-        StoreSize, Unreadable, UnreadableEvent,
+        Check, EventCheck, EventFilter, EventPage, Filter, Found, LoggedEvent, Page, PageLimits, ResumeError,
+        SCAN_LIMIT, StoreError, StoreSize, Unreadable, UnreadableEvent,
     },
-    store::Check,
 };
 
 /// Number of reading connections: pages of the history are short, and two keep two cores busy.
@@ -199,6 +198,7 @@ pub(super) fn cycles_after(
 
 pub(super) fn events_before(
     connection: &mut Connection,
+    check: EventCheck,
     before: u64,
     filter: &EventFilter,
     limit: usize,
@@ -218,6 +218,7 @@ pub(super) fn events_before(
         if is_wanted {
             let checked = found.and_then(|entry| {
                 log::check(&transaction, leaf, Entry::Audit(&entry.bytes))?;
+                check(&entry)?;
                 Ok(LoggedEvent { leaf, entry })
             });
             page.events.push(checked.map_err(|problem| UnreadableEvent { leaf, problem }));
@@ -228,7 +229,8 @@ pub(super) fn events_before(
 }
 
 pub(super) fn size(connection: &Connection, path: &Path) -> ReadResult<StoreSize> {
-    let records = connection.prepare_cached("SELECT sum(cycles) FROM counts")?.query_row([], |row| number(row, 0))?;
+    let records = "SELECT succeeded + degraded + failed + cancelled + interrupted FROM meta";
+    let records = connection.prepare_cached(records)?.query_row([], |row| number(row, 0))?;
     let files = [path.to_path_buf(), log_of(path)];
     let bytes = files.iter().map(|file| fs::metadata(file).map_or(0, |file| file.len())).sum();
     Ok(StoreSize { records, bytes })

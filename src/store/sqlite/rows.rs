@@ -8,8 +8,7 @@ use super::log;
 use crate::{
     ledger::Entry,
     model::{CycleId, CycleState, Epoch, EventKind, Identity, Name, Revision, TraceId, Trigger},
-    ports::{AuditEntry, Found, OpenCycle, Record, Stage, TriggerKind, Unreadable},
-    store::Check,
+    ports::{AuditEntry, Check, Found, OpenCycle, Record, Stage, TriggerKind, Unreadable},
 };
 
 /// In this order, so that a row can be examined without reading the record, which is last and may be large.
@@ -88,7 +87,7 @@ pub(super) fn open_cycle(row: &Row<'_>) -> rusqlite::Result<OpenCycle> {
     let cycle_id = CycleId(number(row, "cycle_id")?);
     let trigger = trigger(row)?;
     if trigger == Trigger::Unknown {
-        return Ok(unknown_cycle(cycle_id));
+        return Ok(unknown_cycle(cycle_id, Stage::Unknown));
     }
     let (started_at, request): (Option<i64>, Option<Vec<u8>>) = (row.get("started_at")?, row.get("request")?);
     let trace_id: Option<[u8; 16]> = row.get("trace_id")?;
@@ -108,7 +107,7 @@ pub(super) fn open_cycle(row: &Row<'_>) -> rusqlite::Result<OpenCycle> {
 }
 
 /// An open cycle of which only the id is known.
-pub(super) fn unknown_cycle(cycle_id: CycleId) -> OpenCycle {
+pub(super) fn unknown_cycle(cycle_id: CycleId, stage: Stage) -> OpenCycle {
     OpenCycle {
         cycle_id,
         trigger: Trigger::Unknown,
@@ -117,7 +116,7 @@ pub(super) fn unknown_cycle(cycle_id: CycleId) -> OpenCycle {
         triggered_by: None,
         trace_id: None,
         audit: None,
-        stage: Stage::Unknown,
+        stage,
     }
 }
 

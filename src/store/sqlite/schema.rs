@@ -1,6 +1,6 @@
 //! The schema of a database, and its migrations.
 
-use std::path::Path;
+use std::{collections::BTreeSet, path::Path};
 
 use rusqlite::{Connection, ErrorCode, OptionalExtension, TransactionBehavior};
 
@@ -35,6 +35,7 @@ pub(super) fn check_version(connection: &Connection, path: &Path) -> Result<i64,
         return Err(OpenError::TooNew { store: path.display().to_string(), found, known });
     }
     check_triggers(connection, path)?;
+    check_definitions(connection, path, found)?;
     Ok(found)
 }
 
@@ -49,6 +50,47 @@ fn check_triggers(connection: &Connection, path: &Path) -> Result<(), OpenError>
     }
 }
 
+/// Checks that the tables of a database of this version, and their indexes, are defined as the migrations do: a
+/// generated column, another default or a further index could change or drop what is written. Tables of other programs,
+/// and views, may be there.
+fn check_definitions(connection: &Connection, path: &Path, version: i64) -> Result<(), OpenError> {
+    let store = || path.display().to_string();
+    let ours = (|| {
+        let mut ours = Connection::open_in_memory()?;
+        migrate_to(&mut ours, 0, version)?;
+        definitions(&ours)
+    })();
+    let ours = ours.map_err(|error| explain(path, &error))?;
+    let found = definitions(connection).map_err(|error| explain(path, &error))?;
+    let tables: BTreeSet<_> = ours.iter().map(|definition| &definition.table).collect();
+    let found: BTreeSet<_> = found.iter().filter(|definition| tables.contains(&definition.table)).collect();
+    match ours.iter().collect::<BTreeSet<_>>().symmetric_difference(&found).next() {
+        Some(Definition { table, .. }) => Err(OpenError::Definition { store: store(), table: table.clone() }),
+        None => Ok(()),
+    }
+}
+
+/// The definition of a table, or of an index of it.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct Definition {
+    table: String,
+    name: String,
+    kind: String,
+    /// Without the differences of spaces; `None` for an index that belongs to a constraint.
+    sql: Option<String>,
+}
+
+/// The definitions in a database.
+fn definitions(connection: &Connection) -> rusqlite::Result<Vec<Definition>> {
+    let mut query = connection.prepare("SELECT lower(tbl_name), lower(name), type, sql FROM sqlite_schema")?;
+    let rows = query.query_map([], |row| {
+        let sql: Option<String> = row.get(3)?;
+        let sql = sql.map(|sql| sql.split_whitespace().collect::<Vec<_>>().join(" "));
+        Ok(Definition { table: row.get(0)?, name: row.get(1)?, kind: row.get(2)?, sql })
+    })?;
+    rows.collect()
+}
+
 /// Checks that a database has the current schema.
 pub(super) fn check_current(connection: &Connection, path: &Path) -> Result<(), OpenError> {
     let (found, known) = (check_version(connection, path)?, i64::try_from(migrations().count()).unwrap_or(i64::MAX));
@@ -60,7 +102,13 @@ pub(super) fn check_current(connection: &Connection, path: &Path) -> Result<(), 
 
 /// Applies the missing migrations to a database of this version.
 pub(super) fn migrate(connection: &mut Connection, found: i64) -> rusqlite::Result<()> {
-    for (version, statements) in (1_i64..).zip(migrations()).filter(|(version, _)| *version > found) {
+    migrate_to(connection, found, i64::MAX)
+}
+
+/// Applies the migrations after this version, up to that of `last`.
+fn migrate_to(connection: &mut Connection, found: i64, last: i64) -> rusqlite::Result<()> {
+    let versions = (1_i64..).zip(migrations());
+    for (version, statements) in versions.filter(|(version, _)| *version > found && *version <= last) {
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         transaction.execute_batch(statements)?;
         transaction.pragma_update(None, "application_id", APPLICATION_ID)?;

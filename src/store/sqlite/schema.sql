@@ -198,3 +198,27 @@ ALTER TABLE meta DROP COLUMN audit_events;
 -- The highest revision of the records that are older than the log: all others have a leaf.
 ALTER TABLE meta ADD COLUMN unlogged_to INTEGER NOT NULL DEFAULT 0;
 UPDATE meta SET unlogged_to = coalesce((SELECT max(revision) FROM cycles WHERE leaf IS NULL), 0);
+
+-- migration 13
+
+-- Numbers of the records of each state, and of the audit events of each kind, so that retention need not count them. In
+-- this row they are sealed.
+ALTER TABLE meta ADD COLUMN succeeded   INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE meta ADD COLUMN degraded    INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE meta ADD COLUMN failed      INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE meta ADD COLUMN cancelled   INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE meta ADD COLUMN interrupted INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE meta ADD COLUMN changes     INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE meta ADD COLUMN calls       INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE meta ADD COLUMN denials     INTEGER NOT NULL DEFAULT 0;
+UPDATE meta SET
+    succeeded   = (SELECT count(*) FROM cycles WHERE state = 1),
+    degraded    = (SELECT count(*) FROM cycles WHERE state = 2),
+    failed      = (SELECT count(*) FROM cycles WHERE state = 3),
+    cancelled   = (SELECT count(*) FROM cycles WHERE state = 4),
+    interrupted = (SELECT count(*) FROM cycles WHERE state = 5),
+    changes     = (SELECT count(*) FROM audit WHERE kind = 1),
+    calls       = (SELECT count(*) FROM audit WHERE kind = 2),
+    denials     = (SELECT count(*) FROM audit WHERE kind = 3);
+DROP TABLE counts;
+DROP TABLE audit_counts;

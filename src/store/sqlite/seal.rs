@@ -60,11 +60,28 @@ pub(super) const OPEN_CYCLES: Table = table!(
 /// All of them.
 pub(super) const TABLES: [&Table; 4] = [&SUBSYSTEMS, &LOOPS, &OUTPUTS, &OPEN_CYCLES];
 
-/// The columns of the table `meta` that are sealed with the end of the log: how far the history goes. Not the epoch,
-/// which another process may have raised to take over, nor what says which file and which start of the machine it was,
-/// which change without a process that has the key.
-const META: [&str; 7] =
-    ["last_cycle_id", "last_revision", "pruned_to", "commits", "is_closed", "log_first_kept", "unlogged_to"];
+/// The columns of the table `meta` that are sealed with the end of the log: the epoch, how far the history goes, and by
+/// which numbers retention decides. A process that takes over raises the epoch with its first commit, which has its own
+/// seal. Not what says which file and which start of the machine it was, which change without a process that has the
+/// key.
+const META: [&str; 16] = [
+    "epoch",
+    "last_cycle_id",
+    "last_revision",
+    "pruned_to",
+    "commits",
+    "is_closed",
+    "log_first_kept",
+    "unlogged_to",
+    "succeeded",
+    "degraded",
+    "failed",
+    "cancelled",
+    "interrupted",
+    "changes",
+    "calls",
+    "denials",
+];
 
 /// Seals one database.
 #[derive(Clone, Debug)]

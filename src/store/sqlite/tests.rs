@@ -18,14 +18,14 @@ use crate::{
     store::{
         Accepted, NewKeys, OpenError, StoreUrl, open,
         suite::{
-            ALL, at, check, commit, cycle_of, event, filled, keys, name, open_cycle, output, pruned, record, record_of,
-            recorded, refuses, request, seals, stored_subsystem, waiting_cycle,
+            ALL, CHECKS, at, commit, cycle_of, event, filled, keys, name, open_cycle, output, pruned, record,
+            record_of, recorded, refuses, request, seals, stored_subsystem, waiting_cycle,
         },
     },
 };
 
 async fn try_open(path: &Path) -> Result<(Arc<dyn Store>, Contents), OpenError> {
-    let store = open(&StoreUrl::Sqlite(path.to_owned()), check, Clock::system()).await?;
+    let store = open(&StoreUrl::Sqlite(path.to_owned()), CHECKS, Clock::system()).await?;
     let contents = store.take_over(seals()).await?;
     Ok((store, contents))
 }
@@ -277,6 +277,9 @@ async fn epochs_grow_also_if_the_clock_is_set_back() {
     let raw = rusqlite::Connection::open(&path).unwrap();
     raw.execute("UPDATE meta SET epoch = ?1", [i64::try_from(ahead.0).unwrap()]).unwrap();
     drop(raw);
+    let refused = refused(&path).await;
+    assert!(matches!(refused, OpenError::Store(StoreError::Tampered { .. })), "no process has written it: {refused}");
+    accepted(&path);
     assert_eq!(opened(&path).await.1.epoch, ahead.next());
 }
 
@@ -455,10 +458,13 @@ async fn an_unreadable_record_keeps_its_place_and_the_others_are_read() {
         let Some(Err(unreadable)) = found else { panic!("{found:?}") };
         assert_eq!(unreadable.cycle_id, cycle_of(revision));
     }
-    // The row without a revision stays, and the others are removed in their turn.
-    let ten = Retention { default: RetentionRule { max_cycles: Some(10), max_age: None }, ..Retention::default() };
+    // Nobody knows whether the second one is what its columns say.
+    let rule = |max_cycles| RetentionRule { max_cycles: Some(max_cycles), max_age: None };
+    let of_default = |max_cycles| Retention { default: rule(max_cycles), ..Retention::default() };
+    let refused = store.excess(of_default(10), at(0), 100).await.unwrap_err();
+    assert!(refused.to_string().contains("the record of cycle 1, revision 2,"), "{refused}");
     let noted = Write { epoch: contents.epoch, last_cycle_id: CycleId(12), ..Write::default() };
-    assert_eq!(pruned(&*store, &noted, ten, at(0), 100).await, [Revision(1), Revision(2)]);
+    assert_eq!(pruned(&*store, &noted, of_default(11), at(0), 100).await, [Revision(1)]);
     drop(store);
     let contents = opened(&path).await.1;
     assert_eq!(contents.last_record.unwrap().unwrap().revision, Revision(11));
@@ -494,10 +500,37 @@ async fn unreadable_rows_are_named_and_the_others_are_read() {
         let unreadable: Vec<_> = contents.unreadable.iter().map(|row| (row.what, row.key.as_str())).collect();
         assert_eq!(unreadable[..4], ["-1", "2", "4", "5"].map(|key| ("open cycle", key)));
         assert_eq!(unreadable[4..], [("subsystem", "b"), ("subsystem", "c"), ("loop", "l"), ("output", "b")]);
-        assert_eq!(contents.open, [open_cycle(1), unknown_cycle(2), open_cycle(3)]);
+        assert!(contents.unreadable.iter().all(|row| !row.is_sealed), "{:?}", contents.unreadable);
+        let unsealed = OpenCycle { stage: Stage::Unsealed, ..unknown_cycle(2) };
+        assert_eq!(contents.open, [open_cycle(1), unsealed, open_cycle(3)]);
         assert_eq!(contents.subsystems, [(*stored_subsystem("a").1.unwrap()).clone()]);
         assert_eq!(contents.outputs.len(), 1);
         drop(store);
+    }
+}
+
+#[tokio::test]
+async fn the_definitions_of_its_tables_are_those_of_each_version_and_no_others() {
+    let directory = tempfile::tempdir().unwrap();
+    let count = include_str!("schema.sql").matches("-- migration ").count();
+    for version in 1..=count {
+        let path = directory.path().join(format!("{version}.db"));
+        let raw = database_of_version(&path, version);
+        raw.execute_batch(
+            "CREATE TABLE another (counts); CREATE INDEX of_another ON another (counts);
+                           CREATE VIEW seen AS SELECT * FROM cycles",
+        )
+        .unwrap();
+        drop(raw);
+        for _ in 0..2 {
+            drop(opened(&path).await);
+        }
+        // Before the missing migrations, and afterwards.
+        let other = directory.path().join(format!("{version} changed.db"));
+        let raw = database_of_version(&other, version);
+        raw.execute("ALTER TABLE cycles ADD COLUMN more INTEGER DEFAULT 1", []).unwrap();
+        let refused = refused(&other).await;
+        assert!(matches!(&refused, OpenError::Definition { table, .. } if table == "cycles"), "{version}: {refused}");
     }
 }
 
@@ -692,7 +725,7 @@ async fn another_key_takes_over_while_the_earlier_one_is_in_the_list_and_seals_e
         SealKeys::of(&Signer { origin: "log".into(), keys })
     };
     let process = async |keys: SealKeys| {
-        let store = open(&StoreUrl::Sqlite(path.clone()), check, Clock::system()).await?;
+        let store = open(&StoreUrl::Sqlite(path.clone()), CHECKS, Clock::system()).await?;
         let Contents { epoch, last_cycle_id, .. } = store.take_over(Seals::Checked(keys)).await?;
         let subsystems = if last_cycle_id == CycleId(0) { [stored_subsystem("a")].into() } else { BTreeMap::new() };
         commit(&*store, Write { epoch, last_cycle_id: CycleId(2), subsystems, ..first_records(last_cycle_id, epoch) })

@@ -232,7 +232,7 @@ impl Verifier<'_> {
         };
         let Some(record) = self.record(cycle_id)? else { return Ok(None) };
         self.verified.records += 1;
-        if let Err(problem) = (self.rules.record)(&record) {
+        if let Err(problem) = (self.rules.checks.record)(&record) {
             (self.wrong)(format!("{claim}: {problem}"));
         }
         if record.revision.0 <= *last_revision {
@@ -253,7 +253,7 @@ impl Verifier<'_> {
             }
         };
         self.verified.events += 1;
-        if let Err(problem) = (self.rules.event)(&event) {
+        if let Err(problem) = (self.rules.checks.event)(&event) {
             (self.wrong)(format!("{claim}: {problem}"));
         }
         Ok(Some(Entry::Audit(&event.bytes).leaf()))
@@ -312,7 +312,7 @@ impl Verifier<'_> {
                     "the record of cycle {cycle_id} has no leaf, and was written since the log began"
                 ));
             }
-            if let Err(problem) = (self.rules.record)(&record) {
+            if let Err(problem) = (self.rules.checks.record)(&record) {
                 (self.wrong)(format!("the record of cycle {cycle_id}: {problem}"));
             }
         }
@@ -401,12 +401,13 @@ mod tests {
         clock::Clock,
         ledger::RecordsPruned,
         model::{CycleId, Epoch, LoopState, Name, Revision},
-        ports::{AuditEntry, Removal, StoredLoop, Write},
+        ports::{AuditEntry, Checks, Removal, StoredLoop, Write},
         store::{
             StoreUrl, open,
             sqlite::tests::database_of_version,
             suite::{
-                check, commit, event, filled, keys, name, open_cycle, output, record, recorded, seals, stored_subsystem,
+                CHECKS, check, commit, event, filled, keys, name, open_cycle, output, record, recorded, seals,
+                stored_subsystem,
             },
         },
     };
@@ -432,7 +433,7 @@ mod tests {
     async fn database() -> (TempDir, PathBuf, Checkpoint) {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("o.db");
-        let store = open(&StoreUrl::Sqlite(path.clone()), check, Clock::system()).await.unwrap();
+        let store = open(&StoreUrl::Sqlite(path.clone()), CHECKS, Clock::system()).await.unwrap();
         let epoch = store.take_over(seals()).await.unwrap().epoch;
         filled(&*store, epoch, 8).await;
         let revisions = [1, 2, 4].map(Revision).to_vec();
@@ -447,7 +448,7 @@ mod tests {
     /// The result of verifying a database, and the faults.
     fn verified(path: &Path, checkpoint: &Checkpoint) -> (Verified, Vec<String>) {
         let mut faults = Vec::new();
-        let rules = Rules { record: check, event: check_event, output: output_sha256, pruned };
+        let rules = Rules { checks: Checks { record: check, event: check_event }, output: output_sha256, pruned };
         let verified = verify(path, checkpoint, Some(keys()), rules, &mut |fault| faults.push(fault)).unwrap();
         (verified, faults)
     }
@@ -571,7 +572,7 @@ mod tests {
     async fn each_change_of_an_audit_event_is_named() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("o.db");
-        let store = open(&StoreUrl::Sqlite(path.clone()), check, Clock::system()).await.unwrap();
+        let store = open(&StoreUrl::Sqlite(path.clone()), CHECKS, Clock::system()).await.unwrap();
         let epoch = store.take_over(seals()).await.unwrap().epoch;
         // The leaves 0 and 1 are records, 2 to 4 events, and 5 is a record.
         commit(&*store, Write { audit: (1..=3).map(event).collect(), ..recorded(1..=2, epoch) }).await;
@@ -620,7 +621,7 @@ mod tests {
     async fn each_change_of_what_is_sealed_is_named() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("o.db");
-        let store = open(&StoreUrl::Sqlite(path.clone()), check, Clock::system()).await.unwrap();
+        let store = open(&StoreUrl::Sqlite(path.clone()), CHECKS, Clock::system()).await.unwrap();
         let epoch = store.take_over(seals()).await.unwrap().epoch;
         let write = Write {
             last_cycle_id: CycleId(3),
@@ -672,7 +673,7 @@ mod tests {
         let path = directory.path().join("o.db");
         drop(database_of_version(&path, 4));
         let checkpoint = Checkpoint { origin: "log".into(), size: 0, root: Frontier::default().root() };
-        let rules = Rules { record: check, event: check_event, output: output_sha256, pruned };
+        let rules = Rules { checks: Checks { record: check, event: check_event }, output: output_sha256, pruned };
         let refused = verify(&path, &checkpoint, None, rules, &mut |_| {});
         assert!(matches!(refused, Err(OpenError::TooOld { found: 4, .. })), "{refused:?}");
     }

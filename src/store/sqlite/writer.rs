@@ -3,6 +3,7 @@
 #[cfg(test)]
 use std::sync::Mutex;
 use std::{
+    fmt::Display,
     fs, io,
     path::{Path, PathBuf},
     sync::Arc,
@@ -10,7 +11,7 @@ use std::{
 };
 
 use jiff::Timestamp;
-use rusqlite::Connection;
+use rusqlite::{Connection, Transaction};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
@@ -22,14 +23,17 @@ use super::{
     log::{self, SharedLog},
     note::{Mark, Note, lost},
     place::{FileId, file_id, log_of},
-    rows::{HAS_REVISION, integer, kind_number, number, state_number, time},
+    rows::{COLUMNS, HAS_REVISION, MAX_RECORD, event, integer, kind_number, number, read, state_number, time},
 };
 use crate::{
     clock::Clock,
+    ledger::Entry,
     model::{Epoch, EventKind, Revision},
-    ports::{Contents, Durability, Excess, Retention, Seals, StoreError, Write},
+    ports::{
+        Check, Checks, Contents, Durability, EventCheck, Excess, Retention, Seals, StoreError, Unreadable,
+        UnreadableEvent, Write,
+    },
     store::{
-        Check,
         frontier::{Appended, Frontier},
         not_taken_over,
         pruning::{events_to_prune, rules, to_prune},
@@ -42,6 +46,10 @@ const CHECKPOINT_PAGES: u32 = 1024;
 /// file is overwritten from its start, which is faster than growing it again.
 const LARGE_LOG: u64 = 16 << 20;
 
+/// Bytes of records after which no further ones are checked for one removal, since commits wait meanwhile: as many as
+/// the largest record has.
+const MOST_CHECKED: usize = MAX_RECORD;
+
 /// Work for the writer.
 pub(super) enum Job {
     TakeOver(Seals, oneshot::Sender<Result<Contents, StoreError>>),
@@ -51,7 +59,7 @@ pub(super) enum Job {
 
 pub(super) struct Writer {
     path: Arc<PathBuf>,
-    check: Check,
+    checks: Checks,
     clock: Clock,
     /// The open files of the connection.
     files: Files,
@@ -82,13 +90,13 @@ impl Writer {
         connection: Connection,
         log: SharedLog,
         (note, noted): (Note, Option<Mark>),
-        check: Check,
+        checks: Checks,
         clock: Clock,
     ) -> io::Result<Self> {
         Ok(Self {
             files: files_of(&path)?,
             path,
-            check,
+            checks,
             clock,
             connection,
             here,
@@ -116,8 +124,8 @@ impl Writer {
 
     fn take_over(&mut self, seals: Seals) -> Result<Contents, StoreError> {
         let earlier = self.term.take().map(|term| term.epoch.next());
-        let read = read_contents(&mut self.connection, &self.path, self.check, self.clock, seals)?;
-        let Read { mut contents, current, mark, unlogged_to, log, sealer, renewal } = read;
+        let read = read_contents(&mut self.connection, &self.path, self.checks.record, self.clock, seals)?;
+        let Read { mut contents, current, mark, unlogged_to, counts, log, sealer, renewal } = read;
         contents.epoch = contents.epoch.max(earlier.unwrap_or_default());
         contents.lost = self.noted.and_then(|noted| lost(&mark, &noted));
         let frontier = Frontier {
@@ -129,8 +137,18 @@ impl Writer {
         let Mark { id: database_id, commits, .. } = mark;
         self.log.set(&frontier.log);
         let (epoch, pruned_to) = (contents.epoch, contents.pruned_to);
-        self.term =
-            Some(Term { epoch, current, database_id, commits, pruned_to, unlogged_to, frontier, sealer, renewal });
+        self.term = Some(Term {
+            epoch,
+            current,
+            database_id,
+            commits,
+            pruned_to,
+            unlogged_to,
+            counts,
+            frontier,
+            sealer,
+            renewal,
+        });
         Ok(contents)
     }
 
@@ -154,11 +172,9 @@ impl Writer {
         }
         let begins = term.current != term.epoch;
         let appended = Appended::to(&term.frontier.log, write);
-        let taken_over_by = term.transact(&mut self.connection, &self.here, write, &appended).map_err(explained)?;
-        if let Some(by) = taken_over_by {
-            return Err(StoreError::Fenced { by });
-        }
-        term.advance(write, appended);
+        let written = term.transact(&mut self.connection, &self.here, write, &appended).map_err(explained)?;
+        let counts = written.map_err(|by| StoreError::Fenced { by })?;
+        term.advance(write, appended, counts);
         if write.durability == Durability::Durable {
             self.log.set(&term.frontier.log);
             let mark = term.mark();
@@ -182,9 +198,12 @@ impl Writer {
         }
     }
 
-    /// The records that exceed these limits.
+    /// The records and events that exceed these limits.
+    ///
+    /// # Errors
+    /// One of them is not what the columns say by which it was chosen: then none may be removed.
     fn excess(&mut self, retention: &Retention, now: Timestamp, limit: usize) -> Result<Excess, StoreError> {
-        let Term { current, frontier, .. } = self.term.as_ref().ok_or_else(not_taken_over)?;
+        let Term { current, frontier, counts, .. } = self.term.as_ref().ok_or_else(not_taken_over)?;
         let excess = (|| {
             let transaction = self.connection.transaction()?;
             let epoch = transaction.query_row("SELECT epoch FROM meta", [], |row| number(row, 0)).map(Epoch)?;
@@ -196,9 +215,7 @@ impl Writer {
                 let mut count = 0;
                 let mut oldest = Vec::new();
                 for state in states {
-                    count += transaction
-                        .prepare_cached("SELECT cycles FROM counts WHERE state = ?1")?
-                        .query_row([state_number(state)], |row| number(row, 0))?;
+                    count += counts.records_of(state);
                     let mut query = transaction.prepare_cached(&format!(
                         "SELECT revision, finished_at FROM cycles WHERE state = ?1 AND {HAS_REVISION} ORDER BY \
                          revision LIMIT ?2"
@@ -216,12 +233,12 @@ impl Writer {
             }
             revisions.sort_unstable();
             revisions.truncate(limit);
+            if let Err(unreadable) = check_records(&transaction, &mut revisions, self.checks.record)? {
+                return Ok(Err(not_removed(&self.path, &unreadable)));
+            }
             let room = limit - revisions.len();
             let mut events = Vec::new();
-            for kind in EventKind::ALL.map(kind_number) {
-                let count = transaction
-                    .prepare_cached("SELECT events FROM audit_counts WHERE kind = ?1")?
-                    .query_row([kind], |row| number(row, 0))?;
+            for (kind, count) in EventKind::ALL.map(|kind| (kind_number(kind), counts.events_of(kind))) {
                 let mut query = transaction
                     .prepare_cached("SELECT leaf, time FROM audit WHERE kind = ?1 ORDER BY leaf LIMIT ?2")?;
                 let mut at = Timestamp::MIN;
@@ -234,6 +251,9 @@ impl Writer {
             }
             events.sort_unstable();
             events.truncate(room);
+            if let Err(unreadable) = check_events(&transaction, &events, self.checks.event)? {
+                return Ok(Err(not_removed(&self.path, &unreadable)));
+            }
             let (leaves, first_kept) = log::leaves_of(&transaction, &revisions, &events)?;
             let first_kept = first_kept.max(frontier.log.first_kept);
             Ok(Ok(Excess { records: revisions.into_iter().zip(leaves).collect(), events, first_kept }))
@@ -286,6 +306,57 @@ impl Writer {
             Err(error) => tracing::warn!(%store, %error, "can't checkpoint the log into the database"),
         }
     }
+}
+
+/// Checks that these records are what their columns say. Leaves out those that are too much to read at once.
+///
+/// # Errors
+/// The first one that is not, or can't be read.
+fn check_records(
+    transaction: &Transaction<'_>,
+    revisions: &mut Vec<Revision>,
+    check: Check,
+) -> rusqlite::Result<Result<(), Unreadable>> {
+    let mut query = transaction.prepare_cached(&format!("SELECT {COLUMNS} FROM cycles WHERE revision = ?1"))?;
+    let (mut checked, mut bytes) = (0, 0);
+    for revision in &*revisions {
+        if bytes >= MOST_CHECKED {
+            break;
+        }
+        match query.query_row([integer(revision.0)], |row| Ok(read(transaction, row, check)))? {
+            Ok(record) => bytes += record.bytes.len(),
+            Err(unreadable) => return Ok(Err(unreadable)),
+        }
+        checked += 1;
+    }
+    revisions.truncate(checked);
+    Ok(Ok(()))
+}
+
+/// The same for the audit events of these leaves.
+fn check_events(
+    transaction: &Transaction<'_>,
+    leaves: &[u64],
+    check: EventCheck,
+) -> rusqlite::Result<Result<(), UnreadableEvent>> {
+    let mut query = transaction.prepare_cached("SELECT * FROM audit WHERE leaf = ?1")?;
+    for leaf in leaves {
+        let found = query.query_row([integer(*leaf)], |row| Ok(event(row)))?;
+        let checked = found.map_err(|error| error.to_string()).and_then(|entry| {
+            log::check(transaction, *leaf, Entry::Audit(&entry.bytes))?;
+            check(&entry)
+        });
+        if let Err(problem) = checked {
+            return Ok(Err(UnreadableEvent { leaf: *leaf, problem }));
+        }
+    }
+    Ok(Ok(()))
+}
+
+/// The error for something that was to be removed and is not what its columns say.
+fn not_removed(path: &Path, unreadable: &impl Display) -> StoreError {
+    let problem = format!("nothing is removed any more, since {unreadable}");
+    StoreError::Corrupt { store: path.display().to_string(), problem }
 }
 
 /// The files at the paths of the database and its log.

@@ -1,0 +1,99 @@
+//! The numbers of records and audit events, by which retention decides. They are sealed with the other numbers of the
+//! table `meta`.
+
+use std::array;
+
+use rusqlite::{Connection, OptionalExtension, Row, Transaction};
+
+use super::rows::{integer, kind_number, number, state_number};
+use crate::{
+    model::{CycleState, EventKind},
+    ports::Write,
+};
+
+/// The numbers of records of each state, in the order of [`CycleState::ALL`], and then of audit events of each kind, in
+/// the order of [`EventKind::ALL`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Counts([u64; Counts::COLUMNS.len()]);
+
+impl Counts {
+    /// Their columns in the table `meta`, in the same order.
+    pub(super) const COLUMNS: [&str; 8] =
+        ["succeeded", "degraded", "failed", "cancelled", "interrupted", "changes", "calls", "denials"];
+
+    /// What the row of the table `meta` says.
+    pub(super) fn of_row(meta: &Row<'_>) -> rusqlite::Result<Self> {
+        let mut counts = Self::default();
+        for (count, column) in counts.0.iter_mut().zip(Self::COLUMNS) {
+            *count = number(meta, column)?;
+        }
+        Ok(counts)
+    }
+
+    /// Counts all records and events, for a database whose numbers have no seal.
+    pub(super) fn count(connection: &Connection) -> rusqlite::Result<Self> {
+        let mut counts = Self::default();
+        let mut records = connection.prepare("SELECT count(*) FROM cycles WHERE state = ?1")?;
+        for state in CycleState::ALL {
+            counts.0[of_state(state)] = records.query_row([state_number(state)], |row| number(row, 0))?;
+        }
+        let mut events = connection.prepare("SELECT count(*) FROM audit WHERE kind = ?1")?;
+        for kind in EventKind::ALL {
+            counts.0[of_kind(kind)] = events.query_row([kind_number(kind)], |row| number(row, 0))?;
+        }
+        Ok(counts)
+    }
+
+    /// Puts them into the table `meta`.
+    pub(super) fn put(self, connection: &Connection) -> rusqlite::Result<()> {
+        for (column, count) in Self::COLUMNS.iter().zip(self.columns()) {
+            connection.execute(&format!("UPDATE meta SET {column} = ?1"), [count])?;
+        }
+        Ok(())
+    }
+
+    /// The numbers after this write, whose removed rows are still there.
+    pub(super) fn after(mut self, transaction: &Transaction<'_>, write: &Write) -> rusqlite::Result<Self> {
+        for record in &write.records {
+            self.0[of_state(record.state)] += 1;
+        }
+        for event in &write.audit {
+            self.0[of_kind(event.kind)] += 1;
+        }
+        let removed = |query: &str, row: u64| {
+            transaction.prepare_cached(query)?.query_row([integer(row)], |row| row.get::<_, i64>(0)).optional()
+        };
+        for revision in &write.removal.revisions {
+            let state = removed("SELECT state FROM cycles WHERE revision = ?1", revision.0)?;
+            let state = CycleState::ALL.into_iter().find(|known| Some(state_number(*known)) == state);
+            state.map(of_state).into_iter().for_each(|index| self.0[index] = self.0[index].saturating_sub(1));
+        }
+        for leaf in &write.removal.events {
+            let kind = removed("SELECT kind FROM audit WHERE leaf = ?1", *leaf)?;
+            let kind = EventKind::ALL.into_iter().find(|known| Some(kind_number(*known)) == kind);
+            kind.map(of_kind).into_iter().for_each(|index| self.0[index] = self.0[index].saturating_sub(1));
+        }
+        Ok(self)
+    }
+
+    pub(super) fn records_of(&self, state: CycleState) -> u64 {
+        self.0[of_state(state)]
+    }
+
+    pub(super) fn events_of(&self, kind: EventKind) -> u64 {
+        self.0[of_kind(kind)]
+    }
+
+    /// The values of the columns.
+    pub(super) fn columns(self) -> [i64; Self::COLUMNS.len()] {
+        array::from_fn(|index| integer(self.0[index]))
+    }
+}
+
+fn of_state(state: CycleState) -> usize {
+    CycleState::ALL.iter().position(|known| *known == state).unwrap_or_default()
+}
+
+fn of_kind(kind: EventKind) -> usize {
+    CycleState::ALL.len() + EventKind::ALL.iter().position(|known| *known == kind).unwrap_or_default()
+}
