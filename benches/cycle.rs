@@ -281,7 +281,7 @@ impl Ours {
         let host = Host::system();
         let transport = Arc::new(Sockets::default());
         let dialer = Arc::new(Dialer::new(transport, Duration::from_secs(5), memory.replies.clone(), host.clock));
-        let store = store::open(store, record::check, host.clock).await?;
+        let store = store::open(store, record::CHECKS, host.clock).await?;
         let signer = Signer::generate("bench")?;
         let contents = store.take_over(Seals::Checked(SealKeys::of(&signer))).await?;
         let settings = serve::settings(&Config::default());
