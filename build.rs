@@ -1,6 +1,13 @@
-//! Compiles the two proto packages with no system `protoc`, and keeps their descriptors for reflection and JSON.
+//! Compiles the two proto packages with no system `protoc`, keeps their descriptors for reflection and JSON, and tells
+//! the binary its commit.
 
-use std::{env, error::Error, fs, path::PathBuf};
+use std::{
+    env,
+    error::Error,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use prost::Message;
 use prost_types::{FileDescriptorSet, field_descriptor_proto::Type};
@@ -19,6 +26,7 @@ const CARRIED_AS_BYTES: [&str; 3] =
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=proto");
+    println!("cargo::rustc-env=BUILD_COMMIT={}", commit().unwrap_or_default());
     let mut descriptors = protox::Compiler::new(["proto"])?
         .include_imports(true)
         .include_source_info(true)
@@ -35,6 +43,35 @@ fn main() -> Result<(), Box<dyn Error>> {
     let builder = tonic_prost_build::configure().bytes(".").btree_map(".").codec_path("crate::proto::codec::Codec");
     builder.compile_fds_with_config(descriptors, config)?;
     Ok(())
+}
+
+/// The commit that is built: `BUILD_COMMIT` of the environment, or that of the checkout. There is none in an archive of
+/// the source, and none without `BUILD_COMMIT` in a development build, which would be compiled anew after each commit.
+fn commit() -> Option<String> {
+    println!("cargo::rerun-if-env-changed=BUILD_COMMIT");
+    if let Ok(commit) = env::var("BUILD_COMMIT") {
+        return Some(commit);
+    }
+    if env::var("PROFILE").is_ok_and(|profile| profile == "debug") {
+        return None;
+    }
+    // The archive may have been unpacked within the checkout of something else.
+    if fs::canonicalize(git(&["--show-toplevel"])?).ok()? != fs::canonicalize(".").ok()? {
+        return None;
+    }
+    // It grows by a line with each commit and each checkout. Cargo would run this each time if the file were missing.
+    let log = git(&["--git-path", "logs/HEAD"])?;
+    if Path::new(&log).exists() {
+        println!("cargo::rerun-if-changed={log}");
+    }
+    git(&["--short=12", "HEAD"])
+}
+
+/// What `git rev-parse` answers; `None` without Git or outside of a checkout.
+fn git(question: &[&str]) -> Option<String> {
+    let answer = Command::new("git").arg("rev-parse").args(question).output().ok()?;
+    let text = String::from_utf8(answer.stdout).ok()?;
+    answer.status.success().then(|| text.trim().to_owned())
 }
 
 fn carry_as_bytes(descriptors: &mut FileDescriptorSet) {

@@ -1,6 +1,7 @@
 //! The composition root: builds everything from a configuration, owns the tasks, and shuts down in order.
 
 mod log;
+mod manager;
 mod operator;
 mod tls;
 
@@ -50,6 +51,14 @@ const ADMIN_SERVER: Task = Task { name: "the admin server", purpose: "serves the
 const SOCKET_SERVER: Task = Task { name: "the gRPC server of the socket", purpose: "answers callers on this machine" };
 const CERTIFICATES: Task = Task { name: "the watch of TLS files", purpose: "uses renewed certificates" };
 const EXPORTER: Task = Task { name: "the exporter of spans", purpose: "sends traces of cycles to the collector" };
+
+/// Longest time for the last records after `server.drain_grace`: long enough to write them, short enough for a
+/// supervisor that waits for the process to end.
+const LAST_WRITE: Duration = Duration::from_secs(10);
+/// Time for open answers.
+const LAST_ANSWERS: Duration = Duration::from_secs(5);
+/// Longest time that a shutdown takes after `server.drain_grace`. A supervisor has to wait for both.
+pub const AFTER_GRACE: Duration = LAST_WRITE.saturating_add(LAST_ANSWERS);
 
 /// Why the service did not start.
 #[derive(Debug, thiserror::Error)]
@@ -356,8 +365,6 @@ impl Service {
     }
 
     async fn drain(mut self) -> Exit {
-        /// Long enough to write a record, short enough for a supervisor that waits for the process to end.
-        const LAST_WRITE: Duration = Duration::from_secs(10);
         tracing::info!(grace = ?self.drain_grace, "shutting down: running cycles may finish");
         self.health.set_service_status(SERVICE, ServingStatus::NotServing).await;
         self.health.set_service_status("", ServingStatus::NotServing).await;
@@ -378,9 +385,7 @@ impl Service {
 
     /// Closes the connections after the orchestrator has ended.
     async fn ended(mut self, finished: Result<(), Stopped>) -> Exit {
-        /// Time for open answers.
-        const LAST_ANSWERS: Duration = Duration::from_secs(5);
-        /// Time for the spans of the last cycles.
+        /// Time for the spans of the last cycles, which are sent at the same time as the open answers.
         const LAST_SPANS: Duration = Duration::from_secs(3);
         // Watches of the health service would keep the server running.
         for service in ["", SERVICE] {
@@ -424,7 +429,8 @@ impl Service {
 
 /// Serves until the operator stops it: the first SIGTERM or SIGINT drains, the second aborts. SIGHUP, or a change of
 /// the configuration file, reloads the configuration, and `applied` is called with the one that applies from then on.
-/// `ready` is called once requests are answered.
+/// `ready` is called once requests are answered. A service manager (systemd) is told when the service is ready, reloads
+/// and stops.
 ///
 /// # Errors
 /// The service did not start.
@@ -456,7 +462,10 @@ pub async fn serve(
     };
     ready(&service);
 
+    let serving = format!("serving at {}", service.address());
+    let mut status = serving.clone();
     let end = loop {
+        manager::ready(status).await;
         let why = select! {
             biased;
             wish = operator.wish() => match wish {
@@ -467,6 +476,8 @@ pub async fn serve(
             end = service.end() => break end,
         };
         tracing::info!("reloading: {why}");
+        manager::reloading(why).await;
+        status = format!("{serving}; the last reload failed: see the log");
         // Even if the configuration is invalid: a revoked token or certificate is refused at once.
         service.reload_certificates();
         if let Ok(policy) = policy(&config).await {
@@ -525,6 +536,7 @@ pub async fn serve(
                 }
                 config = new;
                 applied(&config);
+                status.clone_from(&serving);
                 tracing::info!(changed = listed(&changed), "reloaded");
                 if !needs_restart.is_empty() {
                     tracing::warn!(keys = needs_restart.join(", "), "changed settings that need a restart");
@@ -533,6 +545,7 @@ pub async fn serve(
             Err(refusal) => tracing::error!(%refusal, "not reloaded, the old configuration still applies"),
         }
     };
+    manager::stopping(service.drain_grace.saturating_add(AFTER_GRACE)).await;
     Ok(service.shut_down(end, async || operator.stop().await).await)
 }
 

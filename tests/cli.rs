@@ -1408,6 +1408,7 @@ async fn help_needs_no_other_page() {
         "run",
         "cancel",
         "status",
+        "health",
         "watch",
         "cycles list",
         "cycles show",
@@ -1430,6 +1431,7 @@ async fn help_needs_no_other_page() {
         "backup",
         "restore",
         "completions",
+        "man",
     ] {
         let help = help(line).await;
         assert!(help.contains("Examples:\n  orchestrator "), "{help}");

@@ -179,7 +179,9 @@ fn lines(command: &str) -> &'static [&'static str] {
             "conformance http://ADDRESS --subsystem a --timeout 1s --junit JUNIT",
             "conformance http://ADDRESS --timeout 1s",
         ],
+        "health" => &["health"],
         "completions" => &["completions bash"],
+        "man" => &["man FILE"],
         // These need a terminal: see below.
         "top" => &["top"],
         "run" => &["run --details", "run --quiet", "run --async --subsystem a", "run --validate-only"],

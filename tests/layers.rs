@@ -136,6 +136,7 @@ const MAY_DEPEND: &[(&str, &[&str])] = &[
     // Also the name of the provider in rustls.
     ("aws_lc_rs", &["access", "dial", "ledger", "listen"]),
     ("base64", &["ledger"]),
+    ("clap_mangen", &["cli/man"]),
     ("jsonwebtoken", &["access/jwt"]),
     ("opentelemetry", &["telemetry/otlp"]),
     ("opentelemetry_otlp", &["telemetry/otlp"]),
@@ -144,6 +145,7 @@ const MAY_DEPEND: &[(&str, &[&str])] = &[
     ("fastrand", &["cli/demo/fleet", "random"]),
     ("rcgen", &["cli/certs"]),
     ("rusqlite", &["store/sqlite"]),
+    ("sd_notify", &["serve/manager"]),
     ("toml", &["config/reader"]),
     ("x509_parser", &["cli/certs"]),
     ("tracing_subscriber", &["config", "telemetry"]),

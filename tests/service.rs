@@ -8,7 +8,9 @@ use std::{collections::BTreeSet, fs, os::unix::fs::symlink, path::Path, process:
 
 use common::{
     Stage,
+    command::orchestrator,
     fleet::Run,
+    http::get,
     patiently,
     service::{Home, Service, because, decode, next_event, reason, registration},
 };
@@ -18,8 +20,9 @@ use orchestrator_core::proto::orchestrator::v1::{self as pb, CycleState, Origin,
 use rustix::{
     fs::{CWD, FileType, Mode, mknodat},
     process::{Signal, kill_process},
+    time::{ClockId, clock_gettime},
 };
-use tokio::{process::Command, task::JoinHandle};
+use tokio::{net::UnixDatagram, process::Command, task::JoinHandle};
 use tokio_stream::StreamExt;
 use tonic::{
     Code, Request, Status,
@@ -100,6 +103,14 @@ async fn it_reports_its_identity() {
     let mut stage = Stage::at(Home::new().with_args(["--set", "orchestrator_id=me"])).await;
     let status = stage.client.status().await.unwrap();
     assert_eq!((status.orchestrator_id.as_str(), status.version.as_str()), ("me", env!("CARGO_PKG_VERSION")));
+    // Everything says the same commit, or none: see build.rs.
+    let said = orchestrator(None, &["--version"]).await.1;
+    let expected = if status.commit.is_empty() { String::new() } else { format!(" ({})", status.commit) };
+    assert_eq!(said, format!("orchestrator {}{expected}\n", status.version));
+    assert_eq!(status.commit, env!("BUILD_COMMIT"));
+    let metrics = get(stage.service.admin(), "/metrics").await.text().await;
+    let info = format!("orchestrator_build_info{{version=\"{}\",commit=\"{}\"}} 1\n", status.version, status.commit);
+    assert!(metrics.contains(&info), "{info}");
     assert_eq!((status.total_cycles, status.subsystem_count), (0, 0));
     assert!(status.last_cycle.is_empty() && status.running_cycle.is_none() && status.store_error.is_empty());
     assert_eq!((status.oldest_revision, status.newest_revision), (1, 0));
@@ -292,6 +303,69 @@ async fn the_first_signal_lets_the_running_cycle_finish() {
     let service = home.serve().await;
     // The waiting cycle was acknowledged, so it runs now.
     assert_eq!(service.client().await.recorded(waiting).await.state(), CycleState::Succeeded);
+}
+
+/// The next message to the service manager, line by line.
+async fn told(manager: &UnixDatagram) -> Vec<String> {
+    let mut message = [0; 1024];
+    let length = patiently("a message to the service manager", manager.recv(&mut message)).await.unwrap();
+    String::from_utf8_lossy(&message[..length]).lines().map(ToOwned::to_owned).collect()
+}
+
+/// The time of the clock that service managers compare, in microseconds.
+fn monotonic() -> i64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    now.tv_sec * 1_000_000 + now.tv_nsec / 1000
+}
+
+#[tokio::test]
+async fn the_service_manager_is_told_of_the_start_of_reloads_and_of_the_shutdown() {
+    let home = Home::new().with_config(LOOP).with_args(["--set", "server.drain_grace=2m"]);
+    let socket = home.path("notify");
+    let manager = UnixDatagram::bind(&socket).unwrap();
+    let (stage, _running) =
+        busy(home.with_wrapper(["env".to_owned(), format!("NOTIFY_SOCKET={}", socket.display())])).await;
+    let serving = format!("STATUS=serving at {}", stage.service.address());
+    assert_eq!(told(&manager).await, ["READY=1", &serving]);
+
+    let before = monotonic();
+    stage.service.signal(Signal::HUP);
+    let [reloading, since, status] = &told(&manager).await[..] else { panic!("three lines") };
+    assert_eq!((reloading.as_str(), status.as_str()), ("RELOADING=1", "STATUS=reloading: SIGHUP"));
+    let since: i64 = since.strip_prefix("MONOTONIC_USEC=").unwrap().parse().unwrap();
+    assert!((before..=monotonic()).contains(&since), "{since}");
+    assert_eq!(told(&manager).await, ["READY=1", &serving]);
+
+    // A change of the file is told as well, and that it can't be applied.
+    fs::write(stage.home.path("orchestrator.toml"), "x").unwrap();
+    assert_eq!(told(&manager).await[0], "RELOADING=1");
+    assert_eq!(told(&manager).await, ["READY=1".to_owned(), format!("{serving}; the last reload failed: see the log")]);
+
+    // The manager waits for drain_grace and the 15 s after it, whatever its own limit is.
+    stage.service.signal(Signal::TERM);
+    let stopping = told(&manager).await;
+    assert_eq!(stopping[..2], ["STOPPING=1", "EXTEND_TIMEOUT_USEC=135000000"]);
+    assert!(stopping[2].starts_with("STATUS=shutting down"), "{stopping:?}");
+}
+
+#[tokio::test]
+async fn a_check_of_its_health_fails_while_it_drains() {
+    let (mut stage, running) = busy(Home::new()).await;
+    let address = stage.service.address().to_string();
+    let health = ["health", "--address", &address];
+    assert_eq!(orchestrator(None, &health).await, (0, "SERVING\n".into()));
+    let mut health_client = HealthClient::new(channel(&stage.service).await);
+    stage.service.signal(Signal::TERM);
+    let drains = async {
+        let request = || HealthCheckRequest { service: String::new() };
+        while health_client.check(request()).await.unwrap().into_inner().status() == ServingStatus::Serving {}
+    };
+    patiently("the service to drain", drains).await;
+    assert_eq!(orchestrator(None, &health).await, (1, "NOT_SERVING\n".into()));
+    stage.fleet.run("held", Run::Echo);
+    running.await.unwrap().unwrap();
+    stage.service.ended().await;
+    assert_eq!(orchestrator(None, &health).await.0, 4);
 }
 
 #[tokio::test]

@@ -27,6 +27,9 @@ use crate::{
 /// Most bytes of an entry of a list in addition to its own.
 pub(super) const AROUND: usize = 8;
 
+/// The commit that was built, or nothing: see `build.rs`.
+const COMMIT: &str = env!("BUILD_COMMIT");
+
 /// The status, without its loops and the last cycle. `insecure`: other machines may need no right.
 pub(super) fn status(status: Status, insecure: bool) -> pb::OrchestratorStatus {
     let Status {
@@ -59,6 +62,7 @@ pub(super) fn status(status: Status, insecure: bool) -> pb::OrchestratorStatus {
         started_at: Some(timestamp(started_at)),
         uptime: duration(uptime),
         version: env!("CARGO_PKG_VERSION").into(),
+        commit: COMMIT.into(),
         orchestrator_id: orchestrator_id.to_string(),
         subsystem_count: count(subsystem_count),
         subsystems: Vec::new(),

@@ -13,8 +13,10 @@ mod credentials;
 mod cycles;
 mod demo;
 mod export;
+mod health;
 mod known;
 mod loops;
+mod man;
 mod output;
 mod parameters;
 mod pin;
@@ -60,10 +62,10 @@ static HOST: LazyLock<Host> = LazyLock::new(Host::system);
 #[derive(Debug, Parser)]
 #[command(
     name = "orchestrator",
-    version,
+    version = version(),
     about,
     after_help = "\
-Exit codes of all commands except serve and conformance, whose help lists theirs:
+Exit codes of all commands except serve, health and conformance, whose help lists theirs:
   0    done; for run: the cycle SUCCEEDED
   1    the service refused or failed; for run: no subsystem was called
   2    wrong usage or a wrong configuration
@@ -106,6 +108,7 @@ enum Command {
     Run(run::Run),
     Cancel(cancel::Cancel),
     Status(status::StatusCommand),
+    Health(health::HealthCommand),
     Watch(watch::Watch),
     Top(top::Top),
     Cycles(cycles::Cycles),
@@ -127,6 +130,15 @@ enum Command {
     Restore(backup::Restore),
     Conformance(conformance::Conformance),
     Completions(completions::Completions),
+    Man(man::Man),
+}
+
+/// The version, with the commit that was built, if the build knew it.
+fn version() -> String {
+    match env!("BUILD_COMMIT") {
+        "" => env!("CARGO_PKG_VERSION").to_owned(),
+        commit => format!("{} ({commit})", env!("CARGO_PKG_VERSION")),
+    }
 }
 
 impl Cli {
@@ -175,6 +187,7 @@ impl Cli {
             Command::Run(run) => Box::pin(run.run(parting)),
             Command::Cancel(cancel) => Box::pin(cancel.run()),
             Command::Status(status) => Box::pin(status.run()),
+            Command::Health(health) => Box::pin(health.run()),
             Command::Watch(watch) => Box::pin(watch.run()),
             Command::Cycles(cycles) => Box::pin(cycles.run()),
             Command::Subsystems(subsystems) => Box::pin(subsystems.run()),
@@ -195,6 +208,7 @@ impl Cli {
             Command::Backup(backup) => Box::pin(ready(backup.run())),
             Command::Restore(restore) => Box::pin(ready(restore.run())),
             Command::Completions(completions) => Box::pin(ready(completions.run())),
+            Command::Man(man) => Box::pin(ready(man.run())),
         };
         until_left(work, last_words).await
     }

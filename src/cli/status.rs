@@ -89,7 +89,8 @@ async fn with_snapshots(
 
 fn shown(status: &pb::OrchestratorStatus, last: Option<&pb::CycleTelemetry>) -> String {
     let mut facts = Table::facts();
-    facts.fact("orchestrator", format!("{}, version {}", status.orchestrator_id, status.version));
+    let commit = if status.commit.is_empty() { String::new() } else { format!(" ({})", status.commit) };
+    facts.fact("orchestrator", format!("{}, version {}{commit}", status.orchestrator_id, status.version));
     let uptime = status.uptime.as_ref().map(|uptime| prost_types::Duration { nanos: 0, ..*uptime });
     facts.fact("up", format!("{}, epoch {}", duration(uptime.as_ref()), status.epoch));
     facts.fact("subsystems", grouped(status.subsystem_count.into()));

@@ -249,7 +249,7 @@ fn of_process_and_cycles(figures: &Figures) -> Vec<MetricFamily> {
     let durations = CycleState::ALL.into_iter().filter(|state| *state != CycleState::Interrupted);
     let durations = durations.map(|it| CYCLE_DURATION.durations(&[it.key()], &figures.counts.durations(it)));
     vec![
-        BUILD_INFO.family(vec![BUILD_INFO.value(&[env!("CARGO_PKG_VERSION")], 1.0)]),
+        BUILD_INFO.family(vec![BUILD_INFO.value(&[env!("CARGO_PKG_VERSION"), env!("BUILD_COMMIT")], 1.0)]),
         START_TIME.single(unix_time(figures.started_at)),
         EPOCH.single(number(figures.epoch.0)),
         DRAINING.single(truth(figures.draining)),

@@ -46,8 +46,9 @@ macro_rules! definitions {
 }
 
 definitions! {
-    BUILD_INFO: Gauge "orchestrator_build_info" ["version"]
-        "1, with the version of this software.";
+    BUILD_INFO: Gauge "orchestrator_build_info" ["version", "commit"]
+        "1, with the version of this software, and the commit that it was built from, which is empty if the build did not \
+         know it.";
     START_TIME: Gauge "orchestrator_start_time_seconds" []
         "When this process began to run cycles, as Unix time.";
     EPOCH: Gauge "orchestrator_epoch" []
