@@ -24,6 +24,23 @@ mutants revision="HEAD":
     git diff {{ revision }} > target/mutants.diff
     cargo mutants --in-place --in-diff target/mutants.diff --output target
 
+# The manual pages and completions of the release build, and the changelog of the package, in target/share.
+share:
+    cargo build --release --locked
+    rm -rf target/share
+    mkdir -p target/share/man
+    target/release/orchestrator man target/share/man
+    gzip --best --no-name < CHANGELOG.md > target/share/changelog.gz
+    for shell in bash zsh fish; do target/release/orchestrator completions $shell > target/share/orchestrator.$shell; done
+
+# The Debian package, in target/debian. Needs cargo-deb.
+deb: share
+    cargo deb --no-build --locked
+
+# Builds, checks and signs what a release consists of, in target/dist. The key is one of SSH. Needs cargo-deb.
+release key="~/.ssh/id_ed25519":
+    deploy/release {{ key }}
+
 # The figures, each beside its floor in the same run.
 bench:
     cargo bench --bench cycle
