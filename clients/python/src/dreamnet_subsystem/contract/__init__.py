@@ -1,0 +1,1 @@
+"""The messages of the contract, made from proto/ by generate.py; never edited."""
