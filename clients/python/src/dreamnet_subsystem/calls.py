@@ -35,7 +35,9 @@ log = logging.getLogger("dreamnet_subsystem")
 
 SERVICE = "dreamnet.subsystem.v1.Subsystem"
 ABANDONED = 5.0  # Seconds in which a call is repeated after its connection broke.
-MAX_MESSAGE = 4 << 10  # Bytes of an error's message, which is sent in headers. 1 KiB of it is recorded.
+MAX_MESSAGE = (
+    1 << 10
+)  # Bytes of an error's message: those that are recorded. Many clients accept only 8 KiB of headers.
 LARGE = 256 << 10  # Bytes of a request that takes long to read, so that other calls would have to wait.
 
 A = TypeVar("A")
@@ -187,12 +189,15 @@ class Hosted:
         while self._works:
             await asyncio.wait([work.task for work in self._works])
 
-    def stop(self, reason: str) -> None:
-        """Stops all work."""
-        for work in self._works:
-            work.stop(reason)
+    def close(self) -> None:
+        """Stops whatever runs."""
+        self._stop_works("the process ends")
         if self._status:
             self._status.cancel()
+
+    def _stop_works(self, reason: str) -> None:
+        for work in self._works:
+            work.stop(reason)
 
     def _enter_epoch(self, epoch: int) -> None:
         """Refuses a superseded caller. A new epoch ends the work and the answer of the old one."""
@@ -201,7 +206,7 @@ class Hosted:
             message = f"epoch {epoch} is over: epoch {self._epoch} has called; restart {name} if that one is gone"
             raise Failure(message, grpc.StatusCode.ABORTED)
         if epoch > self._epoch:
-            self.stop(f"epoch {epoch} has begun")
+            self._stop_works(f"epoch {epoch} has begun")
             self._epoch, self._latest = epoch, None
 
     def _work_of(self, request: pb.RunCycleRequest, context: Any, deadline: float) -> Work[pb.RunCycleResponse]:
@@ -258,6 +263,8 @@ class Hosted:
                 return answer(await status())
             thread = f"{self._subsystem.name}: status"
             return await self._status_threads.run(thread, lambda: answer(status()))
+        except Stopped:
+            raise
         except Exception as error:
             raise self._failure("status", error) from error
 
@@ -329,7 +336,9 @@ class Service:
             except Failure as failure:
                 code, message = failure.code, failure.message
             except Stopped as stopped:
-                code, message = grpc.StatusCode.CANCELLED, f"stopped: {stopped}"
+                is_late = context.time_remaining() == 0
+                code = grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
+                message = f"stopped: {stopped}"
             await context.abort(code, shortened(message, MAX_MESSAGE))
             raise AssertionError("abort raises")
 

@@ -242,7 +242,7 @@ class Fleet:
             for task in tasks:
                 task.cancel()
             for hosts in hosted.values():
-                hosts.stop("the process ends")
+                hosts.close()
             await server.stop(None)
             left = await threads.join(1.0) + await status_threads.join(0.0)
             if left:

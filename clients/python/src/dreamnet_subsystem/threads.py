@@ -7,10 +7,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from .cycle import Stopped
+
 T = TypeVar("T")
 
 
-class LeftBehind(Exception):
+class LeftBehind(Stopped):
     """The thread still runs, and is not waited for any longer."""
 
 
