@@ -44,6 +44,8 @@ use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus,
 
 /// An example: a folder of `examples`, and shell commands that are run in it.
 struct Example {
+    /// Its subsystem's name. Differs from the folder if that has another example.
+    name: &'static str,
     folder: &'static str,
     /// Succeeds if the language's tools are installed. Then the build has to succeed too.
     probe: &'static str,
@@ -55,12 +57,17 @@ struct Example {
 
 impl Example {
     const fn new(folder: &'static str, probe: &'static str, build: &'static str, start: &'static str) -> Self {
-        Self { folder, probe, build, start, built: OnceCell::const_new() }
+        Self { name: folder, folder, probe, build, start, built: OnceCell::const_new() }
+    }
+
+    const fn named(mut self, name: &'static str) -> Self {
+        self.name = name;
+        self
     }
 }
 
 #[rustfmt::skip]
-static EXAMPLES: [Example; 5] = [
+static EXAMPLES: [Example; 6] = [
     Example::new("python", "python3 --version", "python3 -m grpc_tools.protoc -I ../../proto --python_out=. \
                                                  --grpc_python_out=. ../../proto/dreamnet/*/v1/*.proto", "python3 \
                                                  subsystem.py"),
@@ -68,6 +75,9 @@ static EXAMPLES: [Example; 5] = [
     Example::new("java", "mvn --version", "mvn -B -q package", "java -jar target/forecast.jar"),
     Example::new("node", "npm --version", "npm ci --silent && npm run --silent build", "node dist/src/subsystem.js"),
     Example::new("rust", "cargo --version", "cargo build --quiet", "cargo run --quiet --"),
+    // With the kit, which is not installed here: its README says how to.
+    Example::new("python", "python3 --version", "python3 -c 'import grpc, google.protobuf'",
+                 "env PYTHONPATH=../../clients/python/src python3 kit.py").named("python-kit"),
 ];
 
 /// The index of the one in TypeScript.
@@ -81,7 +91,7 @@ async fn examples() -> &'static [&'static Example] {
         for example in &EXAMPLES {
             if example.build().await { &mut tested } else { &mut missing }.push(example);
         }
-        let names = |examples: &[&Example]| examples.iter().map(|it| it.folder).collect::<Vec<_>>().join(", ");
+        let names = |examples: &[&Example]| examples.iter().map(|it| it.name).collect::<Vec<_>>().join(", ");
         eprintln!("\nexamples that are tested: {}", names(&tested));
         if !missing.is_empty() {
             eprintln!("*** examples that are NOT TESTED: {} ***", names(&missing));
@@ -127,13 +137,13 @@ impl Example {
     async fn start(&self, args: &[&str]) -> Running {
         let mut shell = self.shell(&format!("exec {} \"$@\"", self.start));
         shell.args(args);
-        Running::start(shell, &format!("examples/{}", self.folder)).await
+        Running::start(shell, &format!("examples/{}", self.name)).await
     }
 
-    /// Starts it under the name of its folder, and lets it register itself after another subsystem.
+    /// Starts it, and lets it register itself after another subsystem.
     async fn join(&self, service: &Service, after: &str) -> Running {
         let orchestrator = service.address().to_string();
-        let flags = ["--listen", "127.0.0.1:0", "--name", self.folder, "--orchestrator", &orchestrator];
+        let flags = ["--listen", "127.0.0.1:0", "--name", self.name, "--orchestrator", &orchestrator];
         self.start(&[&flags[..], &["--after", after]].concat()).await
     }
 }
@@ -224,9 +234,9 @@ async fn outputs_flow_across_languages_and_the_others_continue_when_one_is_kille
     let mut before = "sensor";
     for example in examples().await {
         let running = example.join(&service, before).await;
-        until_registered(&mut client, example.folder, &running).await;
+        until_registered(&mut client, example.name, &running).await;
         chain.push((example, before, running));
-        before = example.folder;
+        before = example.name;
     }
 
     let cycle = recorded(&mut client).await;
@@ -236,15 +246,15 @@ async fn outputs_flow_across_languages_and_the_others_continue_when_one_is_kille
     // is 40, and the peak of the number plus one is 41.
     let mut expected = 40.0;
     for (example, before, _) in &chain {
-        let part = part(&cycle, example.folder);
+        let part = part(&cycle, example.name);
         // A subsystem with an input value has an output value, and reports no missing one.
         assert!(part.issues.iter().all(|issue| issue.code != "NO_VALUE"), "{part:?}");
         assert!(!part.metrics.is_empty(), "{part:?}");
         eprintln!("{before} gave {} to {}, which made {}", value(&cycle, before), part.name, value(&cycle, &part.name));
-        if example.folder == "node" {
+        if example.name == "node" {
             expected += 1.0;
         }
-        assert!((value(&cycle, example.folder) - expected).abs() < 1e-9, "{cycle:?}");
+        assert!((value(&cycle, example.name) - expected).abs() < 1e-9, "{cycle:?}");
     }
 
     for killed in 0..chain.len() {
@@ -259,28 +269,27 @@ async fn outputs_flow_across_languages_and_the_others_continue_when_one_is_kille
             loop {
                 let event = events.message().await.unwrap().unwrap().event.unwrap().event.unwrap();
                 let Event::Progress(progress) = event else { continue };
-                let is =
-                    |it: &pb::SubsystemProgress| it.name == example.folder && it.state() == SubsystemState::Running;
+                let is = |it: &pb::SubsystemProgress| it.name == example.name && it.state() == SubsystemState::Running;
                 if progress.updates.iter().any(is) {
                     break;
                 }
             }
         };
-        patiently(&format!("{} to be called", example.folder), until_called).await;
+        patiently(&format!("{} to be called", example.name), until_called).await;
         running.kill().await;
 
         let cycle = running_cycle.await.unwrap();
-        show_cycle(&service, &format!("a cycle in which {} was killed", example.folder), &cycle).await;
+        show_cycle(&service, &format!("a cycle in which {} was killed", example.name), &cycle).await;
         assert_eq!(cycle.state(), CycleState::Degraded, "{cycle:?}");
-        let failed = part(&cycle, example.folder);
+        let failed = part(&cycle, example.name);
         assert_eq!((failed.state(), failed.error_code.as_str()), (SubsystemState::Failed, "UNAVAILABLE"), "{failed:?}");
         for (other, ..) in &chain {
-            assert_eq!(part(&cycle, other.folder).state(), SubsystemState::Succeeded, "{cycle:?}");
+            assert_eq!(part(&cycle, other.name).state(), SubsystemState::Succeeded, "{cycle:?}");
         }
         assert_eq!(decode(client.history().await.unwrap().pop().unwrap()), cycle);
 
         let running = example.join(&service, before).await;
-        until_registered(&mut client, example.folder, &running).await;
+        until_registered(&mut client, example.name, &running).await;
         let cycle = recorded(&mut client).await;
         assert_eq!(cycle.state(), CycleState::Succeeded, "{cycle:?}");
         chain.insert(killed, (example, before, running));
@@ -288,21 +297,21 @@ async fn outputs_flow_across_languages_and_the_others_continue_when_one_is_kille
 
     // An orchestrator that has lost them receives a new registration when they renew their lease.
     for (example, ..) in &chain {
-        let request = pb::UnregisterSubsystemRequest { name: example.folder.into() };
+        let request = pb::UnregisterSubsystemRequest { name: example.name.into() };
         client.unregister_subsystem(request).await.unwrap();
     }
     for (example, _, running) in &chain {
-        until_registered(&mut client, example.folder, running).await;
+        until_registered(&mut client, example.name, running).await;
     }
 
     // On a request to stop, they leave the registry.
     for (example, _, mut running) in chain {
         running.signal(Signal::TERM);
-        patiently(&format!("{} to stop", example.folder), running.process.wait()).await.unwrap();
+        patiently(&format!("{} to stop", example.name), running.process.wait()).await.unwrap();
         let gone = |all: &[pb::SubsystemStatus]| {
-            all.iter().all(|it| it.registration.as_ref().is_some_and(|it| it.name != example.folder))
+            all.iter().all(|it| it.registration.as_ref().is_some_and(|it| it.name != example.name))
         };
-        assert!(gone(&client.subsystems().await.unwrap()), "{} is still registered", example.folder);
+        assert!(gone(&client.subsystems().await.unwrap()), "{} is still registered", example.name);
     }
 }
 
@@ -343,8 +352,8 @@ async fn each_passes_the_conformance_check() {
         // With `work_ms`, it works for longer than the checks wait before they give up a call.
         let given = ["--strict", "--param", "work_ms=200", "--input", r#"sensor={"value":3}"#];
         let arguments = [&["conformance", &endpoint, "--subsystem", "it"], &given[..]].concat();
-        let code = show(&format!("conformance of examples/{}", example.folder), &arguments).await;
-        assert_eq!(code, Some(0), "{}", example.folder);
+        let code = show(&format!("conformance of examples/{}", example.name), &arguments).await;
+        assert_eq!(code, Some(0), "{}", example.name);
     }
 }
 
@@ -352,13 +361,13 @@ async fn each_passes_the_conformance_check() {
 #[ignore = "needs Python with grpcio-tools, Go, Maven and npm; .ci/run runs it"]
 async fn each_keeps_the_contract() {
     // The example in TypeScript needs no initialization and has no `work_ms`: its rules are in `examples/node/test`.
-    for example in examples().await.iter().filter(|example| example.folder != "node") {
+    for example in examples().await.iter().filter(|example| example.name != "node") {
         let running = example.start(&["--listen", "127.0.0.1:0", "--name", "it"]).await;
         let channel = Channel::from_shared(running.endpoint()).unwrap().connect().await.unwrap();
         let mut client = SubsystemClient::new(channel.clone());
         let none = json!({});
         let long = json!({ "work_ms": 3_600_000 });
-        let name = example.folder;
+        let name = example.name;
 
         let health = HealthClient::new(channel).check(HealthCheckRequest::default()).await.unwrap().into_inner();
         assert_eq!(health.status(), ServingStatus::Serving, "{name}");
@@ -431,7 +440,7 @@ async fn each_stops_although_a_client_stays_connected() {
         gone.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
         gone.read_exact(&mut [0; 9]).await.unwrap();
         running.signal(Signal::TERM);
-        patiently(&format!("{} to stop", example.folder), running.process.wait()).await.unwrap();
+        patiently(&format!("{} to stop", example.name), running.process.wait()).await.unwrap();
     }
 }
 
@@ -572,7 +581,7 @@ async fn each_registers_with_its_certificate_and_accepts_only_the_orchestrator()
     };
     certs(&["init"]).await;
     for example in examples {
-        certs(&["issue", "subsystem", example.folder, "--host", "localhost"]).await;
+        certs(&["issue", "subsystem", example.name, "--host", "localhost"]).await;
     }
     let credentials = |name: &str| Credentials(pki.join(name));
     let home = home.in_memory().with_args(["--secure".to_owned(), pki.display().to_string()]);
@@ -582,13 +591,13 @@ async fn each_registers_with_its_certificate_and_accepts_only_the_orchestrator()
     let orchestrator = format!("localhost:{}", service.address().port());
     let mut running = Vec::new();
     for example in examples {
-        let own = credentials(example.folder).argument();
-        let flags = ["--listen", "127.0.0.1:0", "--name", example.folder, "--orchestrator", &orchestrator];
+        let own = credentials(example.name).argument();
+        let flags = ["--listen", "127.0.0.1:0", "--name", example.name, "--orchestrator", &orchestrator];
         let started = example.start(&[&flags[..], &["--credentials", &own, "--reads", "node"]].concat()).await;
         running.push((example, started));
     }
     for (example, started) in &running {
-        let (name, endpoint) = (example.folder, format!("https://{}", started.address));
+        let (name, endpoint) = (example.name, format!("https://{}", started.address));
         let owner = format!("cert:spiffe://fleet/subsystem/{name}");
         let is = |it: &pb::SubsystemStatus| {
             it.owner == owner && it.registration.as_ref().is_some_and(|it| it.name == name && it.endpoint == endpoint)
@@ -598,8 +607,8 @@ async fn each_registers_with_its_certificate_and_accepts_only_the_orchestrator()
     assert_eq!(recorded(&mut client).await.state(), CycleState::Succeeded);
 
     for (example, started) in &running {
-        let name = example.folder;
-        let others = examples.iter().map(|it| it.folder).filter(|other| *other != name).chain(["admin"]);
+        let name = example.name;
+        let others = examples.iter().map(|it| it.name).filter(|other| *other != name).chain(["admin"]);
         for (who, tls) in others
             .map(|other| (other, credentials(other).tls()))
             .chain([(NOBODY, credentials("core").without_certificate())])
@@ -621,7 +630,7 @@ async fn each_registers_with_its_certificate_and_accepts_only_the_orchestrator()
 
     for (example, mut started) in running {
         started.signal(Signal::TERM);
-        patiently(&format!("{} to stop", example.folder), started.process.wait()).await.unwrap();
+        patiently(&format!("{} to stop", example.name), started.process.wait()).await.unwrap();
     }
     assert!(client.subsystems().await.unwrap().is_empty());
 }

@@ -1,6 +1,7 @@
 """A caller of subsystems, as an orchestrator is one, for the tests."""
 
 import asyncio
+import logging
 import operator
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,6 +14,9 @@ from dreamnet_subsystem.calls import SERVICE
 from dreamnet_subsystem.contract import subsystem_pb2 as pb
 from dreamnet_subsystem.credentials import Address, Credentials
 from dreamnet_subsystem.objects import from_struct, to_struct
+
+# In its debug mode, which unittest switches on, it reports every step that takes long.
+logging.getLogger("asyncio").setLevel(logging.ERROR)
 
 PATIENCE = 20.0  # Seconds, for what should be there at once.
 

@@ -28,14 +28,15 @@ class Address:
     """With its scheme: `http://HOST:PORT`, `https://HOST:PORT` or `unix:/PATH`."""
 
     @classmethod
-    def parse(cls, option: str, given: object) -> "Address":
+    def parse(cls, option: str, given: object, scheme: str = "http") -> "Address":
+        """Reads it. HOST:PORT gets this scheme. Raises OptionError."""
         forms = "give http://HOST:PORT, https://HOST:PORT or unix:/PATH"
         if isinstance(given, str):
             if re.fullmatch(r"unix:/\S+", given):
                 return cls(given)
             if match := re.fullmatch(r"(?:(https?)://)?([^\s/@?#]+?|\[[0-9A-Fa-f:.]+\]):(\d{1,5})/?", given):
                 if int(match[3]) <= 65535 and (":" not in match[2] or match[2].startswith("[")):
-                    return cls(f"{match[1] or 'http'}://{match[2]}:{match[3]}")
+                    return cls(f"{match[1] or scheme}://{match[2]}:{match[3]}")
         raise OptionError(f"{option} is {given!r}; {forms}")
 
     @property

@@ -82,11 +82,12 @@ class Fleet:
         threads: the most functions that run at a time, of those that are not `async def`: 1 to 1,024.
         """
         refuse_unknown("Fleet", unknown, FLEET_OPTIONS)
-        given = os.environ.get("ORCHESTRATOR_ADDRESS") if orchestrator is None else orchestrator
-        self._orchestrator = Address.parse("orchestrator", given) if given else None
         path = os.environ.get("ORCHESTRATOR_CREDENTIALS") if credentials is None else os.fspath(credentials)
         ca_file = os.environ.get("ORCHESTRATOR_CA_FILE")
         self._credentials = Credentials(Path(path) if path else None, Path(ca_file) if ca_file else None)
+        given = os.environ.get("ORCHESTRATOR_ADDRESS") if orchestrator is None else orchestrator
+        scheme = "https" if self._credentials.has_certificate else "http"
+        self._orchestrator = Address.parse("orchestrator", given, scheme) if given else None
         self._credentials.check(self._orchestrator)
         self._listen = Address.parse("listen", listen)
         self._endpoint = Address.parse("endpoint", endpoint).url if endpoint is not None else None
@@ -255,17 +256,18 @@ class Fleet:
         """Ends the registrations. Returns why they were refused, if they were."""
         for task in keeping:
             task.cancel()
+        refused: Refused | None = None
         for ended in await asyncio.gather(*keeping, return_exceptions=True):
             if isinstance(ended, Refused):
-                return ended
-            if isinstance(ended, Exception):
+                refused = ended
+            elif isinstance(ended, Exception):
                 raise ended
         if registrar and self._unregister:
             try:
                 await asyncio.wait_for(registrar.unregister(), UNREGISTER)
             except asyncio.TimeoutError:
                 log.warning("not unregistered within %g s, so the lease has to run out", UNREGISTER)
-        return None
+        return refused
 
     async def _drain(self, hosted: Mapping[str, Hosted], cut_off: "asyncio.Task[Any]") -> None:
         """Waits until running calls have ended, for the grace period at most."""
