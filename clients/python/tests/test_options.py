@@ -95,6 +95,7 @@ class Options(unittest.TestCase):
                 ({"listen": "http://127.0.0.1:1"}, "give HOST:PORT or unix:/PATH, without a scheme"),
                 ({"listen": "0.0.0.0:0", "orchestrator": "http://a:1"}, "give endpoint='http://HOST:PORT' as well"),
                 ({"lease": "500ms"}, "lease is '500ms'; give 1 s to 24 h"),
+                ({"unregister": "no"}, "unregister is 'no'; give True or False"),
                 ({"threads": 0}, "threads is 0; give a whole number from 1 to 1024"),
                 ({"credentials": "/nowhere"}, "credentials: /nowhere does not exist; give a directory with cert.pem"),
                 ({"credentials": directory}, "key.pem can't be read: No such file"),

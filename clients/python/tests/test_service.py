@@ -6,6 +6,7 @@ import os
 import pathlib
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -230,11 +231,24 @@ class WithService(unittest.IsolatedAsyncioTestCase):
             # Without TLS, and so without a certificate.
             self.assertEqual((await refused(caller.run_cycle(1)))[0], "UNAVAILABLE")
             # A renewed certificate is used by the next connections.
+            before = await asyncio.to_thread(self.certificate_of, caller.target, pki)
             renewed = ["certs", "--dir", str(pki), "renew", "--within", "400d"]
             made = await asyncio.to_thread(subprocess.run, [PROGRAM, *renewed], capture_output=True, text=True)
             self.assertEqual(made.returncode, 0, made.stderr)
+            self.assertNotEqual(await asyncio.to_thread(self.certificate_of, caller.target, pki), before)
             self.assertEqual((await self.run_cycle())[0], "SUCCEEDED")
         self.assertEqual(await self.registered(), {})
+
+    @staticmethod
+    def certificate_of(target: str, pki: pathlib.Path) -> bytes | None:
+        """What a server shows to the orchestrator on a new connection."""
+        host, _, port = target.rpartition(":")
+        tls = ssl.create_default_context(cafile=str(pki / "ca.pem"))
+        tls.load_cert_chain(pki / "core" / "cert.pem", pki / "core" / "key.pem")
+        tls.set_alpn_protocols(["h2"])
+        with socket.create_connection((host, int(port)), PATIENCE) as plain:
+            with tls.wrap_socket(plain, server_hostname=host) as connection:
+                return connection.getpeercert(binary_form=True)
 
     async def test_a_program_ends_with_one_line_or_with_success(self) -> None:
         self.start()

@@ -24,6 +24,7 @@ from .options import (
     Limits,
     OptionError,
     Retry,
+    flag,
     refuse_unknown,
     registration,
     seconds,
@@ -94,7 +95,7 @@ class Fleet:
         self._caller = text("caller", caller) if self._credentials.has_certificate else None
         self._lease = seconds(1, 86400)("lease", lease)
         self._grace = seconds(0, 3600)("grace", grace)
-        self._unregister = unregister
+        self._unregister = flag("unregister", unregister)
         self._threads = whole(1, 1024)("threads", threads)
         self._subsystems: dict[str, Subsystem] = {}
         self._stop: Callable[[], object] | None = None

@@ -95,7 +95,8 @@ def _names(option: str, given: Any) -> list[str]:
     return [name(option, item) for item in given]
 
 
-def _flag(option: str, given: Any) -> bool:
+def flag(option: str, given: Any) -> bool:
+    """True or False."""
     if not isinstance(given, bool):
         raise OptionError(f"{option} is {given!r}; give True or False")
     return given
@@ -200,9 +201,9 @@ OPTIONS: Mapping[str, Parser] = {
     "reads": _names,
     "phase": whole(-1_000_000, 1_000_000),
     "timeout": _duration(MILLISECOND, DAY),
-    "critical": _flag,
+    "critical": flag,
     "parameters": _parameters,
-    "record_output": _flag,
+    "record_output": flag,
     "retry": _table(
         pb.RetryPolicy,
         {
@@ -215,7 +216,7 @@ OPTIONS: Mapping[str, Parser] = {
     ),
     "breaker": _table(
         pb.BreakerPolicy,
-        {"failure_threshold": whole(1, 1000), "open_for": _duration(MILLISECOND, DAY), "disabled": _flag},
+        {"failure_threshold": whole(1, 1000), "open_for": _duration(MILLISECOND, DAY), "disabled": flag},
     ),
     "limits": _table(
         pb.Limits,
