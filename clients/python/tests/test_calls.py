@@ -5,12 +5,13 @@ import threading
 import unittest
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 from dreamnet_subsystem import Cycle, Failure, Fleet, Freshness, Severity, Stopped, Unavailable
 from dreamnet_subsystem.contract import subsystem_pb2 as pb
 from dreamnet_subsystem.objects import from_struct, to_struct
 
-from .calling import PATIENCE, refused, serving
+from .calling import PATIENCE, Caller, refused, serving
 
 
 class Gate:
@@ -19,15 +20,37 @@ class Gate:
     def __init__(self) -> None:
         self.begun = 0
         self.has_begun = threading.Semaphore(0)
+        self.has_stopped = threading.Semaphore(0)
+        self.reason = ""
         self.open = threading.Event()
 
     def run_cycle(self, cycle: Cycle) -> dict[str, Any]:
         self.begun += 1
         mine = self.begun
         self.has_begun.release()
-        while not self.open.is_set():
-            cycle.sleep(0.01)
+        try:
+            while not self.open.is_set():
+                cycle.sleep(0.01)
+        except Stopped as stopped:
+            self.stopped(str(stopped))
+            raise
         return {"begun": mine}
+
+    async def async_run_cycle(self, _: Cycle) -> dict[str, Any]:
+        self.begun += 1
+        mine = self.begun
+        self.has_begun.release()
+        try:
+            await asyncio.to_thread(self.open.wait)
+        except asyncio.CancelledError:
+            self.stopped("cancelled")
+            self.open.set()
+            raise
+        return {"begun": mine}
+
+    def stopped(self, reason: str) -> None:
+        self.reason = reason
+        self.has_stopped.release()
 
     async def until_begun(self) -> None:
         await asyncio.to_thread(self.has_begun.acquire, timeout=PATIENCE)
@@ -91,16 +114,33 @@ class Calls(unittest.IsolatedAsyncioTestCase):
 
     async def test_a_call_after_one_that_was_cut_off_finds_its_work(self) -> None:
         gate = Gate()
-        async with serving(fleet_of(gate.run_cycle)) as (caller, _):
-            call = caller.run_cycle(1)
-            first = asyncio.ensure_future(refused(call))
-            await gate.until_begun()
-            call.cancel()
-            with self.assertRaises(asyncio.CancelledError):
-                await first
-            again = asyncio.ensure_future(caller.output(1))
-            gate.open.set()
-            self.assertEqual(await again, {"begun": 1})
+        for work in (gate.run_cycle, gate.async_run_cycle):
+            gate.open.clear()
+            begun = gate.begun + 1
+            async with serving(fleet_of(work, status=dict)) as (caller, _):
+                await self.cut_off(caller, gate)
+                again = asyncio.ensure_future(caller.output(1))
+                await caller.status()  # It has come over the same connection, after that call.
+                gate.open.set()
+                self.assertEqual(await again, {"begun": begun})
+
+    async def test_work_whose_callers_have_gone_is_stopped(self) -> None:
+        for is_async in (False, True):
+            gate = Gate()
+            with mock.patch("dreamnet_subsystem.calls.ABANDONED", 0.01):
+                async with serving(fleet_of(gate.async_run_cycle if is_async else gate.run_cycle)) as (caller, _):
+                    await self.cut_off(caller, gate)
+                    await asyncio.to_thread(gate.has_stopped.acquire, timeout=PATIENCE)
+                    self.assertIn(gate.reason, ("its callers have gone", "cancelled"))
+
+    async def cut_off(self, caller: Caller, gate: Gate) -> None:
+        """Cancels a call whose work has begun."""
+        call = caller.run_cycle(1)
+        first = asyncio.ensure_future(refused(call))
+        await gate.until_begun()
+        call.cancel()
+        with self.assertRaises(asyncio.CancelledError):
+            await first
 
     async def test_late_work_is_stopped_and_a_call_with_time_left_does_it_again(self) -> None:
         gate = Gate()
@@ -174,6 +214,9 @@ class Calls(unittest.IsolatedAsyncioTestCase):
         def exit_process() -> Any:
             raise SystemExit(3)
 
+        def cancelled() -> Any:
+            raise asyncio.CancelledError
+
         def wrong_number() -> Any:
             return {"prices": [1, float("nan")]}
 
@@ -199,6 +242,7 @@ class Calls(unittest.IsolatedAsyncioTestCase):
             (unavailable, "UNAVAILABLE", "busy", False),
             (stop_iteration, "INTERNAL", "StopIteration", True),
             (exit_process, "INTERNAL", "SystemExit: 3", True),
+            (cancelled, "INTERNAL", "a task that it waited for was cancelled", False),
             (wrong_number, "INTERNAL", "ValueError: output.prices[1] is nan", True),
             (inexact, "INTERNAL", "ValueError: output.id is 9007199254740993, beyond 2^53", True),
             (not_an_object, "INTERNAL", "TypeError: it returned list as its output; return a dict or None", True),
@@ -245,24 +289,33 @@ class Calls(unittest.IsolatedAsyncioTestCase):
 
     async def test_functions_of_one_subsystem_never_overlap(self) -> None:
         running, most = 0, 0
+        begun, end = asyncio.Event(), asyncio.Event()
 
-        async def work(_: Cycle) -> None:
+        async def work(_: object) -> None:
             nonlocal running, most
             running += 1
             most = max(most, running)
-            await asyncio.sleep(0)
+            begun.set()
+            await end.wait()
             running -= 1
 
-        async def initialize(_: dict[str, Any]) -> None:
-            await work(Cycle())
-
-        async with serving(fleet_of(work, initialize=initialize)) as (caller, _):
+        async with serving(fleet_of(work, initialize=work, status=dict)) as (caller, _):
+            end.set()
             await caller.initialize()
-            await asyncio.gather(
-                *(caller.initialize() for _ in range(5)),
-                *(refused(caller.run_cycle(number)) for number in range(1, 3)),
-                return_exceptions=True,
-            )
+            pairs: list[tuple[Callable[[], Any], Callable[[], Any]]] = [
+                (lambda: caller.run_cycle(1), caller.initialize),
+                (caller.initialize, lambda: caller.run_cycle(2)),
+                (caller.initialize, caller.initialize),
+            ]
+            for first, second in pairs:
+                begun.clear()
+                end.clear()
+                calls = [asyncio.ensure_future(first())]
+                await begun.wait()
+                calls.append(asyncio.ensure_future(second()))
+                await caller.status()  # It has come over the same connection, after both.
+                end.set()
+                await asyncio.gather(*calls, return_exceptions=True)
         self.assertEqual(most, 1)
 
     async def test_a_subsystem_without_status_has_none(self) -> None:
