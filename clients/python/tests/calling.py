@@ -21,6 +21,9 @@ logging.getLogger("asyncio").setLevel(logging.ERROR)
 PATIENCE = 20.0  # Seconds, for what should be there at once.
 
 
+LARGE = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+
+
 class Caller:
     """Calls the subsystem `it` over one connection."""
 
@@ -30,7 +33,7 @@ class Caller:
         if credentials:
             self.channel: Any = credentials.connect(Address(endpoint))
         else:
-            self.channel = grpc.aio.insecure_channel(self.target, options=[("grpc.max_send_message_length", -1)])
+            self.channel = grpc.aio.insecure_channel(self.target, options=LARGE)
 
     def call(self, rpc: str, request: Any, answer: type[Any], **options: Any) -> Any:
         method = self.channel.unary_unary(

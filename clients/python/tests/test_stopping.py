@@ -37,6 +37,21 @@ class Stopping(unittest.IsolatedAsyncioTestCase):
             self.assertEqual(await repeated, {"begun": 1})
             await asyncio.wait_for(task, PATIENCE)
 
+    async def test_the_last_answer_arrives_whole(self) -> None:
+        gate = Gate()
+
+        def work(cycle: Cycle) -> dict[str, Any]:
+            gate.run_cycle(cycle)
+            return {"text": "x" * (32 << 20)}
+
+        fleet = fleet_of(work)
+        async with serving(fleet) as (caller, _):
+            running = asyncio.ensure_future(caller.output(1))
+            await gate.until_begun()
+            fleet.stop()
+            gate.open.set()
+            self.assertEqual(len((await running)["text"]), 32 << 20)
+
     async def test_work_beyond_the_grace_period_is_stopped(self) -> None:
         for work in (Gate().run_cycle, self._forever):
             fleet = fleet_of(work, fleet={"grace": "50ms"})

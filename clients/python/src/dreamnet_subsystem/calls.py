@@ -312,6 +312,13 @@ class Service:
     def __init__(self, hosted: Mapping[str, Hosted], caller: str | None) -> None:
         self._hosted = hosted
         self._caller = caller  # The URI in the certificate of the only caller that is accepted. None without TLS.
+        self._open = 0  # Calls whose answer is not sent yet.
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def until_answered(self) -> None:
+        """Waits until the answers of all calls are sent."""
+        await self._idle.wait()
 
     def handler(self) -> Any:
         rpcs: dict[str, tuple[type[Any], Method]] = {
@@ -331,6 +338,9 @@ class Service:
 
     def _answering(self, method: Method) -> Callable[[Any, Any], Awaitable[Message]]:
         async def answer(request: Any, context: Any) -> Message:
+            self._open += 1
+            self._idle.clear()
+            context.add_done_callback(self._closed)
             try:
                 return await method(self._called(request.subsystem, context), request, context)
             except Failure as failure:
@@ -343,6 +353,11 @@ class Service:
             raise AssertionError("abort raises")
 
         return answer
+
+    def _closed(self, _: Any) -> None:
+        self._open -= 1
+        if not self._open:
+            self._idle.set()
 
     def _called(self, name: str, context: Any) -> Hosted:
         # The authority has signed the certificates of other subsystems as well.

@@ -92,7 +92,8 @@ class Credentials:
             self._token()
             if not orchestrator.is_tls and not orchestrator.is_local:
                 raise OptionError(
-                    f"credentials: the token would be sent in clear to {orchestrator.url}; give an address with https://"
+                    f"credentials: the token would be sent in clear to {orchestrator.url}; "
+                    "give an address with https://"
                 )
 
     def serving(self) -> grpc.ServerCredentials:

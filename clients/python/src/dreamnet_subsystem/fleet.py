@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -39,6 +40,7 @@ log = logging.getLogger("dreamnet_subsystem")
 STATUS_THREADS = 4  # They are apart, so that a status is answered while all other threads work.
 CALLS_OF_EACH = 8  # Concurrent calls for each subsystem: a cycle, its repeats, snapshots, and health checks.
 LEAST_CALLS = 64
+LAST_ANSWERS = 5.0  # Seconds to send the answers of the last work. A dead peer never takes them.
 UNREGISTER = 5.0  # Seconds for the orchestrator to remove the registrations at the end.
 
 F = TypeVar("F", bound=Callable[[Cycle], Any])
@@ -221,7 +223,8 @@ class Fleet:
         health = Health(SERVICE)
         most = max(LEAST_CALLS, CALLS_OF_EACH * len(hosted))
         server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=most)
-        server.add_generic_rpc_handlers((Service(hosted, self._caller).handler(), health.handler()))
+        service = Service(hosted, self._caller)
+        server.add_generic_rpc_handlers((service.handler(), health.handler()))
         endpoint = self._bind(server)
         await server.start()
         log.info("serving %s at %s", ", ".join(hosted), endpoint)
@@ -239,7 +242,10 @@ class Fleet:
             health.stop()
             tasks += [asyncio.create_task(cut_off.wait())]
             refused = await self._leave(registrar, tasks[1:-1])
-            await self._drain(hosted, tasks[-1])
+            if await self._drain(hosted, tasks[-1]):
+                with suppress(asyncio.TimeoutError):  # gRPC closes connections without waiting for large answers.
+                    await asyncio.wait_for(service.until_answered(), LAST_ANSWERS)
+                await server.stop(LAST_ANSWERS)
         finally:
             for task in tasks:
                 task.cancel()
@@ -270,14 +276,16 @@ class Fleet:
                 log.warning("not unregistered within %g s, so the lease has to run out", UNREGISTER)
         return refused
 
-    async def _drain(self, hosted: Mapping[str, Hosted], cut_off: "asyncio.Task[Any]") -> None:
-        """Waits until running calls have ended, for the grace period at most."""
+    async def _drain(self, hosted: Mapping[str, Hosted], cut_off: "asyncio.Task[Any]") -> bool:
+        """Waits until running work has ended, for the grace period at most. True if it has."""
         drained = asyncio.gather(*(it.drain() for it in hosted.values()))
         await asyncio.wait([drained, cut_off], timeout=self._grace, return_when=asyncio.FIRST_COMPLETED)
-        if not drained.done():
+        is_drained = drained.done()
+        if not is_drained:
             drained.cancel()
             log.warning("running calls are cut off")
         await asyncio.gather(drained, return_exceptions=True)
+        return is_drained
 
     def _bind(self, server: grpc.aio.Server) -> str:
         """Listens, and returns the endpoint for registrations."""
