@@ -13,6 +13,7 @@ use common::{
     patiently,
     service::Home,
     terminal::Terminal,
+    tokens::{write_private, write_tokens},
 };
 use orchestrator_core::proto::subsystem::v1 as pbs;
 use rustix::process::{Pid, Signal, kill_process};
@@ -148,6 +149,30 @@ async fn the_mode_of_access_control_and_an_insecure_service_are_shown() {
     let mut top = Top::start(stage.service.address(), 120, 24);
     top.terminal.until_shown("access dry_run nobody").await;
     top.terminal.until_shown("INSECURE: other machines may need no right: access.mode is not enforce").await;
+    top.terminal.press("q");
+    assert_eq!(top.ended().await, 0);
+}
+
+#[tokio::test]
+async fn a_viewer_opens_a_subsystem_without_its_output() {
+    let home = Home::new();
+    let (tokens, credentials) = (home.path("tokens.toml"), home.path("wall.token"));
+    let (_, token) = write_tokens(&tokens, &["wall"]).remove("wall").unwrap();
+    write_private(&credentials, &token);
+    let home = home.with_config(&format!(
+        "[access]\nmode = \"enforce\"\ntokens_file = {tokens:?}\n\
+         [[access.grants]]\nwho = [\"token:wall\"]\nrole = \"viewer\"\nsubsystems = [\"*\"]\n\
+         [[subsystems]]\nname = \"alpha\"\nendpoint = \"http://127.0.0.1:9\"\n"
+    ));
+    let service = home.serve().await;
+    let terminal = Terminal::new(100, 40);
+    let mut command = command(service.address());
+    terminal.connect(command.env("ORCHESTRATOR_CREDENTIALS", &credentials));
+    let mut top = Top { child: command.spawn().unwrap(), terminal };
+    top.row("alpha", &["ABSENT"]).await;
+    top.terminal.press("\r");
+    top.terminal.until_shown("http://127.0.0.1:9").await;
+    top.terminal.until_shown("  connected").await;
     top.terminal.press("q");
     assert_eq!(top.ended().await, 0);
 }

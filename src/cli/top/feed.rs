@@ -8,7 +8,7 @@ use tokio::{
     task::JoinSet,
     time::{Instant, sleep, timeout},
 };
-use tonic::Code;
+use tonic::{Code, Status};
 
 use super::{
     super::{
@@ -299,19 +299,28 @@ impl Asker {
         self.remote.quickly(call).await
     }
 
-    /// A subsystem with its latest output, or why it can't be shown.
+    /// A subsystem, with its latest output if the caller may see that; or why it can't be shown.
     async fn subsystem(&mut self, name: &str) -> Result<Result<Box<pb::SubsystemStatus>, String>, Failure> {
-        let request = pb::GetSubsystemRequest { name: name.to_owned(), include_output: true, include_snapshot: false };
+        let request =
+            |include_output| pb::GetSubsystemRequest { name: name.to_owned(), include_output, include_snapshot: false };
+        let is_denied = |status: &Status| status.code() == Code::PermissionDenied;
         let call = async {
-            match self.client.get_subsystem(request).await {
-                Ok(response) => Ok(response.into_inner().subsystem),
-                Err(status) if status.code() == Code::NotFound => Ok(None),
+            let mut response = self.client.get_subsystem(request(true)).await;
+            if response.as_ref().is_err_and(is_denied) {
+                response = self.client.get_subsystem(request(false)).await;
+            }
+            match response {
+                Ok(response) => {
+                    Ok(response.into_inner().subsystem.ok_or_else(|| "it is not in the response".to_owned()))
+                }
+                Err(status) if status.code() == Code::NotFound => Ok(Err("it is no longer registered".to_owned())),
+                Err(status) if is_denied(&status) => Ok(Err(clean(status.message()))),
                 Err(status) => Err(status),
             }
         };
         let subsystem = self.remote.quickly(call).await?;
         self.bytes += subsystem.as_ref().map_or(0, Message::encoded_len);
-        Ok(subsystem.map(Box::new).ok_or_else(|| "it is no longer registered".to_owned()))
+        Ok(subsystem.map(Box::new))
     }
 }
 
