@@ -118,6 +118,33 @@ fn every_alert_is_tested_and_says_what_to_do() {
 }
 
 #[test]
+fn every_alert_links_to_its_runbook() {
+    let (page, alerts) = ("docs/operations.md", read("alerts.yml"));
+    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(page)).unwrap();
+    let (_, runbooks) = text.split_once("\n## Alerts\n").unwrap();
+    let sections: Vec<_> = runbooks.split("\n### ").skip(1).filter_map(|section| section.split_once('\n')).collect();
+    let (_, rules) = alerts.split_once("rules:").unwrap();
+    let names: Vec<_> = rules.split("- alert: ").skip(1).filter_map(|rule| rule.split_once('\n')).collect();
+    assert!(!names.is_empty());
+    for (name, rule) in &names {
+        let link = format!("runbook_url: {page}#{}", name.to_lowercase());
+        assert!(rule.lines().any(|line| line.trim() == link), "{name} lacks {link}");
+        let (_, section) = sections.iter().find(|(heading, _)| heading == name).unwrap_or_else(|| {
+            panic!("{page} has no section on {name}");
+        });
+        for part in ["**Meaning.**", "**First look.**", "**Remedy.**", "**Harmless**"] {
+            assert!(section.contains(part), "the runbook of {name} lacks {part}");
+        }
+    }
+    for (heading, _) in sections {
+        assert!(
+            names.iter().any(|(name, _)| *name == heading),
+            "{page} has a runbook for {heading}, which is no alert"
+        );
+    }
+}
+
+#[test]
 fn grafana_can_show_the_dashboard() {
     let dashboard = dashboard();
     let mut ids = BTreeSet::new();
