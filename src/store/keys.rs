@@ -133,7 +133,7 @@ pub fn published(url: &StoreUrl) -> Option<String> {
 
 /// Keeps this checkpoint, which the store does not go on from, in a file of another name beside the database: with the
 /// suffix `.checkpoint.lost`, and later ones with `.checkpoint.lost.2` and so on. The first one and the newest
-/// [`KEPT_LOST`] are kept. Waits for the disk.
+/// eight are kept. Waits for the disk.
 ///
 /// # Errors
 /// It can't be written.
@@ -274,7 +274,9 @@ mod tests {
             [keep(1), keep(1), keep(2)],
             ["o.db.checkpoint.lost", "o.db.checkpoint.lost", "o.db.checkpoint.lost.2"]
         );
-        (3..=12).for_each(|checkpoint| drop(keep(checkpoint)));
+        for checkpoint in 3..=12 {
+            keep(checkpoint);
+        }
         assert_eq!(keep(12), "o.db.checkpoint.lost.12", "it is the newest one already");
         let read = |path: PathBuf| fs::read_to_string(path).unwrap().parse::<u64>().unwrap();
         let mut kept: Vec<_> = fs::read_dir(directory.path()).unwrap().map(|file| read(file.unwrap().path())).collect();

@@ -65,13 +65,15 @@ impl Counts {
         };
         for revision in &write.removal.revisions {
             let state = removed("SELECT state FROM cycles WHERE revision = ?1", revision.0)?;
-            let state = CycleState::ALL.into_iter().find(|known| Some(state_number(*known)) == state);
-            state.map(of_state).into_iter().for_each(|index| self.0[index] = self.0[index].saturating_sub(1));
+            if let Some(state) = CycleState::ALL.into_iter().find(|known| Some(state_number(*known)) == state) {
+                self.0[of_state(state)] = self.0[of_state(state)].saturating_sub(1);
+            }
         }
         for leaf in &write.removal.events {
             let kind = removed("SELECT kind FROM audit WHERE leaf = ?1", *leaf)?;
-            let kind = EventKind::ALL.into_iter().find(|known| Some(kind_number(*known)) == kind);
-            kind.map(of_kind).into_iter().for_each(|index| self.0[index] = self.0[index].saturating_sub(1));
+            if let Some(kind) = EventKind::ALL.into_iter().find(|known| Some(kind_number(*known)) == kind) {
+                self.0[of_kind(kind)] = self.0[of_kind(kind)].saturating_sub(1);
+            }
         }
         Ok(self)
     }
