@@ -265,6 +265,27 @@ async fn retention_by_age_removes_old_records() {
 }
 
 #[tokio::test]
+async fn a_record_that_is_not_what_its_columns_say_stays_and_others_are_removed() {
+    let mut stage = Stage::at(Home::new().with_args(["--set", "store.retention.max_cycles=5"])).await;
+    for _ in 0..4 {
+        stage.client.run().await.unwrap();
+    }
+    let Stage { home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    let database = rusqlite::Connection::open(home.path("o.db")).unwrap();
+    database.execute("UPDATE cycles SET finished_at = 'once' WHERE cycle_id = 2", []).unwrap();
+    let service = home.serve().await;
+    let mut client = service.client().await;
+    for _ in 0..70 {
+        client.run().await.unwrap();
+    }
+    home.logged("retention keeps what it can't verify: the record of cycle 2, revision 2,", 1).await;
+    let mut query = database.prepare("SELECT revision FROM cycles WHERE revision < 60").unwrap();
+    let kept: Vec<i64> = query.query_map([], |row| row.get(0)).unwrap().collect::<Result<_, _>>().unwrap();
+    assert_eq!(kept, [2]);
+}
+
+#[tokio::test]
 async fn a_clock_that_is_far_ahead_of_the_last_cycle_removes_nothing_at_once() {
     let mut stage = grown_older("true").await;
     let doubted = "the clock is ahead of the last cycle";

@@ -67,32 +67,44 @@ impl Shared {
 
     /// Removes all records over the number, and then one batch of records over the age, however many there are: the
     /// clock may be wrong without a sign, and an operator may notice. Returns the number of records that were too old.
+    ///
+    /// # Errors
+    /// The store failed; or all others were removed, but one stays, since it is not what the store says about it.
     async fn look(&self, doubt: &mut Doubt) -> Result<usize, StoreError> {
         let now = self.clock.now();
         let retention = self.settings().retention.clone();
         let by_number = without_ages(&retention);
-        while self.remove(by_number.clone(), now, BATCH).await? > 0 {}
+        let mut damaged = None;
+        while self.remove(by_number.clone(), now, BATCH, &mut damaged).await? > 0 {}
         let mut removed_for_age = 0;
         if let Some(shortest) = shortest_age(&retention)
             && !doubt.doubts(now, shortest)
         {
             while removed_for_age < BATCH {
-                match self.remove(retention.clone(), now, BATCH - removed_for_age).await? {
+                match self.remove(retention.clone(), now, BATCH - removed_for_age, &mut damaged).await? {
                     0 => break,
                     removed => removed_for_age += removed,
                 }
             }
         }
-        Ok(removed_for_age)
+        damaged.map_or(Ok(removed_for_age), Err)
     }
 
     /// Removes at most this number of records and events over these limits, and returns how many: none any more once
-    /// the process drains, since nothing may follow its last write.
+    /// the process drains, since nothing may follow its last write. The first one that stays because it is not what the
+    /// store says about it is put into `damaged`.
     ///
     /// What is removed is in the published checkpoint. So the next process can compare its log with that: the hashes of
     /// a checkpoint go only with entries that follow it.
-    async fn remove(&self, retention: Retention, now: Timestamp, limit: usize) -> Result<usize, StoreError> {
-        let excess = self.store.excess(retention, now, limit).await?;
+    async fn remove(
+        &self,
+        retention: Retention,
+        now: Timestamp,
+        limit: usize,
+        damaged: &mut Option<StoreError>,
+    ) -> Result<usize, StoreError> {
+        let mut excess = self.store.excess(retention, now, limit).await?;
+        *damaged = damaged.take().or(excess.damaged.take());
         if excess.end() > self.checkpoints.newest().size {
             // Without a newer one, the rest is removed later.
             let _ = self.published(excess.end()).await;
@@ -122,7 +134,7 @@ impl Shared {
 }
 
 /// The removal of these records and events, with its entry in the log.
-fn removal(Excess { records, events, first_kept }: Excess) -> Removal {
+fn removal(Excess { records, events, first_kept, damaged: _ }: Excess) -> Removal {
     let mut leaves: Vec<_> = records.iter().filter_map(|(_, leaf)| *leaf).chain(events.iter().copied()).collect();
     leaves.sort_unstable();
     let entry = |leaves| record::encode_pruned(&RecordsPruned::of(leaves, first_kept));

@@ -601,6 +601,9 @@ pub struct Excess {
     pub events: Vec<u64>,
     /// Without these, all entries of the log below this leaf are gone.
     pub first_kept: u64,
+    /// The first record or event over the limits that is not what the columns say by which it was chosen. Such ones are
+    /// not in the lists, and stay.
+    pub damaged: Option<StoreError>,
 }
 
 impl Excess {

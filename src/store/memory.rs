@@ -225,6 +225,7 @@ impl Kept {
             first_kept: first_kept.min(first_event).max(self.frontier.log.first_kept),
             records: revisions.into_iter().map(|revision| (revision, self.leaves.get(&revision).copied())).collect(),
             events,
+            damaged: None,
         }
     }
 }

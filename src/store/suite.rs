@@ -160,7 +160,7 @@ pub(super) async fn pruned(
     now: Timestamp,
     limit: usize,
 ) -> Vec<Revision> {
-    let Excess { records, events, first_kept } = store.excess(retention, now, limit).await.unwrap();
+    let Excess { records, events, first_kept, .. } = store.excess(retention, now, limit).await.unwrap();
     let has_leaves = !events.is_empty() || records.iter().any(|(_, leaf)| leaf.is_some());
     let entry = has_leaves.then(|| Bytes::from_static(b"pruned"));
     let revisions: Vec<_> = records.into_iter().map(|(revision, _)| revision).collect();

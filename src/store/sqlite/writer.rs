@@ -3,7 +3,6 @@
 #[cfg(test)]
 use std::sync::Mutex;
 use std::{
-    fmt::Display,
     fs, io,
     path::{Path, PathBuf},
     sync::Arc,
@@ -199,9 +198,6 @@ impl Writer {
     }
 
     /// The records and events that exceed these limits.
-    ///
-    /// # Errors
-    /// One of them is not what the columns say by which it was chosen: then none may be removed.
     fn excess(&mut self, retention: &Retention, now: Timestamp, limit: usize) -> Result<Excess, StoreError> {
         let Term { current, frontier, counts, .. } = self.term.as_ref().ok_or_else(not_taken_over)?;
         let excess = (|| {
@@ -233,9 +229,7 @@ impl Writer {
             }
             revisions.sort_unstable();
             revisions.truncate(limit);
-            if let Err(unreadable) = check_records(&transaction, &mut revisions, self.checks.record)? {
-                return Ok(Err(not_removed(&self.path, &unreadable)));
-            }
+            let damaged_record = check_records(&transaction, &mut revisions, self.checks.record)?;
             let room = limit - revisions.len();
             let mut events = Vec::new();
             for (kind, count) in EventKind::ALL.map(|kind| (kind_number(kind), counts.events_of(kind))) {
@@ -251,12 +245,12 @@ impl Writer {
             }
             events.sort_unstable();
             events.truncate(room);
-            if let Err(unreadable) = check_events(&transaction, &events, self.checks.event)? {
-                return Ok(Err(not_removed(&self.path, &unreadable)));
-            }
+            let damaged_event = check_events(&transaction, &mut events, self.checks.event)?;
+            let damaged = damaged_record.map(|it| it.to_string()).or(damaged_event.map(|it| it.to_string()));
+            let damaged = damaged.map(|what| kept(&self.path, &what));
             let (leaves, first_kept) = log::leaves_of(&transaction, &revisions, &events)?;
             let first_kept = first_kept.max(frontier.log.first_kept);
-            Ok(Ok(Excess { records: revisions.into_iter().zip(leaves).collect(), events, first_kept }))
+            Ok(Ok(Excess { records: revisions.into_iter().zip(leaves).collect(), events, first_kept, damaged }))
         })();
         excess.unwrap_or_else(|error| Err(explain(&self.path, &error)))
     }
@@ -308,54 +302,57 @@ impl Writer {
     }
 }
 
-/// Checks that these records are what their columns say. Leaves out those that are too much to read at once.
-///
-/// # Errors
-/// The first one that is not, or can't be read.
+/// Leaves out the records that are not what their columns say, or can't be read, and those that are too much to read at
+/// once. Returns the first one of the former.
 fn check_records(
     transaction: &Transaction<'_>,
     revisions: &mut Vec<Revision>,
     check: Check,
-) -> rusqlite::Result<Result<(), Unreadable>> {
+) -> rusqlite::Result<Option<Unreadable>> {
     let mut query = transaction.prepare_cached(&format!("SELECT {COLUMNS} FROM cycles WHERE revision = ?1"))?;
-    let (mut checked, mut bytes) = (0, 0);
-    for revision in &*revisions {
+    let (mut sound, mut damaged, mut bytes) = (Vec::new(), None, 0);
+    for revision in revisions.iter() {
         if bytes >= MOST_CHECKED {
             break;
         }
         match query.query_row([integer(revision.0)], |row| Ok(read(transaction, row, check)))? {
-            Ok(record) => bytes += record.bytes.len(),
-            Err(unreadable) => return Ok(Err(unreadable)),
+            Ok(record) => {
+                bytes += record.bytes.len();
+                sound.push(*revision);
+            }
+            Err(unreadable) => damaged = damaged.or(Some(unreadable)),
         }
-        checked += 1;
     }
-    revisions.truncate(checked);
-    Ok(Ok(()))
+    *revisions = sound;
+    Ok(damaged)
 }
 
 /// The same for the audit events of these leaves.
 fn check_events(
     transaction: &Transaction<'_>,
-    leaves: &[u64],
+    leaves: &mut Vec<u64>,
     check: EventCheck,
-) -> rusqlite::Result<Result<(), UnreadableEvent>> {
+) -> rusqlite::Result<Option<UnreadableEvent>> {
     let mut query = transaction.prepare_cached("SELECT * FROM audit WHERE leaf = ?1")?;
-    for leaf in leaves {
-        let found = query.query_row([integer(*leaf)], |row| Ok(event(row)))?;
+    let (mut sound, mut damaged) = (Vec::new(), None);
+    for &leaf in leaves.iter() {
+        let found = query.query_row([integer(leaf)], |row| Ok(event(row)))?;
         let checked = found.map_err(|error| error.to_string()).and_then(|entry| {
-            log::check(transaction, *leaf, Entry::Audit(&entry.bytes))?;
+            log::check(transaction, leaf, Entry::Audit(&entry.bytes))?;
             check(&entry)
         });
-        if let Err(problem) = checked {
-            return Ok(Err(UnreadableEvent { leaf: *leaf, problem }));
+        match checked {
+            Ok(()) => sound.push(leaf),
+            Err(problem) => damaged = damaged.or(Some(UnreadableEvent { leaf, problem })),
         }
     }
-    Ok(Ok(()))
+    *leaves = sound;
+    Ok(damaged)
 }
 
-/// The error for something that was to be removed and is not what its columns say.
-fn not_removed(path: &Path, unreadable: &impl Display) -> StoreError {
-    let problem = format!("nothing is removed any more, since {unreadable}");
+/// The error for something that would have been removed, but is not what its columns say.
+fn kept(path: &Path, what: &str) -> StoreError {
+    let problem = format!("retention keeps what it can't verify: {what}");
     StoreError::Corrupt { store: path.display().to_string(), problem }
 }
 
