@@ -325,7 +325,7 @@ async fn old_events_are_removed_provably() {
     let verify = async || command::orchestrator(None, &["verify", "--db", &db, "--key", &key]).await;
     let (code, said) = verify().await;
     assert_eq!(code, 0, "{said}");
-    assert!(said.contains("1 records and 2 audit events are as they were written"), "{said}");
+    assert!(said.contains("1 record and 2 audit events are as they were written"), "{said}");
     assert!(said.contains("entries 0 to 16 were removed by retention"), "{said}");
     let database = rusqlite::Connection::open(home.path("o.db")).unwrap();
     database.execute("DELETE FROM audit WHERE leaf = (SELECT max(leaf) FROM audit)", []).unwrap();
