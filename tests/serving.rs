@@ -350,7 +350,8 @@ async fn a_prefix_reserves_no_memory() {
 async fn streams_of_all_connections_are_bounded_together() {
     let stage = Stage::at(with(&["server.max_streams=3"])).await;
     let address = stage.service.address();
-    let (watch, check) = ("grpc.health.v1.Health/Watch", "grpc.health.v1.Health/Check");
+    let [watch, check] = ["WatchCycles", "GetStatus"].map(|rpc| format!("dreamnet.orchestrator.v1.Orchestrator/{rpc}"));
+    let (watch, check) = (&*watch, &*check);
     let mut watches = Vec::new();
     let mut bare = Bare::connect(address, 65_535).await;
     for _ in 0..3 {
