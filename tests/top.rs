@@ -173,7 +173,8 @@ async fn a_viewer_opens_a_subsystem_without_its_output() {
     top.terminal.press("\r");
     top.terminal.until_shown("http://127.0.0.1:9").await;
     top.terminal.until_shown("  connected").await;
-    top.terminal.press("q");
+    // Back, and out.
+    top.terminal.press("qq");
     assert_eq!(top.ended().await, 0);
 }
 
