@@ -1086,6 +1086,31 @@ async fn a_table_with_another_definition_is_neither_served_nor_verified() {
 }
 
 #[tokio::test]
+async fn an_index_that_lacks_a_row_is_named_by_verify() {
+    let mut stage = Stage::new().await;
+    for _ in 0..3 {
+        stage.client.run().await.unwrap();
+    }
+    let (_, key) = checkpoint(&mut ledger(&stage).await).await;
+    let Stage { home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    let path = home.path("o.db");
+    assert_eq!(verify(&path, &key, &[]).0, Some(0));
+    // The pages of an index of one row take the place of those of the index, whose definition stays.
+    database(&path)
+        .execute_batch(
+            "PRAGMA writable_schema = ON;
+             CREATE INDEX one ON cycles (state, revision) WHERE cycle_id = 3;
+             UPDATE sqlite_schema SET rootpage = (SELECT rootpage FROM sqlite_schema WHERE name = 'one')
+                 WHERE name = 'cycles_by_state';
+             DELETE FROM sqlite_schema WHERE name = 'one'",
+        )
+        .unwrap();
+    let (code, said) = verify(&path, &key, &[]);
+    assert!(code == Some(1) && said.contains("missing from index cycles_by_state"), "{code:?}: {said}");
+}
+
+#[tokio::test]
 async fn a_key_is_replaced_by_a_start_with_both() {
     let mut stage = Stage::new().await;
     stage.register("a", |_| {}).await;

@@ -1,4 +1,5 @@
-//! Verifies a database from the outside: every entry of its log, every column that a read relies on, and every hash.
+//! Verifies a database from the outside: every entry of its log, every column that a read relies on, every hash, and
+//! every index.
 
 use std::{collections::BTreeMap, convert::Infallible, ops::Range, path::Path};
 
@@ -92,7 +93,22 @@ impl Verifier<'_> {
         if let Some(sealer) = self.sealer.take() {
             self.check_seals(&sealer)?;
         }
+        self.check_indexes()?;
         Ok(self.verified)
+    }
+
+    /// Compares indexes with their tables. Retention finds what is oldest by them, and a repeated request its cycle;
+    /// neither hashes nor seals say what they contain.
+    fn check_indexes(&mut self) -> rusqlite::Result<()> {
+        let mut query = self.database.prepare("PRAGMA integrity_check")?;
+        let mut rows = query.query([])?;
+        while let Some(row) = rows.next()? {
+            let problem: String = row.get(0)?;
+            if problem != "ok" {
+                (self.wrong)(format!("SQLite finds damage in the database: {problem}"));
+            }
+        }
+        Ok(())
     }
 
     /// What control entries say of removed records.
