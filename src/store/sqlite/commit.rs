@@ -59,63 +59,20 @@ impl Term {
         appended: &Appended,
     ) -> rusqlite::Result<Result<Counts, Epoch>> {
         let last_revision = write.records.last().map_or(self.frontier.last_revision, |record| record.revision);
-        let [cycle_id, revision, pruned_to] =
-            [write.last_cycle_id.0, last_revision.0, self.pruned_to_by(write).0].map(integer);
-        let (epoch, commits, first_kept) =
-            (integer(self.epoch.0), integer(self.commits + 1), integer(appended.log.first_kept));
+        let values = [
+            integer(self.epoch.0),
+            integer(write.last_cycle_id.0),
+            integer(last_revision.0),
+            integer(self.pruned_to_by(write).0),
+            integer(self.commits + 1),
+            write.close.into(),
+            integer(appended.log.first_kept),
+            integer(self.unlogged_to.0),
+        ];
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let counts = self.counts.after(&transaction, write)?;
-        let [succeeded, degraded, failed, cancelled, interrupted, changes, calls, denials] = &counts.columns();
-        let seal = self.sealer.of_end(
-            &appended.log.frontier,
-            [
-                &epoch,
-                &cycle_id,
-                &revision,
-                &pruned_to,
-                &commits,
-                &write.close,
-                &first_kept,
-                &integer(self.unlogged_to.0),
-                succeeded,
-                degraded,
-                failed,
-                cancelled,
-                interrupted,
-                changes,
-                calls,
-                denials,
-            ],
-        )?;
-        let written = transaction
-            .prepare_cached(
-                "UPDATE meta SET last_cycle_id = :cycle_id, last_revision = :revision, is_closed = :is_closed,
-                 commits = :commits, epoch = :epoch, pruned_to = :pruned_to, log_size = :log_size,
-                 log_first_kept = :first_kept, succeeded = :succeeded, degraded = :degraded, failed = :failed,
-                 cancelled = :cancelled, interrupted = :interrupted, changes = :changes, calls = :calls,
-                 denials = :denials, seal = :seal WHERE epoch = :current",
-            )?
-            .execute(named_params! {
-                ":cycle_id": cycle_id,
-                ":revision": revision,
-                ":is_closed": write.close,
-                ":commits": commits,
-                ":epoch": epoch,
-                ":pruned_to": pruned_to,
-                ":log_size": integer(appended.log.frontier.size()),
-                ":first_kept": first_kept,
-                ":succeeded": succeeded,
-                ":degraded": degraded,
-                ":failed": failed,
-                ":cancelled": cancelled,
-                ":interrupted": interrupted,
-                ":changes": changes,
-                ":calls": calls,
-                ":denials": denials,
-                ":seal": &seal[..],
-                ":current": integer(self.current.0),
-            })?;
-        if written == 0 {
+        let current = integer(self.current.0);
+        if !self.sealer.put_end(&transaction, &appended.log.frontier, values, counts, current)? {
             let epoch = transaction.query_row("SELECT epoch FROM meta", [], |row| number(row, 0))?;
             return Ok(Err(Epoch(epoch)));
         }

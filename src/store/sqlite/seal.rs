@@ -2,13 +2,15 @@
 //! in each row of the tables that later cycles depend on. A program that changes a row, or appends to the log, can't
 //! make the seal that belongs to it.
 
+use std::sync::LazyLock;
+
 use rusqlite::{
     Row, ToSql, Transaction, params_from_iter,
     types::{ToSqlOutput, ValueRef},
 };
 
-use super::commit::Renewal;
-use crate::ledger::{Frontier, Hash, SealKeys, Sealed, SealedBy};
+use super::{commit::Renewal, counts::Counts, rows::integer};
+use crate::ledger::{Frontier, SealKeys, Sealed, SealedBy};
 
 /// A table whose rows are sealed.
 pub(super) struct Table {
@@ -60,28 +62,24 @@ pub(super) const OPEN_CYCLES: Table = table!(
 /// All of them.
 pub(super) const TABLES: [&Table; 4] = [&SUBSYSTEMS, &LOOPS, &OUTPUTS, &OPEN_CYCLES];
 
-/// The columns of the table `meta` that are sealed with the end of the log: the epoch, how far the history goes, and by
-/// which numbers retention decides. A process that takes over raises the epoch with its first commit, which has its own
+/// The columns of the table `meta` that are sealed with the end of the log, before those of [`Counts`]: the epoch, and
+/// how far the history goes. A process that takes over raises the epoch with its first commit, which has its own
 /// seal. Not what says which file and which start of the machine it was, which change without a process that has the
 /// key.
-const META: [&str; 16] = [
-    "epoch",
-    "last_cycle_id",
-    "last_revision",
-    "pruned_to",
-    "commits",
-    "is_closed",
-    "log_first_kept",
-    "unlogged_to",
-    "succeeded",
-    "degraded",
-    "failed",
-    "cancelled",
-    "interrupted",
-    "changes",
-    "calls",
-    "denials",
-];
+const META: [&str; 8] =
+    ["epoch", "last_cycle_id", "last_revision", "pruned_to", "commits", "is_closed", "log_first_kept", "unlogged_to"];
+
+/// Writes the row of the table `meta`, if its epoch is still the expected one: the sealed columns, the size of the log,
+/// and the seal.
+static PUT_META: LazyLock<String> = LazyLock::new(|| {
+    let columns: Vec<_> = meta_columns().chain(["log_size", "seal"]).map(|column| format!("{column} = ?")).collect();
+    format!("UPDATE meta SET {} WHERE epoch = ?", columns.join(", "))
+});
+
+/// The sealed columns of the table `meta`.
+fn meta_columns() -> impl Iterator<Item = &'static str> {
+    META.into_iter().chain(Counts::COLUMNS)
+}
 
 /// Seals one database.
 #[derive(Clone, Debug)]
@@ -106,15 +104,27 @@ impl Sealer {
         Self { keys, database_id }
     }
 
-    /// The seal of the end of this log and of these values of the columns [`META`].
-    pub(super) fn of_end(&self, log: &Frontier, values: [&dyn ToSql; META.len()]) -> rusqlite::Result<[u8; Hash::LEN]> {
-        let values = values.iter().map(ToSql::to_sql).collect::<rusqlite::Result<Vec<_>>>()?;
-        Ok(self.keys.seal(&self.end(log, values.iter().map(value_of))))
+    /// Writes the row of the table `meta`, with its seal: these values of the columns [`META`], these numbers, and the
+    /// size of the log. False, and nothing is written, if the epoch is not `current` any more.
+    pub(super) fn put_end(
+        &self,
+        transaction: &Transaction<'_>,
+        log: &Frontier,
+        values: [i64; META.len()],
+        counts: Counts,
+        current: i64,
+    ) -> rusqlite::Result<bool> {
+        let values = values.into_iter().chain(counts.columns());
+        let seal = self.keys.seal(&self.end(log, values.clone().map(ValueRef::Integer)));
+        let seal = ToSqlOutput::Borrowed(ValueRef::Blob(&seal));
+        let values = values.chain([integer(log.size())]).map(ToSqlOutput::from);
+        let values = values.chain([seal, current.into()]);
+        Ok(transaction.prepare_cached(&PUT_META)?.execute(params_from_iter(values))? > 0)
     }
 
     /// Seals the end of this log, and what the table `meta` contains.
     pub(super) fn seal_end(&self, transaction: &Transaction<'_>, log: &Frontier) -> rusqlite::Result<()> {
-        let of_row = |row: &Row<'_>| Ok(self.keys.seal(&self.end(log, values(row, &META)?)));
+        let of_row = |row: &Row<'_>| Ok(self.keys.seal(&self.end(log, values(row, meta_columns())?)));
         let seal = transaction.query_row("SELECT * FROM meta", [], of_row)?;
         transaction.execute("UPDATE meta SET seal = ?1", [&seal[..]])?;
         Ok(())
@@ -122,7 +132,7 @@ impl Sealer {
 
     /// Whether the seal of this row of `meta` is that of its columns and of the end of this log.
     pub(super) fn check_end(&self, meta: &Row<'_>, log: &Frontier) -> rusqlite::Result<Seal> {
-        self.check(meta, &self.end(log, values(meta, &META)?))
+        self.check(meta, &self.end(log, values(meta, meta_columns())?))
     }
 
     /// Writes a row, with its seal, over the one with the same key. The values are those of the sealed columns.
@@ -142,7 +152,7 @@ impl Sealer {
 
     /// Whether the seal of a row, which has all columns of the table, belongs to it.
     pub(super) fn check_row(&self, row: &Row<'_>, table: &Table) -> rusqlite::Result<Seal> {
-        self.check(row, &self.row(table.name, values(row, table.columns)?))
+        self.check(row, &self.row(table.name, values(row, table.columns.iter().copied())?))
     }
 
     fn check(&self, row: &Row<'_>, sealed: &Sealed) -> rusqlite::Result<Seal> {
@@ -168,7 +178,7 @@ impl Sealer {
                 if !is_renewed {
                     continue;
                 }
-                let seal = self.keys.seal(&self.row(table.name, values(row, table.columns)?));
+                let seal = self.keys.seal(&self.row(table.name, values(row, table.columns.iter().copied())?));
                 renewed.push((row.get::<_, i64>("row")?, seal));
             }
             for (row, seal) in renewed {
@@ -178,14 +188,14 @@ impl Sealer {
         Ok(())
     }
 
-    /// What is sealed of the end of a log, and of the values of the columns [`META`].
+    /// The sealed bytes of the end of a log, and of the values of [`meta_columns`].
     fn end<'a>(&self, log: &Frontier, values: impl IntoIterator<Item = ValueRef<'a>>) -> Sealed {
         let mut sealed = self.keys.end(log);
         self.add_row(&mut sealed, "meta", values);
         sealed
     }
 
-    /// What is sealed of a row.
+    /// The sealed bytes of a row.
     fn row<'a>(&self, table: &str, values: impl IntoIterator<Item = ValueRef<'a>>) -> Sealed {
         let mut sealed = Sealed::default();
         self.add_row(&mut sealed, table, values);
@@ -219,8 +229,8 @@ impl Seal {
 }
 
 /// The values of these columns.
-fn values<'r>(row: &'r Row<'_>, columns: &[&str]) -> rusqlite::Result<Vec<ValueRef<'r>>> {
-    columns.iter().map(|column| row.get_ref(*column)).collect()
+fn values<'r>(row: &'r Row<'_>, columns: impl Iterator<Item = &'static str>) -> rusqlite::Result<Vec<ValueRef<'r>>> {
+    columns.map(|column| row.get_ref(column)).collect()
 }
 
 /// The value that is written. None of the kinds that take no value is used.
