@@ -45,7 +45,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// The commit that is built: `BUILD_COMMIT` of the environment, or that of the checkout. There is none in an archive of
+/// The commit of this build: `BUILD_COMMIT` of the environment, or that of the checkout. There is none in an archive of
 /// the source, and none without `BUILD_COMMIT` in a development build, which would be compiled anew after each commit.
 fn commit() -> Option<String> {
     println!("cargo::rerun-if-env-changed=BUILD_COMMIT");

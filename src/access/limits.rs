@@ -29,8 +29,7 @@ impl CallerLimits {
 
 impl Default for CallerLimits {
     /// A caller that registers as often as it may, with leases that end at once, takes 14 hours to fill the audit with
-    /// its 1,000,000 events.
-    /// 20,000 leases of 30 s, each renewed after a third of it, are 2,000 renewals in a second.
+    /// its 1,000,000 events. 20,000 leases of 30 s, each renewed after a third of it, are 2,000 renewals in a second.
     fn default() -> Self {
         Self {
             calls_per_second: None,

@@ -120,8 +120,8 @@ impl Sessions {
 pub enum NoSession {
     /// All of them are taken by other callers.
     #[error(
-        "all {max} sessions are taken by others; try again when somebody has logged out (a session ends by itself after \
-         {hours} hours)",
+        "all {max} sessions are taken by others; try again when somebody has logged out (a session ends by itself \
+         after {hours} hours)",
         max = Sessions::MAX,
         hours = Sessions::MAX_DURATION.as_secs() / 3600
     )]

@@ -57,8 +57,8 @@ pub(super) fn verify(path: &Path, key: &VerifyingKey, since: Option<&Path>) -> R
     }
     let Contents { records, events, controls, gone, .. } = contents;
     let mut said = vec![format!(
-        "{} has the log {origin} of {size} entries, as the key has signed it: {}, {} and {controls} entries about removals \
-         are as they were written",
+        "{} has the log {origin} of {size} entries, as the key has signed it: {}, {} and {controls} entries about \
+         removals are as they were written",
         path.display(),
         count(records, "record"),
         count(events, "audit event")

@@ -5,7 +5,7 @@ use std::sync::{
     atomic::{AtomicU64, AtomicUsize, Ordering},
 };
 
-/// What has failed.
+/// The step of a connection, or of a call on it, that has failed.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Step {
     /// No address that may be connected to was reached.

@@ -30,7 +30,8 @@ pub enum SealedBy {
     OtherKey,
 }
 
-/// What is sealed: pieces, each after its length, so that their number and their limits are sealed as well.
+/// The bytes that a seal covers: pieces, each after its length, so that their number and their limits are sealed as
+/// well.
 #[derive(Debug, Default)]
 pub struct Sealed(Vec<u8>);
 

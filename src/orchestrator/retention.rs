@@ -94,8 +94,8 @@ impl Shared {
     /// the process drains, since nothing may follow its last write. The first one that stays because it is not what the
     /// store says about it is put into `damaged`.
     ///
-    /// What is removed is in the published checkpoint. So the next process can compare its log with that: the hashes of
-    /// a checkpoint go only with entries that follow it.
+    /// All removed entries are in the published checkpoint. So the next process can compare its log with that: the
+    /// hashes of a checkpoint go only with entries that follow it.
     async fn remove(
         &self,
         retention: Retention,

@@ -21,7 +21,7 @@ pub struct Journal {
     files: BTreeMap<String, Vec<u8>>,
 }
 
-/// What was synced so far.
+/// The writes that were synced so far.
 pub fn journal(home: &Home) -> Journal {
     Journal { bytes: fs::read(home.path("journal")).unwrap(), at: 0, files: BTreeMap::new() }
 }
