@@ -131,3 +131,9 @@ export function throttled(gap, work) {
   };
   return call;
 }
+
+/** A control of a form with its label. `changed` gets its new text, without spaces around it. */
+export function labelled(label, control, changed) {
+  control.addEventListener("change", () => changed(control.value.trim()));
+  return h("div", { class: "field" }, h("label", { for: control.id }, label), control);
+}

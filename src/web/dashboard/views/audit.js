@@ -1,7 +1,7 @@
 // The audit events: what was changed, read and denied, and who called.
 
 import { listAuditEvents } from "../api.js";
-import { h, keyed, replace, scrolling } from "../dom.js";
+import { h, keyed, labelled, replace, scrolling } from "../dom.js";
 import { count, counted, lower, time, visible, word } from "../format.js";
 import { model } from "../model.js";
 import { href, setQuery } from "../route.js";
@@ -47,14 +47,11 @@ export function mount(main, route, scope) {
   main.append(form(), note, table, pager);
 
   function form() {
-    const field = (name, label, control) => {
-      control.addEventListener("change", () => {
-        filter[name] = control.value.trim();
-        tokens = [""];
-        turn();
-      });
-      return h("div", { class: "field" }, h("label", { for: control.id }, label), control);
-    };
+    const field = (name, label, control) => labelled(label, control, (text) => {
+      filter[name] = text;
+      tokens = [""];
+      turn();
+    });
     const show = h("select", { id: "show" }, h("option", { value: "" }, "all"),
       Object.entries(CHOICES).map(([value, [text]]) => h("option", { value, selected: filter.show === value }, text)));
     const caller = h("input", { type: "search", id: "caller", value: filter.caller, placeholder: "Such as token:ops", autocomplete: "off", spellcheck: "false" });

@@ -2,7 +2,7 @@
 
 import { getLoops, listCycles } from "../api.js";
 import { durations, stacked } from "../charts.js";
-import { h, keyed, replace, throttled } from "../dom.js";
+import { h, keyed, labelled, replace, throttled } from "../dom.js";
 import { count, counted, duration, lower, time, visible } from "../format.js";
 import { model, summaries, summary } from "../model.js";
 import { href, setQuery } from "../route.js";
@@ -39,14 +39,11 @@ export function mount(main, route, scope) {
   function form() {
     const choice = (name, label, options) => field(name, label, h("select", { id: name },
       h("option", { value: "" }, "any"), options.map((option) => h("option", { value: option, selected: filter[name] === option }, lower(option)))));
-    const field = (name, label, control) => {
-      control.addEventListener("change", () => {
-        filter[name] = control.value.trim();
-        tokens = [""];
-        turn();
-      });
-      return h("div", { class: "field" }, h("label", { for: control.id }, label), control);
-    };
+    const field = (name, label, control) => labelled(label, control, (text) => {
+      filter[name] = text;
+      tokens = [""];
+      turn();
+    });
     const subsystem = h("input", { type: "search", id: "subsystem", value: filter.subsystem, placeholder: "Full name", autocomplete: "off", spellcheck: "false" });
     return h("form", { class: "filters", onsubmit: (event) => { event.preventDefault(); subsystem.dispatchEvent(new Event("change")); } },
       choice("state", "State", CYCLE_STATES),
