@@ -8,6 +8,7 @@
 mod bundle;
 mod digest;
 mod entry;
+mod leaves;
 mod note;
 mod proof;
 mod seal;
@@ -17,6 +18,7 @@ pub use self::{
     bundle::{BundleError, Content, Head, LogVerifier, Part, Pin},
     digest::DigestKey,
     entry::{Entry, LogBegan, LogBeganReason, RecordsPruned},
+    leaves::Leaves,
     note::{Checkpoint, NoteError, Signer, SigningKey, VerifyingKey},
     proof::{Consistency, Inclusion, Path, ProofError},
     seal::{SealKeys, Sealed, SealedBy},

@@ -8,7 +8,7 @@ pub use self::{
     spans::{Spans, Untraced},
     store::{
         AuditEntry, Check, Checks, Contents, Durability, EventCheck, EventFilter, EventPage, EventRule, Excess, Filter,
-        Found, FoundEvent, Log, LoggedEvent, Lost, OpenCycle, Page, PageLimits, Record, Removal, ResumeError,
+        Found, FoundEvent, Log, LoggedEvent, Lost, OpenCycle, Page, PageLimits, Pruned, Record, Removal, ResumeError,
         Retention, RetentionRule, SCAN_LIMIT, Seals, Stage, Store, StoreError, StoreSize, StoredLoop, StoredOutput,
         StoredSubsystem, TriggerKind, Unreadable, UnreadableEvent, UnreadableRow, Write,
     },

@@ -24,7 +24,7 @@ use crate::{
 pub use self::audit::{check_event, copies_events, copy_event, decode_cause, encode_cause, encode_event};
 
 /// What the records and audit events of a store have to pass.
-pub const CHECKS: Checks = Checks { record: check, event: check_event };
+pub const CHECKS: Checks = Checks { record: check, event: check_event, pruned: decode_pruned };
 
 /// Most bytes of an error message in a record.
 const MAX_MESSAGE: usize = 1 << 10;

@@ -88,6 +88,34 @@ fn database(path: &Path) -> Connection {
     Connection::open(path).unwrap()
 }
 
+/// Writes the database as the software of this version of the schema would have written it: without what came later.
+fn write_as_version(version: usize, path: &Path) {
+    let later = path.with_extension("later");
+    fs::rename(path, &later).unwrap();
+    let earlier = database(path);
+    for migration in include_str!("../src/store/sqlite/schema.sql").split("-- migration ").skip(1).take(version) {
+        earlier.execute_batch(migration.split_once('\n').unwrap().1).unwrap();
+    }
+    earlier.execute("ATTACH ?1 AS later", [later.to_str().unwrap()]).unwrap();
+    let columns = |schema: &str, table: &str| {
+        let mut query = earlier.prepare("SELECT name FROM pragma_table_info(?2, ?1)").unwrap();
+        let columns = query.query_map([schema, table], |row| row.get(0)).unwrap();
+        columns.collect::<rusqlite::Result<Vec<String>>>().unwrap()
+    };
+    for table in ["meta", "cycles", "open_cycles", "outputs", "subsystems", "loops"] {
+        let known = columns("later", table);
+        let columns: Vec<_> = columns("main", table).into_iter().filter(|column| known.contains(column)).collect();
+        let columns = columns.join(", ");
+        let copy = format!("DELETE FROM {table}; INSERT INTO {table} ({columns}) SELECT {columns} FROM later.{table}");
+        earlier.execute_batch(&copy).unwrap();
+    }
+    earlier
+        .execute_batch("UPDATE counts SET cycles = (SELECT count(*) FROM cycles WHERE cycles.state = counts.state)")
+        .unwrap();
+    earlier.pragma_update(None, "application_id", 0x4472_6d4f).unwrap();
+    earlier.pragma_update(None, "user_version", i64::try_from(version).unwrap()).unwrap();
+}
+
 #[tokio::test]
 async fn each_record_is_a_leaf_of_the_log_from_its_commit_on_and_the_event_of_its_call_follows_it() {
     let mut stage = Stage::new().await;
@@ -124,27 +152,7 @@ async fn records_of_an_earlier_version_are_not_in_the_log_and_later_ones_are() {
     }
     let Stage { fleet, home, service, .. } = stage;
     assert!(service.stop().await.success());
-    let earlier =
-        "DROP INDEX cycles_by_leaf; ALTER TABLE cycles DROP COLUMN leaf; ALTER TABLE meta DROP COLUMN log_size;
-                   ALTER TABLE meta DROP COLUMN log_first_kept; DROP TABLE hashes; DROP TABLE control;
-                   ALTER TABLE meta DROP COLUMN succeeded; ALTER TABLE meta DROP COLUMN degraded;
-                   ALTER TABLE meta DROP COLUMN failed; ALTER TABLE meta DROP COLUMN cancelled;
-                   ALTER TABLE meta DROP COLUMN interrupted; ALTER TABLE meta DROP COLUMN changes;
-                   ALTER TABLE meta DROP COLUMN calls; ALTER TABLE meta DROP COLUMN denials;
-                   CREATE TABLE counts (
-    state  INTEGER PRIMARY KEY,
-    cycles INTEGER NOT NULL
-);
-                   INSERT INTO counts VALUES (1, 3), (2, 0), (3, 0), (4, 0), (5, 0);
-                   ALTER TABLE meta DROP COLUMN unlogged_to;
-                   ALTER TABLE meta DROP COLUMN seal; ALTER TABLE subsystems DROP COLUMN seal;
-                   ALTER TABLE loops DROP COLUMN seal; ALTER TABLE outputs DROP COLUMN seal;
-                   ALTER TABLE open_cycles DROP COLUMN seal;
-                   ALTER TABLE open_cycles DROP COLUMN audit; DROP TABLE audit;
-                   ALTER TABLE cycles DROP COLUMN triggered_by; ALTER TABLE open_cycles DROP COLUMN triggered_by;
-                   ALTER TABLE subsystems DROP COLUMN owner;
-                   PRAGMA user_version = 4";
-    database(&home.path("o.db")).execute_batch(earlier).unwrap();
+    write_as_version(4, &home.path("o.db"));
     fs::remove_file(home.path("o.db.checkpoint")).unwrap();
     let mut stage = Stage::again(fleet, home).await;
     let cycle = stage.client.run().await.unwrap();
@@ -1068,7 +1076,7 @@ async fn a_table_with_another_definition_is_neither_served_nor_verified() {
         ("ALTER TABLE audit ADD COLUMN whole INTEGER GENERATED ALWAYS AS (1)", "audit"),
         ("ALTER TABLE outputs ADD COLUMN more INTEGER NOT NULL DEFAULT 1", "outputs"),
         ("CREATE UNIQUE INDEX one_owner ON subsystems (owner)", "subsystems"),
-        ("DROP INDEX cycles_by_state; CREATE INDEX cycles_by_state ON cycles (state)", "cycles"),
+        ("DROP INDEX cycles_by_request; CREATE INDEX cycles_by_request ON cycles (request_id)", "cycles"),
         (
             "PRAGMA writable_schema = ON;
              UPDATE sqlite_schema SET sql = replace(sql, 'DEFAULT 1', 'DEFAULT 2') WHERE name = 'audit'",
@@ -1099,18 +1107,72 @@ async fn an_index_that_lacks_a_row_is_named_by_verify() {
     assert!(service.stop().await.success());
     let path = home.path("o.db");
     assert_eq!(verify(&path, &key, &[]).0, Some(0));
-    // The pages of an index of one row take the place of those of the index, whose definition stays.
+    // The pages of an empty index take the place of those of the index, whose definition stays.
     database(&path)
         .execute_batch(
             "PRAGMA writable_schema = ON;
-             CREATE INDEX one ON cycles (state, revision) WHERE cycle_id = 3;
-             UPDATE sqlite_schema SET rootpage = (SELECT rootpage FROM sqlite_schema WHERE name = 'one')
-                 WHERE name = 'cycles_by_state';
-             DELETE FROM sqlite_schema WHERE name = 'one'",
+             CREATE INDEX none ON cycles (cycle_id) WHERE cycle_id = 0;
+             UPDATE sqlite_schema SET rootpage = (SELECT rootpage FROM sqlite_schema WHERE name = 'none')
+                 WHERE name = 'sqlite_autoindex_cycles_1';
+             DELETE FROM sqlite_schema WHERE name = 'none'",
         )
         .unwrap();
     let (code, said) = verify(&path, &key, &[]);
-    assert!(code == Some(1) && said.contains("missing from index cycles_by_state"), "{code:?}: {said}");
+    assert!(code == Some(1) && said.contains("missing from index sqlite_autoindex_cycles_1"), "{code:?}: {said}");
+}
+
+/// Which record is the oldest is said by the records themselves, in the order of their table.
+#[tokio::test]
+async fn other_columns_of_older_records_have_none_removed_before_its_time() {
+    let mut stage = Stage::new().await;
+    for _ in 0..6 {
+        stage.client.run().await.unwrap();
+    }
+    let Stage { home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    let path = home.path("o.db");
+    // As if all but the fifth and the last were of a state that is kept.
+    assert_eq!(database(&path).execute("UPDATE cycles SET state = 3 WHERE cycle_id NOT IN (5, 6)", []).unwrap(), 4);
+    let home =
+        home.with_args(["--set", "store.retention.max_cycles=3", "--set", "store.retention.failed.max_cycles=100"]);
+    let service = home.serve().await;
+    home.logged("retention keeps what it can't verify: the record of cycle 1, revision 1, can't be read", 1).await;
+    assert!(service.stop().await.success());
+    let count = |table: &str| {
+        database(&path).query_row(&format!("SELECT count(*) FROM {table}"), [], |row| row.get::<_, i64>(0)).unwrap()
+    };
+    assert_eq!((count("cycles"), count("control")), (6, 0));
+}
+
+/// Retention says only of what it has removed that it did.
+#[tokio::test]
+async fn what_another_program_has_removed_is_missing_also_after_retention_has_removed_what_follows() {
+    let mut stage = Stage::new().await;
+    for _ in 0..6 {
+        stage.client.run().await.unwrap();
+    }
+    let (_, key) = checkpoint(&mut ledger(&stage).await).await;
+    let Stage { home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    let path = home.path("o.db");
+    // The record of cycle n is leaf 2n - 2, and the event of its call leaf 2n - 1.
+    database(&path).execute_batch("DELETE FROM cycles WHERE cycle_id = 1; DELETE FROM audit WHERE leaf = 3").unwrap();
+    let home = home.with_args(["--set", "store.retention.max_cycles=2", "--set", "audit.retention.max_events=1"]);
+    let service = home.serve().await;
+    let removed = || database(&path).query_row("SELECT count(*) FROM control", [], |row| row.get::<_, i64>(0)).unwrap();
+    let waited = async {
+        while removed() == 0 {
+            tokio::task::yield_now().await;
+        }
+    };
+    patiently("old records to be removed", waited).await;
+    assert!(service.stop().await.success());
+    let (code, said) = verify(&path, &key, &[]);
+    assert_eq!(code, Some(1), "{said}");
+    for missing in [0, 3] {
+        let named = format!("leaf {missing} is missing, and no entry says that retention removed it");
+        assert!(said.contains(&named), "{missing}: {said}");
+    }
 }
 
 #[tokio::test]

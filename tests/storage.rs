@@ -209,7 +209,7 @@ async fn a_write_that_no_retry_can_complete_ends_the_service() {
             "refuses a required write: UNIQUE constraint failed",
         ),
         (
-            "PRAGMA writable_schema = 1; UPDATE sqlite_schema SET rootpage = 999 WHERE name = 'cycles_by_state'",
+            "PRAGMA writable_schema = 1; UPDATE sqlite_schema SET rootpage = 999 WHERE name = 'sqlite_autoindex_cycles_1'",
             "is damaged: ",
         ),
     ];

@@ -16,7 +16,7 @@ use super::{
     pin::checkpoint_in,
 };
 use crate::{
-    ledger::{Content, Head, LogVerifier, Part, VerifyingKey},
+    ledger::{Content, Head, Leaves, LogVerifier, Part, VerifyingKey},
     proto::orchestrator::v1::{LogEntry, log_entry::Entry},
     record,
 };
@@ -48,7 +48,7 @@ pub(super) fn verify(path: &Path, key: &VerifyingKey, since: Option<&Path>) -> R
         contents.add(part).map_err(|problem| wrong(&problem))?;
     }
     verifier.end().map_err(|error| wrong(&error))?;
-    let missing = contents.missing();
+    let missing: Vec<_> = contents.missing().collect();
     for missing in &missing {
         print(&format!("wrong: {missing}\n"))?;
     }
@@ -86,7 +86,7 @@ pub(super) struct Contents {
     /// The leaves that are replaced by hashes, lowest first. No two ranges meet.
     gone: Vec<Range<u64>>,
     /// The leaves that retention has removed, as entries say.
-    removed: Vec<Range<u64>>,
+    removed: Leaves,
 }
 
 /// Leaves that are gone although no entry says that retention has removed them.
@@ -139,8 +139,7 @@ impl Contents {
             Some(Entry::Control(control)) => {
                 self.controls += 1;
                 let pruned = record::decode_pruned(&control.encode_to_vec()).map_err(|error| unreadable(&error))?;
-                self.removed.extend(pruned.leaves);
-                self.removed.push(0..pruned.first_kept);
+                pruned.all().for_each(|leaves| self.removed.add(leaves));
             }
             None => return Err(unreadable(&"it is of no kind that this version knows")),
         }
@@ -148,26 +147,8 @@ impl Contents {
     }
 
     /// The leaves that are gone although no entry says that retention has removed them.
-    pub(super) fn missing(&mut self) -> Vec<Missing> {
-        self.removed.sort_unstable_by_key(|leaves| leaves.start);
-        let mut removed = self.removed.iter();
-        let mut next = removed.next();
-        let mut missing = Vec::new();
-        for gone in &self.gone {
-            let mut from = gone.start;
-            while from < gone.end {
-                match next {
-                    Some(leaves) if leaves.end <= from => next = removed.next(),
-                    Some(leaves) if leaves.start <= from => from = leaves.end,
-                    _ => {
-                        let end = next.map_or(gone.end, |leaves| leaves.start.min(gone.end));
-                        missing.push(Missing(from..end));
-                        from = end;
-                    }
-                }
-            }
-        }
-        missing
+    pub(super) fn missing(&self) -> impl Iterator<Item = Missing> {
+        self.gone.iter().cloned().flat_map(|gone| self.removed.missing(gone)).map(Missing)
     }
 }
 

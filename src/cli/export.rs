@@ -109,8 +109,8 @@ async fn export(remote: &Remote, to: &Path, from_leaf: u64, key: Option<&Verifyi
     let (origin, size) = (signed.origin.clone(), signed.size);
     let verifier = LogVerifier::new(signed, None).map_err(|error| unproved(error.to_string()))?;
     let mut bundle = Bundle::create(to)?;
-    let mut contents = bundle.fill(Head { pin, from_leaf }, log, verifier).await?;
-    if let Some(missing) = contents.missing().first() {
+    let contents = bundle.fill(Head { pin, from_leaf }, log, verifier).await?;
+    if let Some(missing) = contents.missing().next() {
         return Ok(Exported::Lacks(bundle, missing.to_string()));
     }
     bundle.keep();

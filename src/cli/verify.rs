@@ -132,7 +132,7 @@ pub(super) fn differences(db: &Path, checkpoint: &Checkpoint, keys: &[SigningKey
             printed = print(&format!("wrong: {}\n", clean(&problem)));
         }
     };
-    let rules = Rules { checks: record::CHECKS, output: record::output_sha256, pruned: record::decode_pruned };
+    let rules = Rules { checks: record::CHECKS, output: record::output_sha256 };
     let verified = store::verify(db, checkpoint, seals, rules, &mut wrong);
     let verified = verified.map_err(|error| refused(error.to_string()))?;
     printed?;

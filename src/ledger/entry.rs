@@ -1,6 +1,6 @@
 //! The entries of the log, and how they become leaves.
 
-use std::ops::Range;
+use std::{iter, ops::Range};
 
 use super::tree::Hash;
 
@@ -76,6 +76,11 @@ impl RecordsPruned {
             }
         }
         Self { leaves: ranges, first_kept }
+    }
+
+    /// All leaves whose entries are gone with it, in any order.
+    pub fn all(&self) -> impl Iterator<Item = Range<u64>> {
+        self.leaves.iter().cloned().chain(iter::once(0..self.first_kept))
     }
 }
 

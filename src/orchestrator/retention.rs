@@ -75,24 +75,26 @@ impl Shared {
         let retention = self.settings().retention.clone();
         let by_number = without_ages(&retention);
         let mut damaged = None;
-        while self.remove(by_number.clone(), now, BATCH, &mut damaged).await? > 0 {}
+        while self.remove(by_number.clone(), now, BATCH, &mut damaged).await?.goes_on {}
         let mut removed_for_age = 0;
         if let Some(shortest) = shortest_age(&retention)
             && !doubt.doubts(now, shortest)
         {
             while removed_for_age < BATCH {
-                match self.remove(retention.clone(), now, BATCH - removed_for_age, &mut damaged).await? {
-                    0 => break,
-                    removed => removed_for_age += removed,
+                let limit = BATCH - removed_for_age;
+                let Removed { count, goes_on } = self.remove(retention.clone(), now, limit, &mut damaged).await?;
+                removed_for_age += count;
+                if !goes_on {
+                    break;
                 }
             }
         }
         damaged.map_or(Ok(removed_for_age), Err)
     }
 
-    /// Removes at most this number of records and events over these limits, and returns how many: none any more once
-    /// the process drains, since nothing may follow its last write. The first one that stays because it is not what the
-    /// store says about it is put into `damaged`.
+    /// Removes at most this number of records and events over these limits: none any more once the process drains,
+    /// since nothing may follow its last write. The first one that stays because it is not what was written is put into
+    /// `damaged`.
     ///
     /// All removed entries are in the published checkpoint. So the next process can compare its log with that: the
     /// hashes of a checkpoint go only with entries that follow it.
@@ -102,7 +104,7 @@ impl Shared {
         now: Timestamp,
         limit: usize,
         damaged: &mut Option<StoreError>,
-    ) -> Result<usize, StoreError> {
+    ) -> Result<Removed, StoreError> {
         let mut excess = self.store.excess(retention, now, limit).await?;
         *damaged = damaged.take().or(excess.damaged.take());
         if excess.end() > self.checkpoints.newest().size {
@@ -110,11 +112,13 @@ impl Shared {
             let _ = self.published(excess.end()).await;
         }
         let signed = self.checkpoints.newest().size.max(self.store.log().first_kept);
+        // Commits go on between two searches.
+        let is_searched = excess.is_partial && excess.records.is_empty() && excess.events.is_empty();
         let excess = excess.before(signed);
         // Counted before the check, so that the last write waits for it.
         let _token = self.changes.token();
         if self.state().draining {
-            return Ok(0);
+            return Ok(Removed { count: 0, goes_on: false });
         }
         let count = excess.records.len() + excess.events.len();
         if count > 0 {
@@ -129,12 +133,20 @@ impl Shared {
                 late = self.late_commit() => return Err(late),
             }
         }
-        Ok(count)
+        Ok(Removed { count, goes_on: count > 0 || is_searched })
     }
 }
 
+/// What one step of a pass has done.
+struct Removed {
+    /// Number of removed records and events.
+    count: usize,
+    /// True if there may be more to remove.
+    goes_on: bool,
+}
+
 /// The removal of these records and events, with its entry in the log.
-fn removal(Excess { records, events, first_kept, damaged: _ }: Excess) -> Removal {
+fn removal(Excess { records, events, first_kept, .. }: Excess) -> Removal {
     let mut leaves: Vec<_> = records.iter().filter_map(|(_, leaf)| *leaf).chain(events.iter().copied()).collect();
     leaves.sort_unstable();
     let entry = |leaves| record::encode_pruned(&RecordsPruned::of(leaves, first_kept));

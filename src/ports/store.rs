@@ -7,7 +7,7 @@ use futures_util::{future::BoxFuture, stream::BoxStream};
 use jiff::Timestamp;
 
 use crate::{
-    ledger::{Frontier, Hash, Node, Part, SealKeys},
+    ledger::{Frontier, Hash, Node, Part, RecordsPruned, SealKeys},
     model::{
         CycleId, CycleState, Epoch, EventKind, Identity, LoopSpec, LoopState, Name, Output, RequestKey, Revision,
         SubsystemSpec, TraceId, Trigger,
@@ -424,6 +424,9 @@ pub type Check = fn(&Record) -> Result<(), String>;
 /// Checks the bytes of an audit event in the same way.
 pub type EventCheck = fn(&AuditEntry) -> Result<(), String>;
 
+/// Decodes a `ControlEntry`; empty if it is not about removals.
+pub type Pruned = fn(&[u8]) -> Result<RecordsPruned, String>;
+
 /// What records and audit events have to pass when they are read, and before retention removes them.
 #[derive(Clone, Copy, Debug)]
 pub struct Checks {
@@ -431,6 +434,8 @@ pub struct Checks {
     pub record: Check,
     /// The check of audit events.
     pub event: EventCheck,
+    /// What was removed with a control entry.
+    pub pruned: Pruned,
 }
 
 /// A filter of records.
@@ -599,10 +604,12 @@ pub struct Excess {
     pub records: Vec<(Revision, Option<u64>)>,
     /// The leaves of the events, in increasing order.
     pub events: Vec<u64>,
-    /// Without these, all entries of the log below this leaf are gone.
+    /// All entries of the log below this leaf are gone without these: retention has removed each of them.
     pub first_kept: u64,
-    /// The first record or event over the limits that is not what the columns say by which it was chosen. Such ones are
-    /// not in the lists, and stay.
+    /// True if the search ended at its limit, before all of them were found. A further search goes on from there.
+    pub is_partial: bool,
+    /// The first record or event among the oldest ones that is not what was written. Such ones are in no list, and
+    /// stay.
     pub damaged: Option<StoreError>,
 }
 

@@ -19,7 +19,7 @@ use jiff::Timestamp;
 use super::{
     frontier::{Appended, Frontier},
     not_taken_over,
-    pruning::{events_to_prune, needless_hashes, rules, to_prune},
+    pruning::{needless_hashes, rules},
 };
 use crate::{
     clock::Clock,
@@ -157,9 +157,8 @@ impl Kept {
         for leaf in &removed {
             self.entries.remove(leaf);
         }
-        let gone = |leaves| Ok::<_, Infallible>(self.entries.range(leaves).next().is_none());
-        let Ok(needless) = needless_hashes(&removed, self.frontier.log.frontier.size(), gone);
-        for numbers in needless {
+        let gone = |leaves| self.entries.range(leaves).next().is_none();
+        for numbers in needless_hashes(&removed, self.frontier.log.frontier.size(), gone) {
             self.nodes.extract_if(numbers, |_, _| true).for_each(drop);
         }
     }
@@ -199,15 +198,10 @@ impl Kept {
         let mut revisions: Vec<_> = Vec::new();
         for (rule, states) in rules(retention) {
             let of_rule: Vec<_> = self.records.values().filter(|record| states.contains(&record.state)).collect();
-            let keep = self.frontier.last_revision;
-            revisions.extend(to_prune(
-                rule,
-                of_rule.len() as u64,
-                of_rule.iter().map(|record| (record.revision, record.finished_at)),
-                now,
-                keep,
-            ));
+            let limits = rule.limits(of_rule.len() as u64, now);
+            revisions.extend(limits.excess(of_rule.iter().map(|record| (record.revision, record.finished_at))));
         }
+        revisions.retain(|revision| *revision < self.frontier.last_revision);
         revisions.sort_unstable();
         revisions.truncate(limit);
         let first_kept = self.leaves.iter().find(|(revision, _)| !revisions.contains(revision));
@@ -216,7 +210,7 @@ impl Kept {
         for kind in EventKind::ALL {
             let of_kind: Vec<_> = self.events.iter().filter(|(_, event)| event.kind == kind).collect();
             let oldest = of_kind.iter().map(|(leaf, event)| (**leaf, event.time));
-            events.extend(events_to_prune(retention.events, of_kind.len() as u64, oldest, now));
+            events.extend(retention.events.limits(of_kind.len() as u64, now).excess(oldest));
         }
         events.sort_unstable();
         events.truncate(limit - revisions.len());
@@ -225,6 +219,7 @@ impl Kept {
             first_kept: first_kept.min(first_event).max(self.frontier.log.first_kept),
             records: revisions.into_iter().map(|revision| (revision, self.leaves.get(&revision).copied())).collect(),
             events,
+            is_partial: false,
             damaged: None,
         }
     }

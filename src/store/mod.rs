@@ -23,7 +23,7 @@ use bytes::Bytes;
 use crate::{
     clock::Clock,
     file,
-    ledger::{Checkpoint, Hash, RecordsPruned, SealKeys, Signer},
+    ledger::{Checkpoint, Hash, SealKeys, Signer},
     model::{CycleId, Name},
     ports::{Checks, Record, Store, StoreError},
 };
@@ -241,12 +241,10 @@ pub enum AcceptError {
 /// What is expected of the entries of a log.
 #[derive(Clone, Copy, Debug)]
 pub struct Rules {
-    /// Check that the keys of records and audit events are those in their bytes.
+    /// Check that the keys of records and audit events are those in their bytes, and say what was removed.
     pub checks: Checks,
     /// The SHA-256 of the output of a subsystem, by the record of its cycle; `None` if the record has none.
     pub output: fn(&Record, &Name) -> Option<[u8; Hash::LEN]>,
-    /// Decodes a control entry.
-    pub pruned: fn(&[u8]) -> Result<RecordsPruned, String>,
 }
 
 /// The result of [`verify`].

@@ -26,6 +26,7 @@ mod commit;
 mod contents;
 mod counts;
 mod error;
+mod excess;
 mod identity;
 mod log;
 mod note;

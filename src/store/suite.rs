@@ -14,7 +14,10 @@ use proptest::prelude::*;
 use super::{StoreUrl, open};
 use crate::{
     clock::Clock,
-    ledger::{Checkpoint, Entry, Frontier, Inclusion, LogVerifier, Node, Part, Path, SealKeys, Signer, SigningKey},
+    ledger::{
+        Checkpoint, Entry, Frontier, Inclusion, LogVerifier, Node, Part, Path, RecordsPruned, SealKeys, Signer,
+        SigningKey,
+    },
     model::{
         CycleId, CycleState, Epoch, EventKind, Identity, LoopSpec, LoopState, Name, Output, Payload, RequestKey,
         Revision, SubsystemSpec, TraceId, Trigger,
@@ -161,8 +164,10 @@ pub(super) async fn pruned(
     limit: usize,
 ) -> Vec<Revision> {
     let Excess { records, events, first_kept, .. } = store.excess(retention, now, limit).await.unwrap();
-    let has_leaves = !events.is_empty() || records.iter().any(|(_, leaf)| leaf.is_some());
-    let entry = has_leaves.then(|| Bytes::from_static(b"pruned"));
+    let mut leaves: Vec<_> = records.iter().filter_map(|(_, leaf)| *leaf).chain(events.iter().copied()).collect();
+    leaves.sort_unstable();
+    let has_leaves = !leaves.is_empty();
+    let entry = has_leaves.then(|| encode_pruned(&RecordsPruned::of(leaves, first_kept)));
     let revisions: Vec<_> = records.into_iter().map(|(revision, _)| revision).collect();
     if has_leaves || !revisions.is_empty() {
         let removal = Removal { revisions: revisions.clone(), events, first_kept, entry };
@@ -189,7 +194,24 @@ pub(super) async fn refuses(store: &dyn Store, write: Write) {
     assert_eq!(store.size().await.unwrap().records, size, "{write:?}");
 }
 
-pub(super) const CHECKS: Checks = Checks { record: check, event: |_| Ok(()) };
+pub(super) const CHECKS: Checks = Checks { record: check, event: |_| Ok(()), pruned: decode_pruned };
+
+/// An entry about a removal, as these tests encode it: numbers of eight bytes.
+pub(super) fn encode_pruned(pruned: &RecordsPruned) -> Bytes {
+    let ends = pruned.leaves.iter().flat_map(|leaves| [leaves.start, leaves.end]);
+    ends.chain([pruned.first_kept]).flat_map(u64::to_be_bytes).collect()
+}
+
+fn decode_pruned(bytes: &[u8]) -> Result<RecordsPruned, String> {
+    let (numbers, rest) = bytes.as_chunks();
+    let numbers: Vec<_> = numbers.iter().copied().map(u64::from_be_bytes).collect();
+    match (numbers.as_chunks(), rest) {
+        ((leaves, &[first_kept]), []) => {
+            Ok(RecordsPruned { leaves: leaves.iter().map(|&[start, end]| start..end).collect(), first_kept })
+        }
+        _ => Err("as scripted".into()),
+    }
+}
 
 /// Bytes with this prefix stand for an unreadable record.
 pub(super) fn check(record: &Record) -> Result<(), String> {
@@ -675,7 +697,7 @@ async fn the_log_is_read_in_parts_that_have_its_root(store: &dyn Store, epoch: E
         Entry::Audit(&event(1).bytes).to_bytes(),
         Entry::Audit(&event(2).bytes).to_bytes(),
         Entry::Audit(&event(3).bytes).to_bytes(),
-        Entry::Control(b"pruned").to_bytes(),
+        Entry::Control(&encode_pruned(&RecordsPruned::of(0..20, 20))).to_bytes(),
     ];
     let expected: Vec<_> = (20..).zip(expected).map(|(leaf, entry)| Part::entry(leaf, entry.into())).collect();
     assert_eq!(whole[2..], expected);

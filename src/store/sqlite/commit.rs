@@ -1,6 +1,6 @@
 //! One commit: its rows, in one transaction that checks the epoch.
 
-use std::fs;
+use std::{fs, iter, ops::Range};
 
 use rusqlite::{Connection, ToSql, Transaction, TransactionBehavior, named_params};
 
@@ -13,8 +13,9 @@ use super::{
     seal::{LOOPS, OPEN_CYCLES, OUTPUTS, SUBSYSTEMS, Sealer},
 };
 use crate::{
+    ledger::Leaves,
     model::{Epoch, Name, Revision, Trigger},
-    ports::{Durability, Removal, Stage, Write},
+    ports::{Durability, Log, Removal, Stage, Write},
     store::frontier::{Appended, Frontier},
 };
 
@@ -32,6 +33,8 @@ pub(super) struct Term {
     pub(super) unlogged_to: Revision,
     pub(super) counts: Counts,
     pub(super) frontier: Frontier,
+    /// The leaves that retention has removed: those below `log.first_kept` of the frontier, and others.
+    pub(super) removed: Leaves,
     pub(super) sealer: Sealer,
     /// What the first commit of the term seals anew, if anything.
     pub(super) renewal: Option<Renewal>,
@@ -49,15 +52,14 @@ pub(super) enum Renewal {
 }
 
 impl Term {
-    /// Writes in one transaction, and returns the numbers after it; or else the epoch that has taken over, and then
-    /// nothing was written.
+    /// Writes in one transaction; or else returns the epoch that has taken over, and then nothing was written.
     pub(super) fn transact(
         &self,
         connection: &mut Connection,
         here: &Identity,
         write: &Write,
         appended: &Appended,
-    ) -> rusqlite::Result<Result<Counts, Epoch>> {
+    ) -> rusqlite::Result<Result<Written, Epoch>> {
         let last_revision = write.records.last().map_or(self.frontier.last_revision, |record| record.revision);
         let values = [
             integer(self.epoch.0),
@@ -70,7 +72,9 @@ impl Term {
             integer(self.unlogged_to.0),
         ];
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let counts = self.counts.after(&transaction, write)?;
+        let mut counts = self.counts;
+        let removed = remove_entries(&transaction, write, &mut counts)?;
+        counts.add(write);
         let current = integer(self.current.0);
         if !self.sealer.put_end(&transaction, &appended.log.frontier, values, counts, current)? {
             let epoch = transaction.query_row("SELECT epoch FROM meta", [], |row| number(row, 0))?;
@@ -85,18 +89,20 @@ impl Term {
         }
         put_cycles(&transaction, &self.sealer, write, appended)?;
         log::append(&transaction, write, appended)?;
-        if !write.removal.is_empty() {
-            let removed = remove_entries(&transaction, write)?;
-            log::forget(&transaction, &removed, appended.log.frontier.size())?;
+        if !removed.is_empty() {
+            let gone: Leaves = ranges(&removed, &appended.log).collect();
+            let gone = |leaves| self.removed.contain_with(&gone, leaves);
+            log::forget(&transaction, &removed, appended.log.frontier.size(), gone)?;
         }
         put_knowledge(&transaction, &self.sealer, write)?;
         transaction.commit()?;
-        Ok(Ok(counts))
+        Ok(Ok(Written { counts, removed }))
     }
 
-    /// Advances by `write`, and by what it appends to the log, to these numbers.
-    pub(super) fn advance(&mut self, write: &Write, appended: Appended, counts: Counts) {
+    /// Advances by `write`, and by what it has appended to the log and removed from it.
+    pub(super) fn advance(&mut self, write: &Write, appended: Appended, Written { counts, removed }: Written) {
         self.counts = counts;
+        ranges(&removed, &appended.log).for_each(|leaves| self.removed.add(leaves));
         self.current = self.epoch;
         self.commits += 1;
         self.pruned_to = self.pruned_to_by(write);
@@ -112,6 +118,18 @@ impl Term {
         let Frontier { last_cycle_id, last_revision, .. } = self.frontier;
         Mark { id: self.database_id, commits: self.commits, last_cycle_id, last_revision }
     }
+}
+
+/// What a transaction has changed, beside what the write says.
+pub(super) struct Written {
+    counts: Counts,
+    /// The leaves of all entries that it has removed, lowest first.
+    removed: Vec<u64>,
+}
+
+/// These removed leaves, and all before the first one that this log keeps.
+fn ranges(removed: &[u64], log: &Log) -> impl Iterator<Item = Range<u64>> {
+    removed.iter().map(|leaf| *leaf..*leaf + 1).chain(iter::once(0..log.first_kept))
 }
 
 /// Sets the durability of further commits.
@@ -178,17 +196,22 @@ fn put_cycles(
 }
 
 /// Removes entries, and returns their leaves, lowest first.
-fn remove_entries(transaction: &Transaction<'_>, write: &Write) -> rusqlite::Result<Vec<u64>> {
+fn remove_entries(transaction: &Transaction<'_>, write: &Write, counts: &mut Counts) -> rusqlite::Result<Vec<u64>> {
     let Removal { revisions, events, first_kept, .. } = &write.removal;
+    if write.removal.is_empty() {
+        return Ok(Vec::new());
+    }
     let mut leaves = events.clone();
+    let mut remove = transaction.prepare_cached("DELETE FROM cycles WHERE revision = ?1 RETURNING state, leaf")?;
     for revision in revisions {
-        let leaf: Option<i64> = transaction
-            .prepare_cached("DELETE FROM cycles WHERE revision = ?1 RETURNING leaf")?
-            .query_row([integer(revision.0)], |row| row.get(0))?;
+        let (state, leaf): (i64, Option<i64>) =
+            remove.query_row([integer(revision.0)], |row| Ok((row.get(0)?, row.get(1)?)))?;
+        counts.remove_record(state);
         leaves.extend(leaf.map(i64::unsigned_abs));
     }
+    let mut remove = transaction.prepare_cached("DELETE FROM audit WHERE leaf = ?1 RETURNING kind")?;
     for leaf in events {
-        transaction.prepare_cached("DELETE FROM audit WHERE leaf = ?1")?.execute([integer(*leaf)])?;
+        counts.remove_event(remove.query_row([integer(*leaf)], |row| row.get(0))?);
     }
     // The entry of this removal replaces them.
     let mut query = transaction.prepare_cached("DELETE FROM control WHERE leaf < ?1 RETURNING leaf")?;

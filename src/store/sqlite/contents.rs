@@ -19,9 +19,11 @@ use super::{
 };
 use crate::{
     clock::Clock,
-    ledger::SealedBy,
+    ledger::{Leaves, SealedBy},
     model::{CycleId, Epoch, Output, Payload, Revision},
-    ports::{Check, Contents, Log, Seals, Stage, StoreError, StoredLoop, StoredOutput, StoredSubsystem, UnreadableRow},
+    ports::{
+        Checks, Contents, Log, Seals, Stage, StoreError, StoredLoop, StoredOutput, StoredSubsystem, UnreadableRow,
+    },
 };
 
 /// What a database contains.
@@ -34,6 +36,8 @@ pub(super) struct Read {
     pub(super) unlogged_to: Revision,
     pub(super) counts: Counts,
     pub(super) log: Log,
+    /// The leaves that retention has removed.
+    pub(super) removed: Leaves,
     pub(super) sealer: Sealer,
     /// The rows that are to be sealed anew.
     pub(super) renewal: Option<Renewal>,
@@ -46,7 +50,7 @@ pub(super) struct Read {
 pub(super) fn read_contents(
     connection: &mut Connection,
     path: &Path,
-    check: Check,
+    checks: Checks,
     clock: Clock,
     seals: Seals,
 ) -> Result<Read, StoreError> {
@@ -72,7 +76,7 @@ pub(super) fn read_contents(
             .query_row(
                 &format!("SELECT {COLUMNS} FROM cycles WHERE {HAS_REVISION} ORDER BY revision DESC LIMIT 1"),
                 [],
-                |row| Ok(read(&transaction, row, check)),
+                |row| Ok(read(&transaction, row, checks.record)),
             )
             .optional()?;
         Ok((current, mark, contents, numbers))
@@ -80,6 +84,7 @@ pub(super) fn read_contents(
     .map_err(explained)?;
     numbers.check().map_err(|problem| StoreError::Corrupt { store: path.display().to_string(), problem })?;
     let log = log::read(&transaction, path)?;
+    let removed = log::removed(&transaction, &log, checks.pruned).map_err(explained)?;
     let (keys, are_checked) = match seals {
         Seals::Checked(keys) => (keys, true),
         Seals::Renewed(keys) => (keys, false),
@@ -167,7 +172,7 @@ pub(super) fn read_contents(
         !(open.is_empty() && subsystems.is_empty() && loops.is_empty() && outputs.is_empty() && unreadable.is_empty());
     let is_empty = *last_cycle_id == CycleId(0) && !has_rows;
     contents.is_sealed = is_empty || (are_checked && seal != Seal::Missing);
-    Ok(Read { contents, current, mark, unlogged_to, counts, log, sealer, renewal })
+    Ok(Read { contents, current, mark, unlogged_to, counts, log, removed, sealer, renewal })
 }
 
 /// Refuses an epoch that no clock can have given, if nothing shows that this software wrote it: the next epochs would

@@ -3,7 +3,7 @@
 
 use std::array;
 
-use rusqlite::{Connection, OptionalExtension, Row, Transaction};
+use rusqlite::{Connection, Row};
 
 use super::rows::{integer, kind_number, number, state_number};
 use crate::{
@@ -52,30 +52,28 @@ impl Counts {
         Ok(())
     }
 
-    /// The numbers after this write, whose removed rows are still there.
-    pub(super) fn after(mut self, transaction: &Transaction<'_>, write: &Write) -> rusqlite::Result<Self> {
+    /// Counts what this write adds.
+    pub(super) fn add(&mut self, write: &Write) {
         for record in &write.records {
             self.0[of_state(record.state)] += 1;
         }
         for event in &write.audit {
             self.0[of_kind(event.kind)] += 1;
         }
-        let removed = |query: &str, row: u64| {
-            transaction.prepare_cached(query)?.query_row([integer(row)], |row| row.get::<_, i64>(0)).optional()
-        };
-        for revision in &write.removal.revisions {
-            let state = removed("SELECT state FROM cycles WHERE revision = ?1", revision.0)?;
-            if let Some(state) = CycleState::ALL.into_iter().find(|known| Some(state_number(*known)) == state) {
-                self.0[of_state(state)] = self.0[of_state(state)].saturating_sub(1);
-            }
+    }
+
+    /// Counts a removed record; its state is that of its column.
+    pub(super) fn remove_record(&mut self, state: i64) {
+        if let Some(state) = CycleState::ALL.into_iter().find(|known| state_number(*known) == state) {
+            self.0[of_state(state)] = self.0[of_state(state)].saturating_sub(1);
         }
-        for leaf in &write.removal.events {
-            let kind = removed("SELECT kind FROM audit WHERE leaf = ?1", *leaf)?;
-            if let Some(kind) = EventKind::ALL.into_iter().find(|known| Some(kind_number(*known)) == kind) {
-                self.0[of_kind(kind)] = self.0[of_kind(kind)].saturating_sub(1);
-            }
+    }
+
+    /// Counts a removed audit event; its kind is that of its column.
+    pub(super) fn remove_event(&mut self, kind: i64) {
+        if let Some(kind) = EventKind::ALL.into_iter().find(|known| kind_number(*known) == kind) {
+            self.0[of_kind(kind)] = self.0[of_kind(kind)].saturating_sub(1);
         }
-        Ok(self)
     }
 
     pub(super) fn records_of(&self, state: CycleState) -> u64 {

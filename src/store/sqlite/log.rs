@@ -10,12 +10,12 @@ use rusqlite::{Connection, OptionalExtension, Row, Transaction, named_params, ty
 
 use super::{
     error::explain,
-    rows::{HAS_REVISION, MAX_RECORD, integer, kind_number, nanoseconds, number},
+    rows::{MAX_RECORD, integer, kind_number, nanoseconds, number},
 };
 use crate::{
-    ledger::{Content, Entry, Frontier, Hash, Node, Part},
-    model::{CycleId, Revision},
-    ports::{Log, PageLimits, StoreError, Write},
+    ledger::{Content, Entry, Frontier, Hash, Leaves, Node, Part},
+    model::CycleId,
+    ports::{Log, PageLimits, Pruned, StoreError, Write},
     store::{frontier::Appended, pruning::needless_hashes},
 };
 
@@ -68,13 +68,45 @@ fn hash(connection: &Connection, node: Node) -> rusqlite::Result<Option<Hash>> {
     Ok(query.query_row([integer(node.number())], |row| row.get(0)).optional()?.map(Hash))
 }
 
-/// True if the table of no kind has an entry of these leaves.
-fn is_gone(connection: &Connection, leaves: Range<u64>) -> rusqlite::Result<bool> {
-    let mut entries = connection.prepare_cached(
-        "SELECT 1 FROM cycles WHERE leaf >= ?1 AND leaf < ?2 UNION ALL SELECT 1 FROM audit WHERE leaf >= ?1 AND leaf < ?2
-         UNION ALL SELECT 1 FROM control WHERE leaf >= ?1 AND leaf < ?2",
-    )?;
-    Ok(!entries.exists([leaves.start, leaves.end].map(integer))?)
+/// The entry about the log itself that is this leaf, if there is one with the bytes that were written.
+pub(super) fn control_entry(connection: &Connection, leaf: u64) -> rusqlite::Result<Option<Vec<u8>>> {
+    let mut query = connection.prepare_cached("SELECT entry FROM control WHERE leaf = ?1")?;
+    let entry: Option<Vec<u8>> = query.query_row([integer(leaf)], |row| row.get(0)).optional()?;
+    Ok(entry.filter(|entry| check(connection, leaf, Entry::Control(entry)).is_ok()))
+}
+
+/// The leaves that retention has removed, by the entries that say so.
+pub(super) fn removed(connection: &Connection, log: &Log, pruned: Pruned) -> rusqlite::Result<Leaves> {
+    let mut removed = Leaves::default();
+    removed.add(0..log.first_kept);
+    let mut query = connection.prepare("SELECT leaf FROM control ORDER BY leaf")?;
+    for leaf in query.query_map([], |row| number(row, 0))? {
+        let entry = control_entry(connection, leaf?)?;
+        // One that can't be read proves no removal.
+        if let Some(pruned) = entry.and_then(|entry| pruned(&entry).ok()) {
+            pruned.all().for_each(|leaves| removed.add(leaves));
+        }
+    }
+    Ok(removed)
+}
+
+/// The first revision whose record is this leaf or a later one. Records in the log have increasing leaves.
+fn revision_from(connection: &Connection, leaf: u64) -> rusqlite::Result<i64> {
+    let (mut low, mut high): (i64, i64) =
+        connection.query_row("SELECT unlogged_to + 1, last_revision + 1 FROM meta", [], |row| {
+            Ok((row.get(0)?, row.get(1)?))
+        })?;
+    let mut next = connection
+        .prepare_cached("SELECT revision, leaf FROM cycles WHERE revision >= ?1 ORDER BY revision LIMIT 1")?;
+    while low < high {
+        let middle = low + (high - low) / 2;
+        let of_row = |row: &Row<'_>| Ok((row.get::<_, i64>(0)?, row.get::<_, Option<i64>>(1)?));
+        match next.query_row([middle], of_row).optional()? {
+            Some((revision, Some(found))) if found < integer(leaf) => low = revision + 1,
+            Some(_) | None => high = middle,
+        }
+    }
+    Ok(low)
 }
 
 /// The log from the first of these leaves on, in parts; `None` if the hash of one is not retained.
@@ -85,26 +117,35 @@ pub(super) fn parts(
 ) -> rusqlite::Result<Option<Vec<Part>>> {
     // One transaction, so that entries and hashes are those of one time.
     let transaction = connection.transaction()?;
-    let mut query = transaction.prepare_cached(
-        "SELECT leaf, 1, record FROM cycles WHERE leaf >= ?1 AND leaf < ?2
-         UNION ALL SELECT leaf, 2, event FROM audit WHERE leaf >= ?1 AND leaf < ?2
-         UNION ALL SELECT leaf, 3, entry FROM control WHERE leaf >= ?1 AND leaf < ?2 ORDER BY leaf",
+    let revisions = [revision_from(&transaction, leaves.start)?, revision_from(&transaction, leaves.end)?];
+    let mut records = transaction.prepare_cached(
+        "SELECT leaf, 1, record FROM cycles WHERE revision >= ?1 AND revision < ?2 ORDER BY revision",
     )?;
-    let stored = query.query_map([leaves.start, leaves.end].map(integer), |row| Ok((number(row, 0)?, entry(row)?)))?;
-    let mut stored = stored.peekable();
+    let mut events =
+        transaction.prepare_cached("SELECT leaf, 2, event FROM audit WHERE leaf >= ?1 AND leaf < ?2 ORDER BY leaf")?;
+    let mut controls = transaction
+        .prepare_cached("SELECT leaf, 3, entry FROM control WHERE leaf >= ?1 AND leaf < ?2 ORDER BY leaf")?;
+    let of_leaves = [leaves.start, leaves.end].map(integer);
+    let mut stored = [
+        records.query_map(revisions, stored)?.peekable(),
+        events.query_map(of_leaves, stored)?.peekable(),
+        controls.query_map(of_leaves, stored)?.peekable(),
+    ];
     let (mut parts, mut bytes, mut next) = (Vec::new(), 0, leaves.start);
     while next < leaves.end && parts.len() < limits.records {
-        let is_here = |entry: &rusqlite::Result<(u64, _)>| entry.as_ref().map_or(true, |(leaf, _)| *leaf == next);
-        let subtree = if stored.peek().is_some_and(is_here) {
+        // An error belongs to the next leaf.
+        let of = |entry: &rusqlite::Result<(u64, _)>| entry.as_ref().map_or(next, |(leaf, _)| *leaf);
+        let first = stored.iter_mut().filter_map(|kind| kind.peek().map(of)).min().unwrap_or(leaves.end);
+        let subtree = if first <= next {
             Node::of_leaf(next)
         } else {
             // What is on its left is in an earlier part.
-            let is_next = |beside: Range<u64>| Ok(beside.start > next && is_gone(&transaction, beside)?);
-            Node::largest_of::<rusqlite::Error>(next, leaves.end, is_next)?
+            let is_gone = |beside: Range<u64>| Ok(beside.start > next && beside.end <= first);
+            Node::largest_of::<rusqlite::Error>(next, leaves.end, is_gone)?
         };
         let Some(hash) = hash(&transaction, subtree)? else { return Ok(None) };
         let mut content = Content::Hash(hash);
-        while let Some(entry) = stored.next_if(is_here) {
+        while let Some(entry) = stored.iter_mut().find_map(|kind| kind.next_if(|entry| of(entry) <= next)) {
             let (_, entry) = entry?;
             if Hash::of_leaf([&entry[..]]) == hash {
                 bytes += entry.len();
@@ -118,6 +159,11 @@ pub(super) fn parts(
         next = subtree.leaves().end;
     }
     Ok(Some(parts))
+}
+
+/// The leaf of a row, and its [`entry`].
+fn stored(row: &Row<'_>) -> rusqlite::Result<(u64, Vec<u8>)> {
+    Ok((number(row, 0)?, entry(row)?))
 }
 
 /// The encoded `LogEntry` of a row of a leaf, a kind and bytes; empty if these can't be the bytes of an entry.
@@ -174,40 +220,24 @@ pub(super) fn append(transaction: &Transaction<'_>, write: &Write, appended: &Ap
     Ok(())
 }
 
-/// Removes the hashes that no proof needs any more, in a log of `size` leaves of which these were removed.
-pub(super) fn forget(transaction: &Transaction<'_>, removed: &[u64], size: u64) -> rusqlite::Result<()> {
-    let gone = |leaves| is_gone(transaction, leaves);
+/// Removes the hashes that no proof needs any more, in a log of `size` leaves of which these were removed now, and all
+/// of these ranges are `gone`.
+pub(super) fn forget(
+    transaction: &Transaction<'_>,
+    removed: &[u64],
+    size: u64,
+    gone: impl Fn(Range<u64>) -> bool,
+) -> rusqlite::Result<()> {
     let mut delete = transaction.prepare_cached("DELETE FROM hashes WHERE id >= ?1 AND id < ?2")?;
-    for numbers in needless_hashes(removed, size, gone)? {
+    for numbers in needless_hashes(removed, size, gone) {
         delete.execute([numbers.start, numbers.end].map(integer))?;
     }
     Ok(())
 }
 
-/// The leaves of these records, and the first leaf that is kept without them and without these audit events: the lower
-/// one of that of the record with the lowest revision, or 0 if this is older than the log, and that of the first event.
-pub(super) fn leaves_of(
-    connection: &Connection,
-    revisions: &[Revision],
-    events: &[u64],
-) -> rusqlite::Result<(Vec<Option<u64>>, u64)> {
+/// The leaves of these records.
+pub(super) fn leaves_of(connection: &Connection, revisions: &[u64]) -> rusqlite::Result<Vec<Option<u64>>> {
     let mut query = connection.prepare_cached("SELECT leaf FROM cycles WHERE revision = ?1")?;
-    let mut leaf = |revision: &Revision| query.query_row([integer(revision.0)], |row| row.get::<_, Option<i64>>(0));
-    let leaves = revisions.iter().map(|revision| Ok(leaf(revision)?.map(i64::unsigned_abs)));
-    let leaves = leaves.collect::<rusqlite::Result<_>>()?;
-    let mut query = connection.prepare_cached("SELECT leaf FROM audit ORDER BY leaf LIMIT ?1")?;
-    let oldest = query.query_map([integer(events.len() as u64 + 1)], |row| number(row, 0))?;
-    let oldest = oldest.collect::<rusqlite::Result<Vec<_>>>()?;
-    let first_event = oldest.into_iter().find(|leaf| events.binary_search(leaf).is_err()).unwrap_or(u64::MAX);
-    let mut query = connection.prepare_cached(&format!(
-        "SELECT revision, leaf FROM cycles WHERE {HAS_REVISION} ORDER BY revision LIMIT ?1"
-    ))?;
-    let mut rows = query.query([integer(revisions.len() as u64 + 1)])?;
-    while let Some(row) = rows.next()? {
-        if revisions.binary_search(&Revision(number(row, 0)?)).is_err() {
-            let first_record = row.get::<_, Option<i64>>(1)?.map_or(0, i64::unsigned_abs);
-            return Ok((leaves, first_record.min(first_event)));
-        }
-    }
-    Ok((leaves, 0))
+    let mut leaf = |revision: &u64| query.query_row([integer(*revision)], |row| row.get::<_, Option<i64>>(0));
+    revisions.iter().map(|revision| Ok(leaf(revision)?.map(i64::unsigned_abs))).collect()
 }

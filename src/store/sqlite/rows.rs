@@ -12,12 +12,12 @@ use crate::{
 };
 
 /// In this order, so that a row can be examined without reading the record, which is last and may be large.
-pub(super) const COLUMNS: &str = "cycle_id, revision, epoch, state, trigger, loop, request_id, finished_at, leaf, triggered_by, \
+pub(super) const COLUMNS: &str = "revision, cycle_id, epoch, state, trigger, loop, request_id, triggered_by, finished_at, leaf, \
      revision <= (SELECT unlogged_to FROM meta) AS is_unlogged, record";
 
-/// Condition that a row has a place in the history. An unreadable revision has no place: reads by revision don't find
-/// it.
-pub(super) const HAS_REVISION: &str = "revision > 0 AND typeof(revision) = 'integer'";
+/// Condition that a row has a place in the history: the revision of an earlier version may have been unreadable. Reads
+/// by revision don't find such a row.
+pub(super) const HAS_REVISION: &str = "revision > 0";
 
 /// Most bytes of a record that is read: the largest `cycle.max_record_bytes`.
 pub(super) const MAX_RECORD: usize = 64 << 20;
@@ -26,7 +26,7 @@ pub(super) const MAX_RECORD: usize = 64 << 20;
 pub(super) fn read(connection: &Connection, row: &Row<'_>, check: Check) -> Found {
     let unreadable = |problem| Unreadable {
         cycle_id: CycleId(number(row, "cycle_id").unwrap_or_default()),
-        revision: Revision(number(row, "revision").unwrap_or_default()),
+        revision: revision(row).unwrap_or_default(),
         problem,
     };
     if let Ok(ValueRef::Blob(bytes)) = row.get_ref("record")
@@ -48,22 +48,28 @@ pub(super) fn read(connection: &Connection, row: &Row<'_>, check: Check) -> Foun
 /// A row with its record.
 pub(super) fn record(row: &Row<'_>) -> rusqlite::Result<Record> {
     let bytes: Vec<u8> = row.get("record")?;
-    Ok(Record { bytes: bytes.into(), triggered_by: identity(row, "triggered_by")?, ..found(row)? })
+    Ok(Record { bytes: bytes.into(), ..found(row)? })
 }
 
-/// A row without its record, and without what comes after the record in the file, which is as slow to read.
+/// A row without its record.
 pub(super) fn found(row: &Row<'_>) -> rusqlite::Result<Record> {
     Ok(Record {
         cycle_id: CycleId(number(row, "cycle_id")?),
-        revision: Revision(number(row, "revision")?),
+        revision: revision(row)?,
         epoch: Epoch(number(row, "epoch")?),
         state: state(row)?,
         trigger: trigger(row)?,
         request_id: row.get("request_id")?,
-        triggered_by: None,
+        triggered_by: identity(row, "triggered_by")?,
         finished_at: time(row, "finished_at")?,
         bytes: Bytes::new(),
     })
+}
+
+/// The place of a record in the history; one without a place has a negative number.
+fn revision(row: &Row<'_>) -> rusqlite::Result<Revision> {
+    let number: i64 = row.get("revision")?;
+    u64::try_from(number).map(Revision).map_err(|error| wrong(row, "revision", error))
 }
 
 /// An audit event.

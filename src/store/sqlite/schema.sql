@@ -222,3 +222,33 @@ UPDATE meta SET
     denials     = (SELECT count(*) FROM audit WHERE kind = 3);
 DROP TABLE counts;
 DROP TABLE audit_counts;
+
+-- migration 14
+
+-- The history in the order of its revisions: what reads and retention follow is the table itself, and no index. A
+-- revision that can't be read gives the record no place in it, and becomes a negative one.
+CREATE TABLE history (
+    revision     INTEGER PRIMARY KEY,
+    cycle_id     INTEGER NOT NULL UNIQUE,
+    epoch        INTEGER NOT NULL,
+    state        INTEGER NOT NULL,
+    trigger      INTEGER NOT NULL,
+    loop         TEXT,
+    request_id   TEXT,
+    triggered_by TEXT,
+    finished_at  INTEGER NOT NULL,
+    leaf         INTEGER,
+    record       BLOB NOT NULL
+);
+INSERT INTO history
+    SELECT iif(typeof(revision) = 'integer' AND revision > 0, revision, -cycle_id), cycle_id, epoch, state, trigger, loop,
+           request_id, triggered_by, finished_at, leaf, record
+    FROM cycles ORDER BY revision;
+DROP TABLE cycles;
+PRAGMA legacy_alter_table = ON;  -- views of other programs stay as they are
+ALTER TABLE history RENAME TO cycles;
+PRAGMA legacy_alter_table = OFF;
+CREATE INDEX cycles_by_request ON cycles (request_id, triggered_by) WHERE request_id IS NOT NULL;
+
+-- Retention goes through the audit in the order of its leaves.
+DROP INDEX audit_by_kind;

@@ -1,6 +1,6 @@
 //! Tests of what only SQLite has: the database outlives its process, and others reach its files.
 
-use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, ops::RangeInclusive, path::Path, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::StreamExt;
@@ -420,7 +420,7 @@ async fn an_unreadable_record_keeps_its_place_and_the_others_are_read() {
          UPDATE cycles SET finished_at = 'noon' WHERE revision = 6;
          UPDATE cycles SET request_id = CAST(x'ff' AS TEXT) WHERE revision = 7;
          UPDATE cycles SET epoch = x'00' WHERE revision = 8;
-         UPDATE cycles SET revision = 'nine' WHERE revision = 9;
+         UPDATE cycles SET revision = -9 WHERE revision = 9;
          DELETE FROM cycles WHERE revision IN (10, 12)",
     )
     .unwrap();
@@ -470,6 +470,29 @@ async fn an_unreadable_record_keeps_its_place_and_the_others_are_read() {
     drop(store);
     let contents = opened(&path).await.1;
     assert_eq!(contents.last_record.unwrap().unwrap().revision, Revision(11));
+}
+
+#[tokio::test]
+async fn a_search_for_old_records_ends_at_its_limit_and_the_next_one_goes_on() {
+    let directory = tempfile::tempdir().unwrap();
+    let (store, contents) = opened(&directory.path().join("o.db")).await;
+    let mut write = recorded(1..=1200, contents.epoch);
+    for record in &mut write.records[..1000] {
+        record.state = CycleState::Succeeded;
+    }
+    commit(&*store, write).await;
+    let none = RetentionRule { max_cycles: Some(0), max_age: None };
+    let retention = Retention { by_state: BTreeMap::from([(CycleState::Failed, none)]), ..Retention::default() };
+    let search = async || {
+        let excess = store.excess(retention.clone(), at(0), 256).await.unwrap();
+        let found = excess.records.iter().map(|(revision, _)| revision.0).collect::<Vec<_>>();
+        (found, excess.is_partial)
+    };
+    let failed = |revisions: RangeInclusive<u64>| revisions.filter(|number| number.is_multiple_of(3)).collect();
+    assert_eq!(search().await, (Vec::new(), true));
+    assert_eq!(search().await, (failed(1001..=1024), true));
+    // It begins at the first one that is still there, and the newest record stays.
+    assert_eq!(search().await, (failed(1001..=1199), false));
 }
 
 #[tokio::test]

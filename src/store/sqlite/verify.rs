@@ -1,7 +1,7 @@
 //! Verifies a database from the outside: every entry of its log, every column that a read relies on, every hash, and
 //! every index.
 
-use std::{collections::BTreeMap, convert::Infallible, ops::Range, path::Path};
+use std::{convert::Infallible, ops::Range, path::Path};
 
 use rusqlite::{Connection, OptionalExtension};
 
@@ -16,7 +16,7 @@ use super::{
     seal::{Seal, Sealer, TABLES},
 };
 use crate::{
-    ledger::{Checkpoint, Entry, Frontier, Hash, Node, SealKeys},
+    ledger::{Checkpoint, Entry, Frontier, Hash, Leaves, Node, SealKeys},
     ports::Record,
     store::{OpenError, Rules, Verified},
 };
@@ -49,7 +49,7 @@ pub(in super::super) fn verify(
         rules,
         wrong,
         verified,
-        removed: BTreeMap::new(),
+        removed: Leaves::default(),
         is_compared: false,
     };
     Ok(verifier.verify().map_err(explained)?)
@@ -63,9 +63,8 @@ struct Verifier<'a> {
     rules: Rules,
     wrong: &'a mut dyn FnMut(String),
     verified: Verified,
-    /// The leaves that retention has removed, by the entries that say so: the first leaf of each range, and the one
-    /// after it. Of these ranges, none meet.
-    removed: BTreeMap<u64, u64>,
+    /// The leaves that retention has removed, by the entries that say so.
+    removed: Leaves,
     /// True once the checkpoint was compared with the tree.
     is_compared: bool,
 }
@@ -76,10 +75,16 @@ struct Leaf {
     entry: Claimed,
 }
 
+/// The row of a record.
+#[derive(Clone, Copy)]
+struct RecordRow {
+    revision: i64,
+    cycle_id: u64,
+}
+
 /// The entry that a row claims to be.
 enum Claimed {
-    /// The record of this cycle.
-    Record(u64),
+    Record(RecordRow),
     Event,
     Control,
 }
@@ -97,8 +102,8 @@ impl Verifier<'_> {
         Ok(self.verified)
     }
 
-    /// Compares indexes with their tables. Retention finds what is oldest by them, and a repeated request its cycle;
-    /// neither hashes nor seals say what they contain.
+    /// Compares indexes with their tables. A cycle is found by them, and so is that of a repeated request. Neither
+    /// hashes nor seals say what they contain.
     fn check_indexes(&mut self) -> rusqlite::Result<()> {
         let mut query = self.database.prepare("PRAGMA integrity_check")?;
         let mut rows = query.query([])?;
@@ -115,13 +120,13 @@ impl Verifier<'_> {
     fn read_pruned(&mut self) -> rusqlite::Result<()> {
         let mut query = self.database.prepare("SELECT leaf, entry FROM control ORDER BY leaf")?;
         let mut rows = query.query([])?;
-        let (mut first_kept, mut ranges) = (0, Vec::new());
+        let mut first_kept = 0;
         while let Some(row) = rows.next()? {
             let (leaf, entry) = (number(row, 0)?, row.get::<_, Vec<u8>>(1)?);
-            match (self.rules.pruned)(&entry) {
+            match (self.rules.checks.pruned)(&entry) {
                 Ok(pruned) => {
                     first_kept = first_kept.max(pruned.first_kept);
-                    ranges.extend(pruned.leaves);
+                    pruned.all().for_each(|leaves| self.removed.add(leaves));
                 }
                 Err(problem) => (self.wrong)(format!("leaf {leaf}, a control entry, can't be read: {problem}")),
             }
@@ -134,33 +139,20 @@ impl Verifier<'_> {
             ));
             self.verified.first_kept = first_kept;
         }
-        ranges.push(0..first_kept);
-        ranges.sort_unstable_by_key(|range| range.start);
-        for Range { start, end } in ranges {
-            match self.removed.last_entry() {
-                Some(mut last) if start <= *last.get() => drop(last.insert(end.max(*last.get()))),
-                _ => drop(self.removed.insert(start, end)),
-            }
-        }
-        self.verified.removed = self.removed.iter().map(|(start, end)| end - start).sum();
+        self.verified.removed = self.removed.count();
         Ok(())
-    }
-
-    /// The leaves from this one on that retention has removed.
-    fn removed_from(&self, leaf: u64) -> Range<u64> {
-        let end = self.removed.range(..=leaf).next_back().map_or(leaf, |(_, end)| *end);
-        leaf..end.max(leaf)
     }
 
     /// Walks over all leaves, and makes the tree anew.
     fn check_entries(&mut self) -> rusqlite::Result<()> {
         let Verified { entries: size, .. } = self.verified;
-        let claims = "SELECT leaf, 1, cycle_id FROM cycles WHERE leaf IS NOT NULL
-                      UNION ALL SELECT leaf, 2, 0 FROM audit UNION ALL SELECT leaf, 3, 0 FROM control ORDER BY leaf";
+        let claims = "SELECT leaf, 1, revision, cycle_id FROM cycles WHERE leaf IS NOT NULL
+                      UNION ALL SELECT leaf, 2, 0, 0 FROM audit UNION ALL SELECT leaf, 3, 0, 0 FROM control
+                      ORDER BY leaf";
         let mut query = self.database.prepare(claims)?;
         let claims = query.query_map([], |row| {
             let entry = match row.get(1)? {
-                1 => Claimed::Record(number(row, 2)?),
+                1 => Claimed::Record(RecordRow { revision: row.get(2)?, cycle_id: number(row, 3)? }),
                 2 => Claimed::Event,
                 _ => Claimed::Control,
             };
@@ -173,7 +165,7 @@ impl Verifier<'_> {
         self.compare_root(tree.as_ref(), leaf);
         while leaf < size {
             // As much as possible at once of what was removed: below that, there are no hashes.
-            let removed = self.removed_from(leaf);
+            let removed = self.removed.from(leaf);
             let is_removed = |beside: Range<u64>| beside.start >= removed.start && beside.end <= removed.end;
             let Ok(subtree) = Node::largest_of(leaf, size, |beside| Ok::<_, Infallible>(is_removed(beside)));
             let Range { end, .. } = subtree.leaves();
@@ -237,8 +229,8 @@ impl Verifier<'_> {
 
     /// The hash of an entry that is there; `None` if it can't be read, which is reported.
     fn check_entry(&mut self, claim: &Leaf, last_revision: &mut u64) -> rusqlite::Result<Option<Hash>> {
-        let cycle_id = match claim.entry {
-            Claimed::Record(cycle_id) => cycle_id,
+        let row = match claim.entry {
+            Claimed::Record(row) => row,
             Claimed::Event => return self.check_event(claim),
             Claimed::Control => {
                 let mut query = self.database.prepare_cached("SELECT entry FROM control WHERE leaf = ?1")?;
@@ -246,7 +238,7 @@ impl Verifier<'_> {
                 return Ok(Some(Entry::Control(&entry).leaf()));
             }
         };
-        let Some(record) = self.record(cycle_id)? else { return Ok(None) };
+        let Some(record) = self.record(row)? else { return Ok(None) };
         self.verified.records += 1;
         if let Err(problem) = (self.rules.checks.record)(&record) {
             (self.wrong)(format!("{claim}: {problem}"));
@@ -276,18 +268,10 @@ impl Verifier<'_> {
     }
 
     /// The record of a cycle; `None` if it can't be read, which is reported.
-    fn record(&mut self, cycle_id: u64) -> rusqlite::Result<Option<Record>> {
-        let record = self.found(cycle_id)?.transpose();
-        Ok(record.unwrap_or_else(|error| {
-            (self.wrong)(format!("the record of cycle {cycle_id} can't be read: {error}"));
-            None
-        }))
-    }
-
-    /// The record of a cycle, if it exists.
-    fn found(&self, cycle_id: u64) -> rusqlite::Result<Option<rusqlite::Result<Record>>> {
-        let mut query = self.database.prepare_cached(&format!("SELECT {COLUMNS} FROM cycles WHERE cycle_id = ?1"))?;
-        query.query_row([integer(cycle_id)], |row| Ok(record(row))).optional()
+    fn record(&mut self, row: RecordRow) -> rusqlite::Result<Option<Record>> {
+        let mut query = self.database.prepare_cached(&format!("SELECT {COLUMNS} FROM cycles WHERE revision = ?1"))?;
+        let read = query.query_row([row.revision], |row| Ok(record(row)))?;
+        Ok(read.map_err(|error| (self.wrong)(format!("{row} can't be read: {error}"))).ok())
     }
 
     /// Compares the nodes that become complete with a subtree.
@@ -317,19 +301,18 @@ impl Verifier<'_> {
     /// Records without a leaf are older than the log.
     fn check_unlogged(&mut self) -> rusqlite::Result<()> {
         let last: i64 = self.database.query_row("SELECT unlogged_to FROM meta", [], |row| row.get(0))?;
-        let mut query = self.database.prepare("SELECT cycle_id FROM cycles WHERE leaf IS NULL ORDER BY revision")?;
+        let unlogged = "SELECT revision, cycle_id FROM cycles WHERE leaf IS NULL ORDER BY revision";
+        let mut query = self.database.prepare(unlogged)?;
         let mut rows = query.query([])?;
         while let Some(row) = rows.next()? {
-            let cycle_id = number(row, 0)?;
-            let Some(record) = self.record(cycle_id)? else { continue };
+            let row = RecordRow { revision: row.get(0)?, cycle_id: number(row, 1)? };
+            let Some(record) = self.record(row)? else { continue };
             self.verified.unlogged += 1;
             if integer(record.revision.0) > last {
-                (self.wrong)(format!(
-                    "the record of cycle {cycle_id} has no leaf, and was written since the log began"
-                ));
+                (self.wrong)(format!("{row} has no leaf, and was written since the log began"));
             }
             if let Err(problem) = (self.rules.checks.record)(&record) {
-                (self.wrong)(format!("the record of cycle {cycle_id}: {problem}"));
+                (self.wrong)(format!("{row}: {problem}"));
             }
         }
         Ok(())
@@ -360,7 +343,7 @@ impl Verifier<'_> {
                     continue;
                 }
             };
-            let Some(Ok(record)) = self.found(cycle_id)? else { continue };
+            let Some(Ok(record)) = record_of(self.database, cycle_id)? else { continue };
             if (self.rules.output)(&record, &name).is_some_and(|hash| hash != Hash::of_bytes(&payload).0) {
                 (self.wrong)(format!("the output of {name} is not that of the record of cycle {cycle_id}"));
             }
@@ -396,10 +379,22 @@ impl Verifier<'_> {
     }
 }
 
+/// The record of a cycle, if it exists.
+fn record_of(database: &Connection, cycle_id: u64) -> rusqlite::Result<Option<rusqlite::Result<Record>>> {
+    let mut query = database.prepare_cached(&format!("SELECT {COLUMNS} FROM cycles WHERE cycle_id = ?1"))?;
+    query.query_row([integer(cycle_id)], |row| Ok(record(row))).optional()
+}
+
+impl std::fmt::Display for RecordRow {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "the record of cycle {}", self.cycle_id)
+    }
+}
+
 impl std::fmt::Display for Leaf {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self.entry {
-            Claimed::Record(cycle_id) => write!(f, "the record of cycle {cycle_id} (leaf {})", self.leaf),
+            Claimed::Record(row) => write!(f, "{row} (leaf {})", self.leaf),
             Claimed::Event => write!(f, "the audit event of leaf {}", self.leaf),
             Claimed::Control => write!(f, "the control entry of leaf {}", self.leaf),
         }
@@ -464,7 +459,7 @@ mod tests {
     /// The result of verifying a database, and the faults.
     fn verified(path: &Path, checkpoint: &Checkpoint) -> (Verified, Vec<String>) {
         let mut faults = Vec::new();
-        let rules = Rules { checks: Checks { record: check, event: check_event }, output: output_sha256, pruned };
+        let rules = Rules { checks: Checks { record: check, event: check_event, pruned }, output: output_sha256 };
         let verified = verify(path, checkpoint, Some(keys()), rules, &mut |fault| faults.push(fault)).unwrap();
         (verified, faults)
     }
@@ -498,8 +493,8 @@ mod tests {
     #[tokio::test]
     async fn each_change_of_a_database_is_named_and_nothing_else() {
         let (directory, path, checkpoint) = database().await;
-        let inserted = "INSERT INTO cycles SELECT 99, REVISION, epoch, state, trigger, loop, request_id, finished_at,
-                        record, LEAF, triggered_by FROM cycles WHERE revision = 5";
+        let inserted = "INSERT INTO cycles SELECT REVISION, 99, epoch, state, trigger, loop, request_id, triggered_by,
+                        finished_at, LEAF, record FROM cycles WHERE revision = 5";
         let insert = |revision: &str, leaf: &str| inserted.replace("REVISION", revision).replace("LEAF", leaf);
         let changes: [(&str, &[&str]); 14] = [
             (
@@ -562,7 +557,7 @@ mod tests {
             ),
             (&insert("1", "NULL"), &["the record of cycle 99 has no leaf, and was written since the log began"]),
             (
-                &insert("1", "NULL").replace(" record,", " CAST('unreadable' AS BLOB),"),
+                &insert("1", "NULL").replace(" record ", " CAST('unreadable' AS BLOB) "),
                 &[
                     "the record of cycle 99 has no leaf, and was written since the log began",
                     "the record of cycle 99: as scripted",
@@ -689,7 +684,7 @@ mod tests {
         let path = directory.path().join("o.db");
         drop(database_of_version(&path, 4));
         let checkpoint = Checkpoint { origin: "log".into(), size: 0, root: Frontier::default().root() };
-        let rules = Rules { checks: Checks { record: check, event: check_event }, output: output_sha256, pruned };
+        let rules = Rules { checks: Checks { record: check, event: check_event, pruned }, output: output_sha256 };
         let refused = verify(&path, &checkpoint, None, rules, &mut |_| {});
         assert!(matches!(refused, Err(OpenError::TooOld { found: 4, .. })), "{refused:?}");
     }

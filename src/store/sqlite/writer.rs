@@ -10,7 +10,7 @@ use std::{
 };
 
 use jiff::Timestamp;
-use rusqlite::{Connection, Transaction};
+use rusqlite::Connection;
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
@@ -18,24 +18,20 @@ use super::{
     commit::{Term, synchronize},
     contents::{Read, read_contents},
     error::{explain, unavailable},
+    excess::Searches,
     identity::Identity,
-    log::{self, SharedLog},
+    log::SharedLog,
     note::{Mark, Note, lost},
     place::{FileId, file_id, log_of},
-    rows::{COLUMNS, HAS_REVISION, MAX_RECORD, event, integer, kind_number, number, read, state_number, time},
+    rows::number,
 };
 use crate::{
     clock::Clock,
-    ledger::Entry,
-    model::{Epoch, EventKind, Revision},
-    ports::{
-        Check, Checks, Contents, Durability, EventCheck, Excess, Retention, Seals, StoreError, Unreadable,
-        UnreadableEvent, Write,
-    },
+    model::Epoch,
+    ports::{Checks, Contents, Durability, Excess, Retention, Seals, StoreError, Write},
     store::{
         frontier::{Appended, Frontier},
         not_taken_over,
-        pruning::{events_to_prune, rules, to_prune},
     },
 };
 
@@ -44,10 +40,6 @@ const CHECKPOINT_PAGES: u32 = 1024;
 /// A log that has grown beyond this, because of a reader or a large commit, is truncated after a checkpoint; a smaller
 /// file is overwritten from its start, which is faster than growing it again.
 const LARGE_LOG: u64 = 16 << 20;
-
-/// Bytes of records after which no further ones are checked for one removal, since commits wait meanwhile: as many as
-/// the largest record has.
-const MOST_CHECKED: usize = MAX_RECORD;
 
 /// Work for the writer.
 pub(super) enum Job {
@@ -67,6 +59,8 @@ pub(super) struct Writer {
     here: Identity,
     /// `None` until it is taken over.
     term: Option<Term>,
+    /// For what retention removes.
+    searches: Searches,
     /// The log as of the last durable commit.
     log: SharedLog,
     /// The note of how far the database was written; `None` once writing it has failed.
@@ -100,6 +94,7 @@ impl Writer {
             connection,
             here,
             term: None,
+            searches: Searches::default(),
             log,
             note: Some(note),
             noted,
@@ -123,8 +118,8 @@ impl Writer {
 
     fn take_over(&mut self, seals: Seals) -> Result<Contents, StoreError> {
         let earlier = self.term.take().map(|term| term.epoch.next());
-        let read = read_contents(&mut self.connection, &self.path, self.checks.record, self.clock, seals)?;
-        let Read { mut contents, current, mark, unlogged_to, counts, log, sealer, renewal } = read;
+        let read = read_contents(&mut self.connection, &self.path, self.checks, self.clock, seals)?;
+        let Read { mut contents, current, mark, unlogged_to, counts, log, removed, sealer, renewal } = read;
         contents.epoch = contents.epoch.max(earlier.unwrap_or_default());
         contents.lost = self.noted.and_then(|noted| lost(&mark, &noted));
         let frontier = Frontier {
@@ -136,6 +131,7 @@ impl Writer {
         let Mark { id: database_id, commits, .. } = mark;
         self.log.set(&frontier.log);
         let (epoch, pruned_to) = (contents.epoch, contents.pruned_to);
+        self.searches = Searches::default();
         self.term = Some(Term {
             epoch,
             current,
@@ -145,6 +141,7 @@ impl Writer {
             unlogged_to,
             counts,
             frontier,
+            removed,
             sealer,
             renewal,
         });
@@ -172,8 +169,8 @@ impl Writer {
         let begins = term.current != term.epoch;
         let appended = Appended::to(&term.frontier.log, write);
         let written = term.transact(&mut self.connection, &self.here, write, &appended).map_err(explained)?;
-        let counts = written.map_err(|by| StoreError::Fenced { by })?;
-        term.advance(write, appended, counts);
+        let written = written.map_err(|by| StoreError::Fenced { by })?;
+        term.advance(write, appended, written);
         if write.durability == Durability::Durable {
             self.log.set(&term.frontier.log);
             let mark = term.mark();
@@ -199,60 +196,17 @@ impl Writer {
 
     /// The records and events that exceed these limits.
     fn excess(&mut self, retention: &Retention, now: Timestamp, limit: usize) -> Result<Excess, StoreError> {
-        let Term { current, frontier, counts, .. } = self.term.as_ref().ok_or_else(not_taken_over)?;
+        let term = self.term.as_ref().ok_or_else(not_taken_over)?;
         let excess = (|| {
             let transaction = self.connection.transaction()?;
             let epoch = transaction.query_row("SELECT epoch FROM meta", [], |row| number(row, 0)).map(Epoch)?;
-            if epoch != *current {
+            if epoch != term.current {
                 return Ok(Err(StoreError::Fenced { by: epoch }));
             }
-            let mut revisions = Vec::new();
-            for (rule, states) in rules(retention) {
-                let mut count = 0;
-                let mut oldest = Vec::new();
-                for state in states {
-                    count += counts.records_of(state);
-                    let mut query = transaction.prepare_cached(&format!(
-                        "SELECT revision, finished_at FROM cycles WHERE state = ?1 AND {HAS_REVISION} ORDER BY \
-                         revision LIMIT ?2"
-                    ))?;
-                    // An unreadable time must not keep other records: the time of the previous record is used.
-                    let mut at = Timestamp::MIN;
-                    let rows = query.query_map([state_number(state), integer(limit as u64)], |row| {
-                        at = time(row, "finished_at").unwrap_or(at);
-                        Ok((Revision(number(row, 0)?), at))
-                    })?;
-                    oldest.extend(rows.collect::<rusqlite::Result<Vec<_>>>()?);
-                }
-                oldest.sort_unstable();
-                revisions.extend(to_prune(rule, count, oldest.into_iter(), now, frontier.last_revision));
-            }
-            revisions.sort_unstable();
-            revisions.truncate(limit);
-            let damaged_record = check_records(&transaction, &mut revisions, self.checks.record)?;
-            let room = limit - revisions.len();
-            let mut events = Vec::new();
-            for (kind, count) in EventKind::ALL.map(|kind| (kind_number(kind), counts.events_of(kind))) {
-                let mut query = transaction
-                    .prepare_cached("SELECT leaf, time FROM audit WHERE kind = ?1 ORDER BY leaf LIMIT ?2")?;
-                let mut at = Timestamp::MIN;
-                let oldest = query.query_map([kind, integer(room as u64)], |row| {
-                    at = time(row, "time").unwrap_or(at);
-                    Ok((number(row, 0)?, at))
-                })?;
-                let oldest = oldest.collect::<rusqlite::Result<Vec<_>>>()?;
-                events.extend(events_to_prune(retention.events, count, oldest.into_iter(), now));
-            }
-            events.sort_unstable();
-            events.truncate(room);
-            let damaged_event = check_events(&transaction, &mut events, self.checks.event)?;
-            let damaged = damaged_record.map(|it| it.to_string()).or(damaged_event.map(|it| it.to_string()));
-            let damaged = damaged.map(|what| kept(&self.path, &what));
-            let (leaves, first_kept) = log::leaves_of(&transaction, &revisions, &events)?;
-            let first_kept = first_kept.max(frontier.log.first_kept);
-            Ok(Ok(Excess { records: revisions.into_iter().zip(leaves).collect(), events, first_kept, damaged }))
+            self.searches.excess(&transaction, term, self.checks, retention, now, limit).map(Ok)
         })();
-        excess.unwrap_or_else(|error| Err(explain(&self.path, &error)))
+        let (excess, problem) = excess.unwrap_or_else(|error| Err(explain(&self.path, &error)))?;
+        Ok(Excess { damaged: problem.map(|problem| kept(&self.path, &problem)), ..excess })
     }
 
     /// Checkpoints the log once it has grown, so that it can be overwritten. If a reader blocks that, every job retries
@@ -302,55 +256,7 @@ impl Writer {
     }
 }
 
-/// Leaves out the records that are not what their columns say, or can't be read, and those that are too much to read at
-/// once. Returns the first one of the former.
-fn check_records(
-    transaction: &Transaction<'_>,
-    revisions: &mut Vec<Revision>,
-    check: Check,
-) -> rusqlite::Result<Option<Unreadable>> {
-    let mut query = transaction.prepare_cached(&format!("SELECT {COLUMNS} FROM cycles WHERE revision = ?1"))?;
-    let (mut sound, mut damaged, mut bytes) = (Vec::new(), None, 0);
-    for revision in revisions.iter() {
-        if bytes >= MOST_CHECKED {
-            break;
-        }
-        match query.query_row([integer(revision.0)], |row| Ok(read(transaction, row, check)))? {
-            Ok(record) => {
-                bytes += record.bytes.len();
-                sound.push(*revision);
-            }
-            Err(unreadable) => damaged = damaged.or(Some(unreadable)),
-        }
-    }
-    *revisions = sound;
-    Ok(damaged)
-}
-
-/// The same for the audit events of these leaves.
-fn check_events(
-    transaction: &Transaction<'_>,
-    leaves: &mut Vec<u64>,
-    check: EventCheck,
-) -> rusqlite::Result<Option<UnreadableEvent>> {
-    let mut query = transaction.prepare_cached("SELECT * FROM audit WHERE leaf = ?1")?;
-    let (mut sound, mut damaged) = (Vec::new(), None);
-    for &leaf in leaves.iter() {
-        let found = query.query_row([integer(leaf)], |row| Ok(event(row)))?;
-        let checked = found.map_err(|error| error.to_string()).and_then(|entry| {
-            log::check(transaction, leaf, Entry::Audit(&entry.bytes))?;
-            check(&entry)
-        });
-        match checked {
-            Ok(()) => sound.push(leaf),
-            Err(problem) => damaged = damaged.or(Some(UnreadableEvent { leaf, problem })),
-        }
-    }
-    *leaves = sound;
-    Ok(damaged)
-}
-
-/// The error for something that would have been removed, but is not what its columns say.
+/// The error for something that retention keeps, since it is not what was written.
 fn kept(path: &Path, what: &str) -> StoreError {
     let problem = format!("retention keeps what it can't verify: {what}");
     StoreError::Corrupt { store: path.display().to_string(), problem }

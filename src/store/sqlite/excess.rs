@@ -1,0 +1,216 @@
+//! Finds what retention removes next, in the order of the tables, and by what the entries themselves say: a column or
+//! an index that another program has changed can't have something removed before its time.
+
+use jiff::Timestamp;
+use rusqlite::{Row, Statement, Transaction};
+
+use super::{
+    commit::Term,
+    log,
+    rows::{COLUMNS, HAS_REVISION, MAX_RECORD, event, integer, number, read},
+};
+use crate::{
+    ledger::{Entry, Leaves},
+    model::{CycleState, EventKind, Revision},
+    ports::{Checks, Excess, Retention, UnreadableEvent},
+    store::pruning::{Limits, rules},
+};
+
+/// Most entries that one search examines, and bytes of them after which it examines no further ones, since commits wait
+/// meanwhile: more than retention removes at once, and as many bytes as the largest record has.
+const MOST_EXAMINED: usize = 512;
+const MOST_BYTES: usize = MAX_RECORD;
+
+/// Where the searches go on. Each entry is examined once for each rule, and again when it is removed.
+#[derive(Debug, Default)]
+pub(super) struct Searches {
+    /// By the states of the rule. A rule with other states begins at the oldest record.
+    records: Vec<(Vec<CycleState>, Search)>,
+    /// In the order of [`EventKind::ALL`].
+    events: [Search; EventKind::ALL.len()],
+}
+
+/// The search for the oldest entries of one rule.
+#[derive(Clone, Debug, Default)]
+struct Search {
+    /// Before this revision or leaf nothing is left that the rule may remove.
+    next: u64,
+    /// Number of entries before it that are not what was written. They may be those of the rule, and stay.
+    damaged: u64,
+    /// What is wrong with the first one of them.
+    problem: Option<String>,
+}
+
+/// What an entry turns out to be.
+enum Examined {
+    /// One of the rule, from this time.
+    Ours(Timestamp),
+    Other,
+    /// It is not what was written.
+    Damaged(String),
+}
+
+/// What one search may still examine, of all rules together.
+struct Budget {
+    /// Most entries that one rule finds.
+    limit: usize,
+    entries: usize,
+    bytes: usize,
+}
+
+impl Searches {
+    /// What exceeds these limits: at most `limit` records and events; and what is wrong with the first damaged one.
+    pub(super) fn excess(
+        &mut self,
+        transaction: &Transaction<'_>,
+        term: &Term,
+        checks: Checks,
+        retention: &Retention,
+        now: Timestamp,
+        limit: usize,
+    ) -> rusqlite::Result<(Excess, Option<String>)> {
+        let mut budget = Budget { limit, entries: MOST_EXAMINED, bytes: MOST_BYTES };
+        let newest = term.frontier.last_revision.0;
+        let mut records = Vec::new();
+        let mut query = transaction.prepare_cached(&format!(
+            "SELECT {COLUMNS} FROM cycles WHERE {HAS_REVISION} AND revision >= ?1 AND revision < ?2 ORDER BY revision"
+        ))?;
+        let rules = rules(retention);
+        self.records.retain(|(states, _)| rules.iter().any(|(_, known)| known == states));
+        for (rule, states) in &rules {
+            let search = self.of_states(states);
+            let limits = rule.limits(states.iter().map(|state| term.counts.records_of(*state)).sum(), now);
+            let examine = |row: &Row<'_>| match read(transaction, row, checks.record) {
+                Ok(record) if states.contains(&record.state) => Examined::Ours(record.finished_at),
+                Ok(_) => Examined::Other,
+                Err(unreadable) => Examined::Damaged(unreadable.to_string()),
+            };
+            records.extend(search.oldest(&mut query, newest, limits, &mut budget, examine)?);
+        }
+        records.sort_unstable();
+        records.truncate(limit);
+        let room = limit - records.len();
+        let mut events = Vec::new();
+        let mut query =
+            transaction.prepare_cached("SELECT * FROM audit WHERE leaf >= ?1 AND leaf < ?2 ORDER BY leaf")?;
+        for (kind, search) in EventKind::ALL.into_iter().zip(&mut self.events) {
+            let limits = retention.events.limits(term.counts.events_of(kind), now);
+            let examine = |row: &Row<'_>| match examine_event(transaction, row, checks) {
+                Ok((found, time)) if found == kind => Examined::Ours(time),
+                Ok(_) => Examined::Other,
+                Err(unreadable) => Examined::Damaged(unreadable.to_string()),
+            };
+            let end = term.frontier.log.frontier.size();
+            events.extend(search.oldest(&mut query, end, limits, &mut budget, examine)?);
+        }
+        events.sort_unstable();
+        events.truncate(room);
+        let leaves = log::leaves_of(transaction, &records)?;
+        let removed = leaves.iter().flatten().chain(&events).map(|leaf| *leaf..*leaf + 1).collect();
+        let excess = Excess {
+            records: records.into_iter().map(Revision).zip(leaves).collect(),
+            events,
+            first_kept: first_kept(transaction, term, &removed)?,
+            is_partial: budget.is_spent(),
+            damaged: None,
+        };
+        Ok((excess, self.problem()))
+    }
+
+    fn of_states(&mut self, states: &[CycleState]) -> &mut Search {
+        let known = self.records.iter().position(|(known, _)| known == states);
+        let index = known.unwrap_or(self.records.len());
+        if known.is_none() {
+            self.records.push((states.to_vec(), Search::default()));
+        }
+        &mut self.records[index].1
+    }
+
+    /// What is wrong with the first damaged entry that was found.
+    fn problem(&self) -> Option<String> {
+        let mut searches = self.records.iter().map(|(_, search)| search).chain(&self.events);
+        searches.find_map(|search| search.problem.clone())
+    }
+}
+
+impl Search {
+    /// The oldest entries of the rule, as far as they exceed its limits and the budget reaches. `query` gives the
+    /// entries from a place on, up to `end`.
+    fn oldest(
+        &mut self,
+        query: &mut Statement<'_>,
+        end: u64,
+        limits: Limits,
+        budget: &mut Budget,
+        mut examine: impl FnMut(&Row<'_>) -> Examined,
+    ) -> rusqlite::Result<Vec<u64>> {
+        let mut oldest = Vec::new();
+        if limits.exceed_none() {
+            return Ok(oldest);
+        }
+        let mut damaged = self.damaged;
+        let mut rows = query.query([self.next, end].map(integer))?;
+        while oldest.len() < budget.limit
+            && !budget.is_spent()
+            && let Some(row) = rows.next()?
+        {
+            budget.spend(row);
+            let place = number(row, 0)?;
+            match examine(row) {
+                Examined::Ours(time) if limits.are_exceeded(oldest.len() as u64 + damaged, time) => oldest.push(place),
+                Examined::Ours(_) => break,
+                Examined::Other => {}
+                Examined::Damaged(problem) => {
+                    damaged += 1;
+                    self.problem.get_or_insert(problem);
+                }
+            }
+            if oldest.is_empty() {
+                (self.next, self.damaged) = (place + 1, damaged);
+            }
+        }
+        Ok(oldest)
+    }
+}
+
+impl Budget {
+    fn spend(&mut self, row: &Row<'_>) {
+        let values = (0..row.as_ref().column_count()).filter_map(|index| row.get_ref(index).ok()?.as_blob().ok());
+        self.entries -= 1;
+        self.bytes = self.bytes.saturating_sub(values.map(<[u8]>::len).sum());
+    }
+
+    fn is_spent(&self) -> bool {
+        self.entries == 0 || self.bytes == 0
+    }
+}
+
+/// The kind and the time of an audit event that has the bytes that were written.
+fn examine_event(
+    transaction: &Transaction<'_>,
+    row: &Row<'_>,
+    checks: Checks,
+) -> Result<(EventKind, Timestamp), UnreadableEvent> {
+    let leaf = number(row, "leaf").unwrap_or_default();
+    let examined = event(row).map_err(|error| error.to_string()).and_then(|entry| {
+        log::check(transaction, leaf, Entry::Audit(&entry.bytes))?;
+        (checks.event)(&entry)?;
+        Ok((entry.kind, entry.time))
+    });
+    examined.map_err(|problem| UnreadableEvent { leaf, problem })
+}
+
+/// The first leaf whose entry retention has not removed, without these either. Entries about earlier removals go with
+/// what is around them. An entry that is missing without a removal stays in the way: nothing may say that retention
+/// removed it.
+fn first_kept(transaction: &Transaction<'_>, term: &Term, removed: &Leaves) -> rusqlite::Result<u64> {
+    let mut leaf = term.frontier.log.first_kept;
+    while leaf < term.frontier.log.frontier.size() {
+        let next = term.removed.from(leaf).end.max(removed.from(leaf).end);
+        if next == leaf && log::control_entry(transaction, leaf)?.is_none() {
+            break;
+        }
+        leaf = next.max(leaf + 1);
+    }
+    Ok(leaf)
+}
