@@ -2,7 +2,7 @@
 
 use std::{fs, iter, ops::Range};
 
-use rusqlite::{Connection, ToSql, Transaction, TransactionBehavior, named_params};
+use rusqlite::{Connection, ToSql, Transaction, TransactionBehavior};
 
 use super::{
     counts::Counts,
@@ -172,22 +172,21 @@ fn put_cycles(
             .prepare_cached(
                 "INSERT INTO cycles
                  (cycle_id, revision, epoch, state, trigger, loop, request_id, triggered_by, finished_at, leaf, record)
-                 VALUES (:cycle_id, :revision, :epoch, :state, :trigger, :loop, :request_id, :triggered_by,
-                 :finished_at, :leaf, :record)",
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
             )?
-            .execute(named_params! {
-                ":cycle_id": integer(record.cycle_id.0),
-                ":revision": integer(record.revision.0),
-                ":epoch": integer(record.epoch.0),
-                ":state": state_number(record.state),
-                ":trigger": trigger_number(&record.trigger),
-                ":loop": record.trigger.loop_name().map(Name::as_str),
-                ":request_id": record.request_id,
-                ":triggered_by": record.triggered_by.as_ref().map(ToString::to_string),
-                ":finished_at": nanoseconds(record.finished_at),
-                ":leaf": integer(leaf),
-                ":record": &record.bytes[..],
-            })?;
+            .execute((
+                integer(record.cycle_id.0),
+                integer(record.revision.0),
+                integer(record.epoch.0),
+                state_number(record.state),
+                trigger_number(&record.trigger),
+                record.trigger.loop_name().map(Name::as_str),
+                &record.request_id,
+                record.triggered_by.as_ref().map(ToString::to_string),
+                nanoseconds(record.finished_at),
+                integer(leaf),
+                &record.bytes[..],
+            ))?;
         transaction
             .prepare_cached("DELETE FROM open_cycles WHERE cycle_id = ?1")?
             .execute([integer(record.cycle_id.0)])?;

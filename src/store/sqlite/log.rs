@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use rusqlite::{Connection, OptionalExtension, Row, Transaction, named_params, types::ValueRef};
+use rusqlite::{Connection, OptionalExtension, Row, Transaction, types::ValueRef};
 
 use super::{
     error::explain,
@@ -200,17 +200,17 @@ pub(super) fn append(transaction: &Transaction<'_>, write: &Write, appended: &Ap
         transaction
             .prepare_cached(
                 "INSERT INTO audit (leaf, kind, time, caller, rpc, denied, event)
-                 VALUES (:leaf, :kind, :time, :caller, :rpc, :denied, :event)",
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
             )?
-            .execute(named_params! {
-                ":leaf": integer(leaf),
-                ":kind": kind_number(event.kind),
-                ":time": nanoseconds(event.time),
-                ":caller": event.caller,
-                ":rpc": event.rpc,
-                ":denied": event.denied,
-                ":event": &event.bytes[..],
-            })?;
+            .execute((
+                integer(leaf),
+                kind_number(event.kind),
+                nanoseconds(event.time),
+                &event.caller,
+                &event.rpc,
+                event.denied,
+                &event.bytes[..],
+            ))?;
     }
     for (leaf, entry) in appended.control(write) {
         transaction

@@ -2,7 +2,7 @@
 //! in each row of the tables that later cycles depend on. A program that changes a row, or appends to the log, can't
 //! make the seal that belongs to it.
 
-use std::sync::LazyLock;
+use std::{cell::Cell, sync::LazyLock};
 
 use rusqlite::{
     Row, ToSql, Transaction, params_from_iter,
@@ -10,7 +10,7 @@ use rusqlite::{
 };
 
 use super::{commit::Renewal, counts::Counts, rows::integer};
-use crate::ledger::{Frontier, SealKeys, Sealed, SealedBy};
+use crate::ledger::{Frontier, Hash, SealKeys, Sealed, SealedBy};
 
 /// A table whose rows are sealed.
 pub(super) struct Table {
@@ -82,11 +82,12 @@ fn meta_columns() -> impl Iterator<Item = &'static str> {
 }
 
 /// Seals one database.
-#[derive(Clone, Debug)]
 pub(super) struct Sealer {
     keys: SealKeys,
     /// Sealed with each row, so that a row of another database with the same key does not pass.
     database_id: [u8; 16],
+    /// The bytes that were sealed last: a commit seals many rows, and needs memory once.
+    sealed: Cell<Sealed>,
 }
 
 /// What the seal of a row says.
@@ -101,7 +102,7 @@ pub(super) enum Seal {
 
 impl Sealer {
     pub(super) fn new(keys: SealKeys, database_id: [u8; 16]) -> Self {
-        Self { keys, database_id }
+        Self { keys, database_id, sealed: Cell::default() }
     }
 
     /// Writes the row of the table `meta`, with its seal: these values of the columns [`META`], these numbers, and the
@@ -115,7 +116,7 @@ impl Sealer {
         current: i64,
     ) -> rusqlite::Result<bool> {
         let values = values.into_iter().chain(counts.columns());
-        let seal = self.keys.seal(&self.end(log, values.clone().map(ValueRef::Integer)));
+        let seal = self.seal(|sealed| self.add_end(sealed, log, values.clone().map(ValueRef::Integer)));
         let seal = ToSqlOutput::Borrowed(ValueRef::Blob(&seal));
         let values = values.chain([integer(log.size())]).map(ToSqlOutput::from);
         let values = values.chain([seal, current.into()]);
@@ -124,7 +125,10 @@ impl Sealer {
 
     /// Seals the end of this log, and what the table `meta` contains.
     pub(super) fn seal_end(&self, transaction: &Transaction<'_>, log: &Frontier) -> rusqlite::Result<()> {
-        let of_row = |row: &Row<'_>| Ok(self.keys.seal(&self.end(log, values(row, meta_columns())?)));
+        let of_row = |row: &Row<'_>| {
+            let values = values(row, meta_columns())?;
+            Ok(self.seal(|sealed| self.add_end(sealed, log, values)))
+        };
         let seal = transaction.query_row("SELECT * FROM meta", [], of_row)?;
         transaction.execute("UPDATE meta SET seal = ?1", [&seal[..]])?;
         Ok(())
@@ -132,7 +136,8 @@ impl Sealer {
 
     /// Whether the seal of this row of `meta` is that of its columns and of the end of this log.
     pub(super) fn check_end(&self, meta: &Row<'_>, log: &Frontier) -> rusqlite::Result<Seal> {
-        self.check(meta, &self.end(log, values(meta, meta_columns())?))
+        let values = values(meta, meta_columns())?;
+        self.check(meta, |sealed| self.add_end(sealed, log, values))
     }
 
     /// Writes a row, with its seal, over the one with the same key. The values are those of the sealed columns.
@@ -142,22 +147,44 @@ impl Sealer {
         table: &Table,
         values: [&dyn ToSql; N],
     ) -> rusqlite::Result<()> {
-        let values = values.iter().map(ToSql::to_sql).collect::<rusqlite::Result<Vec<_>>>()?;
-        let seal = self.keys.seal(&self.row(table.name, values.iter().map(value_of)));
-        let seal = ToSqlOutput::Borrowed(ValueRef::Blob(&seal));
-        let values = values.iter().chain([&seal]).map(|value| value as &dyn ToSql);
-        transaction.prepare_cached(table.put)?.execute(params_from_iter(values))?;
+        let mut statement = transaction.prepare_cached(table.put)?;
+        let mut sealed = self.sealed.take();
+        sealed.clear();
+        self.add_row(&mut sealed, table.name, []);
+        for (index, value) in (1..).zip(values) {
+            let value = value.to_sql()?;
+            add_value(&mut sealed, value_of(&value));
+            statement.raw_bind_parameter(index, value)?;
+        }
+        statement.raw_bind_parameter(N + 1, &self.keys.seal(&sealed)[..])?;
+        self.sealed.set(sealed);
+        statement.raw_execute()?;
         Ok(())
     }
 
     /// Whether the seal of a row, which has all columns of the table, belongs to it.
     pub(super) fn check_row(&self, row: &Row<'_>, table: &Table) -> rusqlite::Result<Seal> {
-        self.check(row, &self.row(table.name, values(row, table.columns.iter().copied())?))
+        let values = values(row, table.columns.iter().copied())?;
+        self.check(row, |sealed| self.add_row(sealed, table.name, values))
     }
 
-    fn check(&self, row: &Row<'_>, sealed: &Sealed) -> rusqlite::Result<Seal> {
+    fn check(&self, row: &Row<'_>, add: impl FnOnce(&mut Sealed)) -> rusqlite::Result<Seal> {
         let seal: Option<Vec<u8>> = row.get("seal")?;
-        Ok(Seal::of(seal.as_deref(), |seal| self.keys.check(sealed, seal)))
+        Ok(Seal::of(seal.as_deref(), |seal| self.with(add, |sealed| self.keys.check(sealed, seal))))
+    }
+
+    fn seal(&self, add: impl FnOnce(&mut Sealed)) -> [u8; Hash::LEN] {
+        self.with(add, |sealed| self.keys.seal(sealed))
+    }
+
+    /// Uses the bytes that are added.
+    fn with<T>(&self, add: impl FnOnce(&mut Sealed), use_them: impl FnOnce(&Sealed) -> T) -> T {
+        let mut sealed = self.sealed.take();
+        sealed.clear();
+        add(&mut sealed);
+        let used = use_them(&sealed);
+        self.sealed.set(sealed);
+        used
     }
 
     /// Seals rows of a database anew.
@@ -178,7 +205,8 @@ impl Sealer {
                 if !is_renewed {
                     continue;
                 }
-                let seal = self.keys.seal(&self.row(table.name, values(row, table.columns.iter().copied())?));
+                let values = values(row, table.columns.iter().copied())?;
+                let seal = self.seal(|sealed| self.add_row(sealed, table.name, values));
                 renewed.push((row.get::<_, i64>("row")?, seal));
             }
             for (row, seal) in renewed {
@@ -188,37 +216,32 @@ impl Sealer {
         Ok(())
     }
 
-    /// The sealed bytes of the end of a log, and of the values of [`meta_columns`].
-    fn end<'a>(&self, log: &Frontier, values: impl IntoIterator<Item = ValueRef<'a>>) -> Sealed {
-        let mut sealed = self.keys.end(log);
-        self.add_row(&mut sealed, "meta", values);
-        sealed
-    }
-
-    /// The sealed bytes of a row.
-    fn row<'a>(&self, table: &str, values: impl IntoIterator<Item = ValueRef<'a>>) -> Sealed {
-        let mut sealed = Sealed::default();
-        self.add_row(&mut sealed, table, values);
-        sealed
+    /// Adds the end of a log, and the values of [`meta_columns`].
+    fn add_end<'a>(&self, sealed: &mut Sealed, log: &Frontier, values: impl IntoIterator<Item = ValueRef<'a>>) {
+        self.keys.add_end(sealed, log);
+        self.add_row(sealed, "meta", values);
     }
 
     /// Adds a row: the database, the table, and each value with its type.
     fn add_row<'a>(&self, sealed: &mut Sealed, table: &str, values: impl IntoIterator<Item = ValueRef<'a>>) {
         sealed.add(&self.database_id);
         sealed.add(table.as_bytes());
-        for value in values {
-            let mut add = |kind: &str, value: &[u8]| {
-                sealed.add(kind.as_bytes());
-                sealed.add(value);
-            };
-            match value {
-                ValueRef::Null => add("null", &[]),
-                ValueRef::Integer(number) => add("integer", &number.to_be_bytes()),
-                ValueRef::Real(number) => add("real", &number.to_be_bytes()),
-                ValueRef::Text(text) => add("text", text),
-                ValueRef::Blob(bytes) => add("blob", bytes),
-            }
-        }
+        values.into_iter().for_each(|value| add_value(sealed, value));
+    }
+}
+
+/// Adds a value of a row, with its type.
+fn add_value(sealed: &mut Sealed, value: ValueRef<'_>) {
+    let mut add = |kind: &str, value: &[u8]| {
+        sealed.add(kind.as_bytes());
+        sealed.add(value);
+    };
+    match value {
+        ValueRef::Null => add("null", &[]),
+        ValueRef::Integer(number) => add("integer", &number.to_be_bytes()),
+        ValueRef::Real(number) => add("real", &number.to_be_bytes()),
+        ValueRef::Text(text) => add("text", text),
+        ValueRef::Blob(bytes) => add("blob", bytes),
     }
 }
 

@@ -2,17 +2,22 @@
 //!
 //! The floor is a bare tonic client that sends the same calls over connections that it keeps open, all at once, on the
 //! same runtime. It has no order, no deadlines and no record. Our cycle is requested and awaited in this process, and
-//! ends when its record is written: to a SQLite database on the disk, or to memory. `scraped` is `sqlite` with all
-//! metrics written once a round, which is far more often than monitoring reads them; `traced` is `sqlite` with every
-//! span of every cycle exported. Metrics count the cycles of all sides. The rounds of all sides alternate. One server
-//! process serves all sides; it contains the collector, which discards the spans.
+//! ends when its record is written: to a SQLite database on the disk, or to memory. `bare` is a SQLite database without
+//! ledger and audit (see the module `bare`); `sqlite` is the one of the service, for cycles of a loop, whose calls
+//! nobody makes; `audited` has the event of a call with each cycle. `scraped` is `sqlite` with all metrics written once
+//! a round, which is far more often than monitoring reads them; `traced` is `sqlite` with every span of every cycle
+//! exported; `tls` is `sqlite` with a fleet that is called over TLS. Metrics count the cycles of all sides. The rounds
+//! of all sides alternate. One server process serves all sides; it contains the collector, which discards the spans.
 //!
 //! `cargo bench --bench cycle` measures every fleet; `cargo bench --bench cycle -- 28x1` only the one of that name.
 //! Prints a table for people, and one line of JSON per fleet.
 
+mod bare;
+
 use std::{
     env,
     error::Error,
+    fs,
     hint::black_box,
     io::{BufRead, BufReader, Read},
     process::{Child, Command, Stdio},
@@ -32,9 +37,11 @@ use orchestrator_core::{
     host::Host,
     ledger::{SealKeys, Signer},
     memory::Shares,
-    model::{CycleRequest, CycleState, Subsystem, SubsystemSpec, Trigger},
+    model::{
+        AuditTargets, Cause, CycleRequest, CycleState, Decision, Identity, OwnEvent, Subsystem, SubsystemSpec, Trigger,
+    },
     orchestrator::{Declared, Orchestrator, OrchestratorTasks, TakenOver},
-    ports::{Seals, Spans, Untraced},
+    ports::{Seals, Spans, Store, Untraced},
     proto::subsystem::v1::{
         self as pb,
         subsystem_client::SubsystemClient,
@@ -53,10 +60,12 @@ use tokio::{net::TcpListener, runtime::Runtime, task::JoinHandle, time::sleep};
 use tokio_util::sync::CancellationToken;
 use tonic::{
     Request, Response, Status,
-    transport::{Channel, Endpoint, Server, server::TcpIncoming},
+    transport::{Channel, Endpoint, Identity as Certificate, Server, ServerTlsConfig, server::TcpIncoming},
 };
 
-// The allocator of the service; it serves both sides.
+use self::bare::Bare;
+
+// The allocator of the service; it serves all sides.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
@@ -86,7 +95,7 @@ impl Fleet {
 
     /// The server needs the larger share: it listens, and accepts from all sides.
     fn open_files(&self) -> u64 {
-        5 * self.endpoints as u64 + 100
+        8 * self.endpoints as u64 + 100
     }
 }
 
@@ -97,6 +106,9 @@ fn main() -> Result<()> {
     if first.as_deref() == Some(NOOP) {
         return serve_noop(args.next().unwrap_or_default().parse()?);
     }
+    if env::var_os(KEY).is_none() {
+        return with_certificate();
+    }
     // Cargo passes `--bench` for measurements; otherwise this only checks that the benchmark works.
     let all: Vec<_> = first.into_iter().chain(args).collect();
     let measure = all.iter().any(|arg| arg == "--bench");
@@ -104,8 +116,8 @@ fn main() -> Result<()> {
 
     let open_files = raise_open_files()?;
     println!(
-        "{:>12} {:>7} {:>10} {:>10} {:>14} {:>12} {:>12}",
-        "fleet", "side", "p50 ms", "p99 ms", "CPU ms/cycle", "p50 / floor", "CPU / floor"
+        "{:>12} {:>7} {:>10} {:>10} {:>14} {:>12} {:>12} {:>11}",
+        "fleet", "side", "p50 ms", "p99 ms", "CPU ms/cycle", "p50 / floor", "CPU / floor", "CPU / bare"
     );
     for fleet in FLEETS {
         let name = fleet.name();
@@ -124,6 +136,23 @@ fn main() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Where the certificates are that TLS trusts. It can only be set for another process.
+const TRUSTED: &str = "SSL_CERT_FILE";
+/// Where the private key of the certificate is.
+const KEY: &str = "ORCHESTRATOR_BENCH_KEY";
+
+/// Runs this program again, with a certificate that it trusts.
+fn with_certificate() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let [certificate, key] = ["certificate.pem", "key.pem"].map(|name| directory.path().join(name));
+    let made = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()])?;
+    fs::write(&certificate, made.cert.pem())?;
+    fs::write(&key, made.signing_key.serialize_pem())?;
+    let mut again = Command::new(env::current_exe()?);
+    let status = again.args(env::args_os().skip(1)).env(TRUSTED, certificate).env(KEY, key).status()?;
+    if status.success() { Ok(()) } else { Err("the benchmark has failed".into()) }
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -153,20 +182,28 @@ impl Measured {
 }
 
 async fn compare(fleet: &Fleet, server: &NoopServer) -> Result<()> {
-    let endpoints = &server.endpoints[..];
+    let (endpoints, tls) = server.endpoints.split_at(fleet.endpoints);
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-    let [sqlite, scraped, traced] =
-        ["o.db", "scraped.db", "traced.db"].map(|name| StoreUrl::Sqlite(directory.path().join(name)));
+    let sqlite = |name: &str| StoreUrl::Sqlite(directory.path().join(name));
     let collector = Some(server.collector.as_str());
-    let scraped = Ours::start(fleet, endpoints, &scraped, None).await?;
-    let scraped = Ours { metrics: Some(Arc::new(Metrics::default())), ..scraped };
-    let mut sides = [
-        (Side::Floor(Floor::connect(fleet, endpoints).await?), Measured::default()),
-        (Side::Ours("memory", Ours::start(fleet, endpoints, &StoreUrl::Memory, None).await?), Measured::default()),
-        (Side::Ours("sqlite", Ours::start(fleet, endpoints, &sqlite, None).await?), Measured::default()),
-        (Side::Ours("scraped", scraped), Measured::default()),
-        (Side::Ours("traced", Ours::start(fleet, endpoints, &traced, collector).await?), Measured::default()),
+    let ours = async |endpoints, store| Ours::start(fleet, endpoints, open(&store).await?, None).await;
+    let bare = Arc::new(Bare::create(&directory.path().join("bare.db"), open(&StoreUrl::Memory).await?)?);
+    let mut sides = vec![
+        Side::Floor(Floor::connect(fleet, endpoints).await?),
+        Side::Ours("memory", ours(endpoints, StoreUrl::Memory).await?),
+        Side::Ours("bare", Ours::start(fleet, endpoints, bare, None).await?),
+        Side::Ours("sqlite", ours(endpoints, sqlite("sqlite.db")).await?),
+        Side::Ours("audited", Ours { cause: Some(a_call()), ..ours(endpoints, sqlite("audited.db")).await? }),
+        Side::Ours("scraped", {
+            let metrics = Some(Arc::new(Metrics::default()));
+            Ours { metrics, ..ours(endpoints, sqlite("scraped.db")).await? }
+        }),
+        Side::Ours("traced", Ours::start(fleet, endpoints, open(&sqlite("traced.db")).await?, collector).await?),
     ];
+    if !tls.is_empty() {
+        sides.push(Side::Ours("tls", ours(tls, sqlite("tls.db")).await?));
+    }
+    let mut sides: Vec<_> = sides.into_iter().map(|side| (side, Measured::default())).collect();
     // The first round of each side fills caches and buffers.
     for round in 0..=fleet.rounds {
         for (side, measured) in &mut sides {
@@ -184,16 +221,23 @@ async fn compare(fleet: &Fleet, server: &NoopServer) -> Result<()> {
         }
     }
     let name = fleet.name();
-    let mut floor = None;
+    let (mut floor, mut bare) = (None, None);
     for (side, mut measured) in sides {
         let [p50, p99, cpu] = measured.figures();
         let [floor_p50, _, floor_cpu] = *floor.get_or_insert([p50, p99, cpu]);
         let (p50_ratio, cpu_ratio) = (p50 / floor_p50, cpu / floor_cpu);
         let side_name = side.name();
-        println!("{name:>12} {side_name:>7} {p50:>10.3} {p99:>10.3} {cpu:>14.3} {p50_ratio:>12.2} {cpu_ratio:>12.2}");
+        if side_name == "bare" {
+            bare = Some(cpu);
+        }
+        let to_bare = bare.map(|bare| cpu / bare);
+        let shown = to_bare.map(|ratio| format!("{ratio:.3}")).unwrap_or_default();
+        println!(
+            "{name:>12} {side_name:>7} {p50:>10.3} {p99:>10.3} {cpu:>14.3} {p50_ratio:>12.2} {cpu_ratio:>12.2} {shown:>11}"
+        );
         let json = serde_json::json!({
             "fleet": name, "side": side_name, "p50_ms": p50, "p99_ms": p99, "cpu_ms": cpu,
-            "p50_to_floor": p50_ratio, "cpu_to_floor": cpu_ratio,
+            "p50_to_floor": p50_ratio, "cpu_to_floor": cpu_ratio, "cpu_to_bare": to_bare,
         });
         println!("{json}");
         side.end().await?;
@@ -260,10 +304,30 @@ impl Side {
     }
 }
 
+async fn open(store: &StoreUrl) -> Result<Arc<dyn Store>> {
+    Ok(store::open(store, record::CHECKS, Host::system().clock).await?)
+}
+
+/// A call of `RunCycle` over TCP, by a caller with a token.
+fn a_call() -> Arc<Cause> {
+    Arc::new(Cause {
+        rpc: "RunCycle".into(),
+        caller: Identity::parse("token:deployer").ok(),
+        peer: "127.0.0.1:50000".into(),
+        decision: Decision::Allowed,
+        targets: AuditTargets::default(),
+        request_digest: Some([7; 32]),
+        begun_at: Some(Timestamp::now()),
+        own_event: OwnEvent::default(),
+    })
+}
+
 /// The orchestrator with its connections and its store, in the same composition as the service.
 struct Ours {
     orchestrator: Arc<Orchestrator>,
     tasks: OrchestratorTasks,
+    /// The call that asks for each cycle.
+    cause: Option<Arc<Cause>>,
     /// The metrics, written once a round.
     metrics: Option<Arc<Metrics>>,
     /// Sends the spans until it is stopped.
@@ -271,7 +335,12 @@ struct Ours {
 }
 
 impl Ours {
-    async fn start(fleet: &Fleet, endpoints: &[String], store: &StoreUrl, collector: Option<&str>) -> Result<Self> {
+    async fn start(
+        fleet: &Fleet,
+        endpoints: &[String],
+        store: Arc<dyn Store>,
+        collector: Option<&str>,
+    ) -> Result<Self> {
         let subsystems = (0..fleet.subsystems).map(|i| {
             let endpoint = endpoints[i % endpoints.len()].clone();
             Subsystem::from_spec(&SubsystemSpec { name: format!("s{i}"), endpoint, ..SubsystemSpec::default() })
@@ -281,7 +350,6 @@ impl Ours {
         let host = Host::system();
         let transport = Arc::new(Sockets::default());
         let dialer = Arc::new(Dialer::new(transport, Duration::from_secs(5), memory.replies.clone(), host.clock));
-        let store = store::open(store, record::CHECKS, host.clock).await?;
         let signer = Signer::generate("bench")?;
         let contents = store.take_over(Seals::Checked(SealKeys::of(&signer))).await?;
         let settings = serve::settings(&Config::default());
@@ -295,11 +363,12 @@ impl Ours {
         let taken_over = TakenOver { store, contents, signer, began: None };
         let (orchestrator, tasks) =
             Orchestrator::start(settings, &memory, host, dialer, taken_over, declared, spans).await?;
-        Ok(Self { orchestrator: Arc::new(orchestrator), tasks, metrics: None, exporting })
+        Ok(Self { orchestrator: Arc::new(orchestrator), tasks, cause: None, metrics: None, exporting })
     }
 
     async fn cycle(&self) -> Result<()> {
-        let request = CycleRequest::over_all(Trigger::Manual, Timestamp::now());
+        let request =
+            CycleRequest { cause: self.cause.clone(), ..CycleRequest::over_all(Trigger::Manual, Timestamp::now()) };
         let record = self.orchestrator.run_cycle(request, false).await?.recorded().await?;
         if record.state == CycleState::Succeeded { Ok(()) } else { Err("a cycle did not succeed".into()) }
     }
@@ -357,6 +426,7 @@ impl Floor {
 /// The server process. It ends when this end of its input is closed.
 struct NoopServer {
     process: Child,
+    /// First those without TLS.
     endpoints: Vec<String>,
     /// The address at which it accepts spans.
     collector: String,
@@ -372,7 +442,7 @@ impl NoopServer {
         let output = process.stdout.take().ok_or("the server has no output")?;
         let mut lines = BufReader::new(output).lines();
         let collector = lines.next().ok_or("the server has not started")??;
-        let endpoints = lines.take(endpoints).collect::<std::io::Result<_>>()?;
+        let endpoints = lines.take(endpoints + with_tls(endpoints)).collect::<std::io::Result<_>>()?;
         Ok(Self { process, endpoints, collector })
     }
 }
@@ -384,18 +454,30 @@ impl Drop for NoopServer {
     }
 }
 
+/// The number of endpoints with TLS beside this number without: none for large fleets, whose handshakes take long.
+fn with_tls(endpoints: usize) -> usize {
+    if endpoints > 28 { 0 } else { endpoints }
+}
+
 fn serve_noop(endpoints: usize) -> Result<()> {
-    async fn listen() -> Result<TcpIncoming> {
+    async fn listen(scheme: &str) -> Result<TcpIncoming> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
-        println!("http://{}", listener.local_addr()?);
+        println!("{scheme}://{}", listener.local_addr()?);
         Ok(TcpIncoming::from(listener).with_nodelay(Some(true)))
     }
+    let [certificate, key] = [TRUSTED, KEY].map(|file| fs::read(env::var_os(file).unwrap_or_default()));
+    let tls = ServerTlsConfig::new().identity(Certificate::from_pem(certificate?, key?));
     Runtime::new()?.block_on(async {
         let collector = TraceServiceServer::new(Noop).max_decoding_message_size(usize::MAX);
-        tokio::spawn(Server::builder().add_service(collector).serve_with_incoming(listen().await?));
+        tokio::spawn(Server::builder().add_service(collector).serve_with_incoming(listen("http").await?));
         for _ in 0..endpoints {
-            let incoming = listen().await?;
+            let incoming = listen("http").await?;
             tokio::spawn(Server::builder().add_service(SubsystemServer::new(Noop)).serve_with_incoming(incoming));
+        }
+        for _ in 0..with_tls(endpoints) {
+            let incoming = listen("https").await?;
+            let server = Server::builder().tls_config(tls.clone())?.add_service(SubsystemServer::new(Noop));
+            tokio::spawn(server.serve_with_incoming(incoming));
         }
         tokio::task::spawn_blocking(|| std::io::stdin().read_to_end(&mut Vec::new())).await??;
         Ok(())
