@@ -748,7 +748,7 @@ async fn all_subsystems_in_a_file_are_registered_at_once() {
     let many = (0..1500).map(|i| table(&format!("s{i}"), "after = [\"a\"]")).collect::<String>();
     let file = write(format!("[log]\nfilter = \"debug\"\n{}{}{many}", table("a", ""), table("b", "critical = true")));
     let said = cli.run(&format!("subsystems register --file {file}")).await.with(0);
-    assert_eq!(said, "1502 subsystems are registered: 1501 new, 0 changed, 1 unchanged\n");
+    assert_eq!(said, "registered 1,502 subsystems: 1,501 new, 0 changed, 1 unchanged\n");
     assert!(client.subsystem("b").await.unwrap().registration.unwrap().critical);
     assert_eq!(client.status().await.unwrap().subsystem_count, 1502);
     let file = write(table("a", "") + &table("b", ""));

@@ -460,14 +460,14 @@ async fn a_log_that_lacks_its_end_or_is_another_one_keeps_the_checkpoint() {
     // The same file with older contents.
     fs::write(home.path("o.db"), older).unwrap();
     let Stage { home, service, .. } = Stage::again(fleet, home).await;
-    assert!(home.log().contains("a new log begins: its log has 4 entries, and its checkpoint 6"), "{}", home.log());
+    assert!(home.log().contains("a new log begins: its log has size 4, and its checkpoint 6"), "{}", home.log());
     assert!(home.path("o.db.checkpoint.lost").exists());
     assert!(service.stop().await.success());
 
     // It has as many entries as the checkpoint now, and other ones.
     fs::copy(home.path("o.db.checkpoint.lost"), home.path("o.db.checkpoint")).unwrap();
     assert!(home.serve().await.stop().await.success());
-    assert!(home.log().contains("the first 6 entries of its log are not those of its checkpoint"), "{}", home.log());
+    assert!(home.log().contains("its log is not that of its checkpoint, up to the size 6 of that"), "{}", home.log());
 }
 
 /// The home of a service that was killed after this number of syncs of its files, and some more.
@@ -805,7 +805,7 @@ async fn each_change_of_a_database_is_named_when_it_is_verified() {
     let (code, said) = verify(&path, &key, &[]);
     assert_eq!(code, Some(0), "{said}");
     assert!(
-        said.contains("26 entries, 26 of which are signed; 6 records and 13 audit events are as they were written"),
+        said.contains("26 entries, signed up to 26; 6 records and 13 audit events are as they were written"),
         "{said}"
     );
 
@@ -1060,7 +1060,7 @@ async fn a_branch_of_the_log_without_the_hashes_to_compare_it_is_not_the_log() {
     assert_eq!(database(&home.path("o.db")).execute("DELETE FROM hashes WHERE id = 0", []).unwrap(), 1);
     let home = home.with_args(["--set", "access.mode=\"enforce\""]);
     assert_eq!(home.try_serve().await.err().unwrap().code(), Some(1), "{}", home.log());
-    assert!(home.log().contains("the first 1 entries of its log are not those of its checkpoint"), "{}", home.log());
+    assert!(home.log().contains("its log is not that of its checkpoint, up to the size 1 of that"), "{}", home.log());
 }
 
 #[tokio::test]
@@ -1268,8 +1268,8 @@ async fn a_store_that_is_not_what_was_signed_last_begins_a_new_log_and_enforce_w
     for (nth, why, reason) in [
         (0, "the key that sealed it is missing", LogBeganReason::KeyMissing),
         (1, "beside it is no checkpoint that its key has signed", LogBeganReason::CheckpointMissing),
-        (2, "its log has 3 entries, and its checkpoint 5", LogBeganReason::Behind),
-        (3, "its log has 0 entries, and its checkpoint 5", LogBeganReason::Behind),
+        (2, "its log has size 3, and its checkpoint 5", LogBeganReason::Behind),
+        (3, "its log has size 0, and its checkpoint 5", LogBeganReason::Behind),
     ] {
         damage(nth);
         assert!(home.serve().await.stop().await.success());
@@ -1380,8 +1380,8 @@ async fn an_exported_log_is_verified_without_the_service_and_each_change_of_it_i
     assert_eq!(code, 0, "{said}");
     for expected in [
         "of 26 entries, as the key has signed it",
-        "6 records, 13 audit events and 1 entries about removals are as they were written",
-        "6 entries were removed by retention",
+        "6 records, 13 audit events and 1 entry about removals are as they were written",
+        "retention has removed 6 entries",
         "it extends the earlier log of 26 entries",
     ] {
         assert!(said.contains(expected), "{said}");
@@ -1409,7 +1409,7 @@ async fn an_exported_log_is_verified_without_the_service_and_each_change_of_it_i
     for (change, expected) in [
         (Box::new(|lines: &mut Vec<String>| drop(lines.remove(9))) as Box<dyn FnOnce(&mut Vec<String>)>, "comes next"),
         (Box::new(|lines| lines.swap(9, 11)), "comes next"),
-        (Box::new(|lines| lines.truncate(20)), "contains 19 entries, and its checkpoint 26"),
+        (Box::new(|lines| lines.truncate(20)), "its size is 19, and that of its checkpoint 26"),
         // An entry that is left out, as if retention had removed it.
         (
             Box::new(|lines| {
@@ -1429,7 +1429,7 @@ async fn an_exported_log_is_verified_without_the_service_and_each_change_of_it_i
     assert_eq!(call(Some(service.address()), &args).await.0, 0);
     let (code, said) = verify_bundle(&later, &key, Some(&bundle)).await;
     assert!(code == 0 && said.contains("hashes take the place of the entries before leaf 18"), "{said}");
-    assert!(said.contains("3 records, 4 audit events and 1 entries about removals"), "{said}");
+    assert!(said.contains("3 records, 4 audit events and 1 entry about removals"), "{said}");
 }
 
 /// The key of a service that was stopped.
@@ -1512,7 +1512,7 @@ async fn a_pin_holds_a_service_to_its_history() {
         inclusion(&mut ledger(&stage).await, cycle_id, 0).await.unwrap();
         let (code, said) = hold(&stage.service, &[]).await;
         assert_eq!(code, 0, "{said}");
-        let expected = format!("has {entries} entries, and the {} of the pin are unchanged", entries - 2);
+        let expected = format!("has {entries} entries, and is unchanged up to {}, the size of the pin", entries - 2);
         assert!(said.contains(&expected), "{said}");
         assert_eq!(size(), entries);
     }
@@ -1539,7 +1539,9 @@ async fn a_pin_holds_a_service_to_its_history() {
     let shorter = impostor(&home, 2).await;
     let (code, said) = hold(&shorter.service, &[]).await;
     assert!(
-        code == 3 && said.contains("the log of the service has 4 entries, and 6 are pinned: the last ones are missing"),
+        code == 3
+            && said
+                .contains("the log of the service has 4 entries, and the pinned one 6: the last entries are missing"),
         "{code}: {said}"
     );
     let keys = format!("ledger.key_files=[\"{}\"]", home.path("o.db.key").display());

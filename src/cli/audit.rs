@@ -4,7 +4,7 @@ use prost::Message;
 
 use super::{
     Exit, Failure,
-    output::{JsonList, Table, clean, names, note, parse_positive, parse_time, print, text, time},
+    output::{JsonList, Table, clean, count, names, note, parse_positive, parse_time, print, text, time},
     remote::Remote,
 };
 use crate::proto::orchestrator::v1 as pb;
@@ -107,7 +107,7 @@ fn row(logged: &pb::LoggedAuditEvent) -> Result<Vec<comfy_table::Cell>, Failure>
     })?;
     let mut targets = names(&event.targets, NAMED);
     if event.targets_left_out > 0 {
-        targets = format!("{targets} and {} others", event.targets_left_out);
+        targets = format!("{targets} and {}", count(event.targets_left_out, "other"));
     }
     let result = match event.decision() {
         pb::Decision::WouldBeDenied => format!("{} (would be denied)", event.code),

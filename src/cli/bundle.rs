@@ -57,20 +57,21 @@ pub(super) fn verify(path: &Path, key: &VerifyingKey, since: Option<&Path>) -> R
     }
     let Contents { records, events, controls, gone, .. } = contents;
     let mut said = vec![format!(
-        "{} has the log {origin} of {size} entries, as the key has signed it: {}, {} and {controls} entries about \
-         removals are as they were written",
+        "{} has the log {origin} of {}, as the key has signed it: {}, {} and {} about removals are as they were written",
         path.display(),
+        count(size, "entry"),
         count(records, "record"),
-        count(events, "audit event")
+        count(events, "audit event"),
+        count(controls, "entry")
     )];
     if from_leaf > 0 {
         said.push(format!("hashes take the place of the entries before leaf {from_leaf}"));
     }
     let removed: u64 = gone.iter().map(|leaves| leaves.end - leaves.start).sum();
     if removed > 0 {
-        said.push(format!("{removed} entries were removed by retention"));
+        said.push(format!("retention has removed {}", count(removed, "entry")));
     }
-    said.extend(since.map(|since| format!("it extends the earlier log of {since} entries")));
+    said.extend(since.map(|since| format!("it extends the earlier log of {}", count(since, "entry"))));
     print(&said.iter().map(|line| clean(line) + "\n").collect::<String>())?;
     Ok(Exit::Done)
 }

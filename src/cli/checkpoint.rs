@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::{
     Exit, Failure,
-    output::{clean, clean_lines, note},
+    output::{clean, clean_lines, count, note},
     pin::{Opened, Witness, newest, unproved},
     remote::Remote,
 };
@@ -67,9 +67,12 @@ impl CheckpointCommand {
             let Checkpoint { origin, size, .. } = witness.pinned();
             clean(&match opened {
                 Opened::Known => {
-                    format!("the log {origin} has {size} entries, and the {before} of the pin are unchanged")
+                    format!(
+                        "the log {origin} has {}, and is unchanged up to {before}, the size of the pin",
+                        count(*size, "entry")
+                    )
                 }
-                Opened::Trusted => format!("the log {origin} of {size} entries is pinned"),
+                Opened::Trusted => format!("the log {origin} of {} is pinned", count(*size, "entry")),
             }) + "\n"
         })?;
         Ok(Exit::Done)

@@ -13,7 +13,7 @@ use tonic::Streaming;
 use super::{
     Exit, Failure,
     bundle::Contents,
-    output::{clean, print},
+    output::{clean, count, print},
     pin::unproved,
     remote::{Health, Remote},
 };
@@ -65,7 +65,8 @@ impl Export {
             let is_last = attempts.next() == Some(ATTEMPTS);
             match export(&remote, &to, from_leaf, key.as_ref()).await? {
                 Exported::Whole { entries, size, origin } => {
-                    let said = format!("{} has {entries} entries of the log {origin} of {size}", to.display());
+                    let said =
+                        format!("{} has {} of the log {origin} of {size}", to.display(), count(entries, "entry"));
                     print(&(clean(&said) + "\n"))?;
                     return Ok(Exit::Done);
                 }

@@ -27,7 +27,7 @@ use tokio::{
 };
 
 use super::{Exit, Failure, HOST};
-pub(super) use crate::model::text::{clean, escape_json};
+pub(super) use crate::model::text::{clean, count, escape_json, grouped};
 use crate::{
     model::Payload,
     proto::{self, orchestrator::v1 as pb},
@@ -274,27 +274,6 @@ pub(super) fn waits_for(waiting: &pb::WaitingCycle) -> String {
         (cycle_id, "") => format!("cycle {cycle_id} (all subsystems)"),
         (cycle_id, name) => format!("cycle {cycle_id} ({})", clean(name)),
     }
-}
-
-/// `1 cycle`, `2 cycles`.
-pub(super) fn count(number: impl Into<u64>, one: &str) -> String {
-    match number.into() {
-        1 => format!("1 {one}"),
-        number => format!("{} {one}s", grouped(number)),
-    }
-}
-
-/// A number with thousands separators.
-pub(super) fn grouped(number: u64) -> String {
-    let digits = number.to_string();
-    let mut text = String::new();
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
 }
 
 // ---------------------------------------------------------------------------------------------------------------

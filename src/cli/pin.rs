@@ -13,7 +13,7 @@ use tonic::{Response, Status};
 
 use super::{
     Exit, Failure,
-    output::{clean, telemetry},
+    output::{clean, count, telemetry},
     remote::{Health, Ledger, Remote, is_passing},
 };
 use crate::{
@@ -122,8 +122,9 @@ impl Witness {
         let shown = self.opened(&newest.checkpoint)?;
         if shown.size < self.pinned.size {
             return Err(unproved(format!(
-                "the log of the service has {} entries, and {} are pinned: the last ones are missing",
-                shown.size, self.pinned.size
+                "the log of the service has {}, and the pinned one {}: the last entries are missing",
+                count(shown.size, "entry"),
+                self.pinned.size
             )));
         }
         self.compare(shown, &newest.checkpoint).await?;
@@ -170,9 +171,10 @@ impl Witness {
         let extends = Consistency(hashes(&proof)?).verify((earlier.size, earlier.root), (later.size, later.root));
         extends.map_err(|error| {
             unproved(format!(
-                "the log of {} entries does not extend that of {} entries, one of which is pinned: {error}. The \
-                 history was changed, and signed anew",
-                later.size, earlier.size
+                "the log of {} does not extend that of {}, one of which is pinned: {error}. The history was changed, \
+                 and signed anew",
+                count(later.size, "entry"),
+                count(earlier.size, "entry")
             ))
         })?;
         // Of the same size, it may have the signatures of other keys.
@@ -246,8 +248,10 @@ impl Witness {
             return Failure::new(failure.exit, failure.message.clone());
         }
         unproved(format!(
-            "the service can't prove that its log of {later} entries extends that of {earlier} entries: {}\nIf \
-             retention has removed them since, remove {} and pin the log anew.",
+            "the service can't prove that its log of {} extends that of {}: {}\nIf retention has removed them since, \
+             remove {} and pin the log anew.",
+            count(later, "entry"),
+            count(earlier, "entry"),
             failure.message,
             self.path.display()
         ))

@@ -274,7 +274,9 @@ impl Command {
                 format.show("RegisterSubsystemsResponse", &registered.0, |answer| {
                     let (all, new, changed) = (registered.1, answer.created.len(), answer.replaced.len());
                     let unchanged = all - new - changed;
-                    format!("{all} subsystems are registered: {new} new, {changed} changed, {unchanged} unchanged\n")
+                    let [new, changed, unchanged] = [new, changed, unchanged].map(|number| grouped(number as u64));
+                    let all = count(all as u64, "subsystem");
+                    format!("registered {all}: {new} new, {changed} changed, {unchanged} unchanged\n")
                 })?;
             }
             Self::Register(register) => {
@@ -539,8 +541,8 @@ pub(super) fn facts(status: &pb::SubsystemStatus) -> Vec<(&'static str, String)>
         fact(
             "retry",
             format!(
-                "{} attempts, backoff {} to {} times {}, for {}",
-                retry.max_attempts,
+                "{}, backoff {} to {} times {}, for {}",
+                count(retry.max_attempts, "attempt"),
                 duration(retry.initial_backoff.as_ref()),
                 duration(retry.max_backoff.as_ref()),
                 retry.backoff_multiplier,
@@ -550,9 +552,9 @@ pub(super) fn facts(status: &pb::SubsystemStatus) -> Vec<(&'static str, String)>
     }
     if let Some(breaker) = &registration.breaker {
         let when = format!(
-            "opens for {} after {} consecutive failures",
+            "opens for {} after {}",
             duration(breaker.open_for.as_ref()),
-            breaker.failure_threshold
+            count(breaker.failure_threshold, "consecutive failure")
         );
         fact("breaker", if breaker.disabled { "disabled".to_owned() } else { when });
     }
@@ -560,11 +562,11 @@ pub(super) fn facts(status: &pb::SubsystemStatus) -> Vec<(&'static str, String)>
         fact(
             "limits",
             format!(
-                "{} bytes in a message, {} of output, {} metrics, {} issues",
-                grouped(limits.max_message_bytes.into()),
+                "{} in a message, {} of output, {}, {}",
+                count(limits.max_message_bytes, "byte"),
                 grouped(limits.max_output_bytes.into()),
-                grouped(limits.max_metrics.into()),
-                grouped(limits.max_issues.into())
+                count(limits.max_metrics, "metric"),
+                count(limits.max_issues, "issue")
             ),
         );
     }

@@ -83,9 +83,10 @@ impl Verify {
         let verified = differences(&db, &checkpoint, &keys)?;
         let Verified { entries, first_kept, removed, records, events, unlogged, sealed } = verified;
         let mut lines = vec![format!(
-            "{} has the log {} of {entries} entries, {} of which are signed; {} and {} are as they were written",
+            "{} has the log {} of {}, signed up to {}; {} and {} are as they were written",
             db.display(),
             checkpoint.origin,
+            count(entries, "entry"),
             checkpoint.size,
             count(records, "record"),
             count(events, "audit event")
@@ -101,7 +102,7 @@ impl Verify {
             lines.push(format!("retention removed {others} of the later entries as well"));
         }
         if unlogged > 0 {
-            lines.push(format!("{unlogged} records are older than the log, and not proved"));
+            lines.push(format!("older than the log, and not proved: {}", count(unlogged, "record")));
         }
         print(&lines.iter().map(|line| clean(line) + "\n").collect::<String>())?;
         Ok(Exit::Done)
@@ -125,9 +126,9 @@ pub(super) fn differences(db: &Path, checkpoint: &Checkpoint, keys: &[SigningKey
     let refused = |problem: String| Failure::new(Exit::Refused, clean(&problem));
     let seals = (!keys.is_empty()).then(|| SealKeys::new(&checkpoint.origin, keys));
     let mut printed = Ok(());
-    let mut count = 0_u64;
+    let mut differences = 0_u64;
     let mut wrong = |problem: String| {
-        count += 1;
+        differences += 1;
         if printed.is_ok() {
             printed = print(&format!("wrong: {}\n", clean(&problem)));
         }
@@ -136,8 +137,9 @@ pub(super) fn differences(db: &Path, checkpoint: &Checkpoint, keys: &[SigningKey
     let verified = store::verify(db, checkpoint, seals, rules, &mut wrong);
     let verified = verified.map_err(|error| refused(error.to_string()))?;
     printed?;
-    if count > 0 {
-        return Err(refused(format!("{} differs from what was recorded in {count} ways", db.display())));
+    if differences > 0 {
+        let ways = count(differences, "way");
+        return Err(refused(format!("{} differs from what was recorded in {ways}", db.display())));
     }
     Ok(verified)
 }

@@ -182,7 +182,7 @@ pub enum BundleError {
         found: u64,
     },
     /// The checkpoint has another size.
-    #[error("it contains {found} entries, and its checkpoint {signed}")]
+    #[error("its size is {found}, and that of its checkpoint {signed}")]
     Size {
         /// Number of leaves of all parts.
         found: u64,
@@ -201,7 +201,7 @@ pub enum BundleError {
         earlier: String,
     },
     /// The earlier checkpoint has more entries.
-    #[error("it contains {found} entries, and the earlier checkpoint {earlier}: the last ones are missing")]
+    #[error("its size is {found}, and that of the earlier checkpoint {earlier}: the last entries are missing")]
     Shorter {
         /// Number of leaves of all parts.
         found: u64,
@@ -210,13 +210,14 @@ pub enum BundleError {
     },
     /// The earlier checkpoint has another root.
     #[error(
-        "its first {0} entries do not have the root that the earlier checkpoint has: the history was changed since, and \
+        "up to size {0}, it does not have the root that the earlier checkpoint has: the history was changed since, and \
          signed anew"
     )]
     Rewritten(u64),
     /// The end of the earlier log lies inside of a part.
     #[error(
-        "it can't be compared with the earlier checkpoint of {0} entries: the last ones of these are replaced by hashes"
+        "it can't be compared with the earlier checkpoint of size {0}: the last entries up to there are replaced by \
+         hashes"
     )]
     NotCompared(u64),
 }
@@ -363,7 +364,7 @@ mod tests {
             }
         }
         let longer = verify(&parts(14), checkpoint(13), None).unwrap_err();
-        assert_eq!(longer, "it contains 14 entries, and its checkpoint 13");
+        assert_eq!(longer, "its size is 14, and that of its checkpoint 13");
     }
 
     #[test]
@@ -371,7 +372,7 @@ mod tests {
         let forged = Checkpoint { root: Hash([7; 32]), ..checkpoint(9) };
         assert!(verify(&parts(13), checkpoint(13), Some(forged)).unwrap_err().contains("signed anew"));
         let longer = verify(&parts(13), checkpoint(13), Some(checkpoint(14))).unwrap_err();
-        assert!(longer.contains("the last ones are missing"), "{longer}");
+        assert!(longer.contains("the last entries are missing"), "{longer}");
         let other = Checkpoint { origin: "other".into(), ..checkpoint(9) };
         assert!(verify(&parts(13), checkpoint(13), Some(other)).unwrap_err().contains("of the log log"));
         let empty = Checkpoint { root: Hash([7; 32]), ..checkpoint(0) };

@@ -13,7 +13,7 @@ pub enum ProofError {
     #[error("the proof does not lead to the root of the log")]
     Mismatch,
     /// It is about a leaf or a log that the log can't contain.
-    #[error("a log of {size} entries does not reach to {claimed}")]
+    #[error("a log of size {size} does not reach to {claimed}")]
     TooShort {
         /// Number of leaves of the log.
         size: u64,

@@ -171,7 +171,7 @@ impl Server {
         let mut request = Request::from_parts(head, upload.clone());
         let headers = limits.requests.try_hold(size);
         let refused = match &headers {
-            _ if !has_permit => Some(format!("limit of {max} open calls reached")),
+            _ if !has_permit => Some(format!("limit of open calls reached: {max}")),
             Err(full) if size > SMALL_HEADERS => Some(full.to_string()),
             _ => None,
         };

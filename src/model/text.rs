@@ -1,5 +1,5 @@
-//! Makes text from outside safe to show on a terminal or in a log. Only this module knows which characters are not
-//! plain text.
+//! Makes text from outside safe to show on a terminal or in a log, and numbers readable. Only this module knows which
+//! characters are not plain text.
 
 use std::borrow::Cow;
 
@@ -55,9 +55,44 @@ fn escape(text: &str, is_to_escape: impl Fn(char) -> bool, put: impl Fn(char, &m
     escaped.into()
 }
 
+/// `1 entry`, `2 entries`, `1,000 open calls`: a number of things, each of which is called `one`.
+#[must_use]
+pub fn count(number: impl Into<u64>, one: &str) -> String {
+    let number = number.into();
+    let stem = one.strip_suffix('y').filter(|stem| !stem.ends_with(['a', 'e', 'o', 'u']));
+    match (number, stem) {
+        (1, _) => format!("1 {one}"),
+        (_, Some(stem)) => format!("{} {stem}ies", grouped(number)),
+        _ if one.ends_with("ch") => format!("{} {one}es", grouped(number)),
+        _ => format!("{} {one}s", grouped(number)),
+    }
+}
+
+/// A number with thousands separators.
+#[must_use]
+pub fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn things_are_counted_in_plain_english() {
+        let counted =
+            [(0, "loop"), (1, "loop"), (1000, "open call"), (1, "entry"), (2, "entry"), (9, "day"), (2, "watch")];
+        let counted = counted.map(|(number, one): (u64, _)| count(number, one)).join(", ");
+        assert_eq!(counted, "0 loops, 1 loop, 1,000 open calls, 1 entry, 2 entries, 9 days, 2 watches");
+    }
 
     #[test]
     fn received_text_can_not_command_a_terminal() {

@@ -4,7 +4,7 @@
 use crate::{
     engine::Ring,
     memory::Full,
-    model::{CycleId, Identity, Name, Revision, Violations},
+    model::{CycleId, Identity, Name, Revision, Violations, text::count},
     ports::{StoreError, Unreadable, UnreadableEvent},
 };
 
@@ -30,7 +30,7 @@ pub enum Refusal {
     )]
     CycleWaiting(CycleId),
     /// The limit of waiting cycles is reached.
-    #[error("the limit of {0} waiting cycles is reached (cycle.max_queued); try again later")]
+    #[error("the limit of {} is reached (cycle.max_queued); try again later", count(*.0 as u64, "waiting cycle"))]
     QueueFull(usize),
     /// The store can't be written or read now. If a cycle was admitted, it still runs and is recorded once writing
     /// works again.
@@ -66,12 +66,16 @@ pub enum Refusal {
     CycleNotLogged(CycleId),
     /// Of two sizes, or a leaf and a size, the first is not within the second, or the second not within the log of this
     /// size.
-    #[error("the log has {0} entries; give sizes up to that, the smaller one first, and a size above that of the leaf")]
+    #[error(
+        "the log has {}; give sizes up to that, the smaller one first, and a size above that of the leaf",
+        count(*.0, "entry")
+    )]
     NotInLog(u64),
     /// The proof needs hashes that are gone.
     #[error(
-        "retention has removed the last entries of this log of {0} entries, and the hashes that a proof needs; give the \
-         size of a later checkpoint"
+        "retention has removed the last entries of this log of {}, and the hashes that a proof needs; give the size of a \
+         later checkpoint",
+        count(*.0, "entry")
     )]
     HashesRemoved(u64),
     /// No audit event has this leaf.
@@ -86,7 +90,10 @@ pub enum Refusal {
     )]
     NoCheckpoint,
     /// The limit of watchers is reached.
-    #[error("the limit of {0} watchers is reached (server.max_watchers); disconnect one, or raise the limit")]
+    #[error(
+        "the limit of {} is reached (server.max_watchers); disconnect one, or raise the limit",
+        count(*.0 as u64, "watcher")
+    )]
     TooManyWatchers(usize),
     /// The registration would make a circular dependency.
     #[error("{0}")]
@@ -112,8 +119,9 @@ pub enum Refusal {
     NotOwner(NotOwner),
     /// The limit of registered subsystems is reached.
     #[error(
-        "{registered} subsystems are registered, and {new} more would exceed the limit of {max} \
-         (registry.max_subsystems); unregister those that are gone, or give those that come and go a lease"
+        "the limit of {} is reached (registry.max_subsystems): {registered} registered, and {new} more asked for; \
+         unregister those that are gone, or give those that come and go a lease",
+        count(*max as u64, "subsystem")
     )]
     RegistryFull {
         /// Number of registered subsystems.
@@ -136,7 +144,7 @@ pub enum Refusal {
     )]
     NoLease(Name),
     /// The limit of loops is reached.
-    #[error("the limit of {0} loops is reached (registry.max_loops); stop one, or raise the limit")]
+    #[error("the limit of {} is reached (registry.max_loops); stop one, or raise the limit", count(*.0 as u64, "loop"))]
     TooManyLoops(usize),
     /// The loop does not exist.
     #[error("loop {0} does not exist; see ListIntervalLoops")]

@@ -26,7 +26,7 @@ pub enum LogBreak {
     CheckpointMissing,
     /// It lacks entries.
     #[error(
-        "its log has {size} entries, and its checkpoint {signed}: an older copy replaced it, its end was damaged, or it \
+        "its log has size {size}, and its checkpoint {signed}: an older copy replaced it, its end was damaged, or it \
          was removed"
     )]
     Behind {
@@ -37,7 +37,7 @@ pub enum LogBreak {
     },
     /// It has other entries.
     #[error(
-        "the first {signed} entries of its log are not those of its checkpoint: another database replaced it, or their \
+        "its log is not that of its checkpoint, up to the size {signed} of that: another database replaced it, or \
          hashes were removed"
     )]
     Other {

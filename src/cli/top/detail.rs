@@ -2,7 +2,7 @@
 
 use super::super::{
     cycles::severity,
-    output::{clean, escape_json},
+    output::{clean, count, escape_json},
     subsystems::{STATUS, facts},
 };
 use crate::{model::Payload, proto::orchestrator::v1 as pb};
@@ -56,7 +56,7 @@ pub(super) fn entries(status: &pb::SubsystemStatus) -> Vec<Entry> {
                 entries.extend(shown.map(|line| Entry::Text(escape_json(line).chars().take(MAX_COLUMNS).collect())));
                 let more = lines.count();
                 if more > 0 {
-                    entries.push(Entry::Text(format!("… and {more} more lines")));
+                    entries.push(Entry::Text(format!("… and {}", count(more as u64, "more line"))));
                 }
             }
             Err(malformed) => entries.push(Entry::Text(format!("({malformed})"))),

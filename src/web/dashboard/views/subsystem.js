@@ -2,7 +2,7 @@
 
 import { getSubsystem, getSubsystemWithOutput, listCycles } from "../api.js";
 import { h, replace, throttled } from "../dom.js";
-import { count, duration, instant, lower, milliseconds, setting, time, visible, whole, word } from "../format.js";
+import { counted, duration, instant, lower, milliseconds, setting, time, visible, whole, word } from "../format.js";
 import { json } from "../json.js";
 import { model, now } from "../model.js";
 import { href } from "../route.js";
@@ -113,11 +113,11 @@ function showSettings(place, one) {
     ["After", links(it.after)],
     ["Reads", links(it.reads)],
     ["Timeout", setting(milliseconds(it.timeout))],
-    ["Retry", `${retry.maxAttempts ?? 1} attempts, waiting ${setting(milliseconds(retry.initialBackoff))} to ${setting(milliseconds(retry.maxBackoff))}, on ${(retry.retryableStatusCodes ?? []).join(", ") || "none"}`],
-    ["Breaker", breaker.disabled ? "none" : `opens after ${breaker.failureThreshold} consecutive failures, for ${setting(milliseconds(breaker.openFor))}`],
+    ["Retry", `${counted(retry.maxAttempts ?? 1, "attempt")}, waiting ${setting(milliseconds(retry.initialBackoff))} to ${setting(milliseconds(retry.maxBackoff))}, on ${(retry.retryableStatusCodes ?? []).join(", ") || "none"}`],
+    ["Breaker", breaker.disabled ? "none" : `opens after ${counted(breaker.failureThreshold, "consecutive failure")}, for ${setting(milliseconds(breaker.openFor))}`],
     ["Critical", it.critical ? "yes: a cycle in which it fails is failed" : "no"],
     ["Output in the record", it.recordOutput ? "always" : "only if the cycle requests it"],
-    ["Limits", `message ${count(limits.maxMessageBytes)} bytes, output ${count(limits.maxOutputBytes)} bytes, ${count(limits.maxMetrics)} metrics, ${count(limits.maxIssues)} issues`],
+    ["Limits", `message ${counted(limits.maxMessageBytes, "byte")}, output ${counted(limits.maxOutputBytes, "byte")}, ${counted(limits.maxMetrics, "metric")}, ${counted(limits.maxIssues, "issue")}`],
   ];
   replace(place, h("h2", {}, "Registration"), h("dl", { class: "settings" }, rows.map(([label, value]) => h("div", {}, h("dt", {}, label), h("dd", {}, value)))),
     one.redacted && h("p", { class: "quiet" }, "Only its owner and operators see its parameters."),
