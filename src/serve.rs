@@ -218,7 +218,7 @@ impl Service {
         let of_reflection = api.clone();
         let reflection = reflection.behind(move |request| {
             let peer = request.extensions().get::<Peer>().cloned().unwrap_or_default();
-            of_reflection.check_reflection(peer, request.headers())
+            of_reflection.begin_reflection(peer, request.headers())
         });
         let services = api::services(api.clone(), config.server.max_request_bytes, reflection);
         let services = services.and(health_service);

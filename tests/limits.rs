@@ -9,9 +9,12 @@ use std::{
     collections::BTreeMap,
     fs::{self, Permissions},
     os::unix::fs::{MetadataExt, PermissionsExt},
+    time::Duration,
 };
 
 use bytes::Bytes;
+#[cfg(target_os = "linux")]
+use common::disk;
 use common::{
     fleet::{Fleet, Run},
     http::send,
@@ -97,7 +100,7 @@ async fn a_caller_that_reaches_a_limit_is_refused_and_others_are_not() {
     assert_eq!(reason(&refused), limit("limits.watchers", "1"));
     assert_eq!(
         refused.message(),
-        "token:a has reached the limit of 1 open watches for each caller (limits.watchers); end one of them first"
+        "token:a has reached the limit of 1 open watch for each caller (limits.watchers); end one of them first"
     );
     let _of_b = watch("b").await.unwrap();
     drop(first);
@@ -189,8 +192,16 @@ impl Bare {
         send.send_request(request.body(()).unwrap(), false).unwrap()
     }
 
+    /// Sends the headers of a request, and waits until the service has read them: requests on one connection begin in
+    /// their order.
+    async fn begun(&self, path: &str, token: Option<&str>) -> (ResponseFuture, SendStream<Bytes>) {
+        let begun = self.begin(path, token).await;
+        self.call(HEALTH, None).await;
+        begun
+    }
+
     /// Sends an empty message, and returns the code of the answer.
-    async fn call(&mut self, path: &str, token: Option<&str>) -> i32 {
+    async fn call(&self, path: &str, token: Option<&str>) -> i32 {
         let (response, mut body) = self.begin(path, token).await;
         body.send_data(Bytes::from_static(&[0; 5]), true).unwrap();
         let response = patiently("an answer", response).await.unwrap();
@@ -206,6 +217,7 @@ impl Bare {
     }
 }
 
+const HEALTH: &str = "/grpc.health.v1.Health/Check";
 const STATUS: &str = "/dreamnet.orchestrator.v1.Orchestrator/GetStatus";
 
 /// Begins requests and does not end them, until another call is refused. Its first refusal, and those requests.
@@ -249,7 +261,7 @@ async fn a_request_counts_as_a_call_of_its_caller_while_it_arrives() {
     let token = stage.texts["a"].as_str();
     let begin = async |method: &str| {
         let path = format!("/dreamnet.orchestrator.v1.Orchestrator/{method}");
-        slow.begin(&path, Some(token)).await
+        slow.begun(&path, Some(token)).await
     };
 
     let list = async || {
@@ -275,6 +287,67 @@ async fn a_request_counts_as_a_call_of_its_caller_while_it_arrives() {
     drop((read, call, renewals));
     accepted(async || stage.status(&mut client.clone(), "a").await).await;
     accepted(renew).await;
+}
+
+#[tokio::test]
+async fn requests_that_never_end_give_way_to_other_calls_of_their_caller() {
+    let stage = Stage::with("concurrent_calls = 2").await;
+    let (client, slow) = (stage.service.client().await, Bare::connect(&stage.service).await);
+    let token = Some(stage.texts["a"].as_str());
+    let renew = async || {
+        let renewed = client.clone().renew_lease(stage.of("a", pb::RenewLeaseRequest { name: "x".into() })).await;
+        renewed.map(drop).or_else(|status| if status.code() == Code::NotFound { Ok(()) } else { Err(status) })
+    };
+    let mut open: Vec<(ResponseFuture, SendStream<Bytes>)> = Vec::new();
+    let gave_way = async {
+        loop {
+            while open.len() < 2 {
+                open.push(slow.begun("/dreamnet.orchestrator.v1.Orchestrator/RenewLease", token).await);
+            }
+            let _ = renew().await;
+            for at in (0..open.len()).rev() {
+                let Some(answer) = (&mut open[at].0).now_or_never() else { continue };
+                let answer = answer.unwrap();
+                let message = answer.headers()["grpc-message"].to_str().unwrap().replace("%20", " ");
+                if message.contains("gave way") {
+                    return (at, message);
+                }
+                drop(open.remove(at));
+            }
+        }
+    };
+    let (at, message) = patiently("a request to give way", gave_way).await;
+    assert_eq!(
+        (at, message.as_str()),
+        (
+            0,
+            "token:a has reached the limit of 2 open renewals of leases for each caller (limits.concurrent_calls); the \
+             request of this call did not arrive, so it gave way to another call"
+        )
+    );
+    accepted(renew).await;
+    assert!((&mut open[1].0).now_or_never().is_none(), "there is room beside it");
+    stage.home.logged("a caller has reached a limit", 1).await;
+}
+
+#[tokio::test]
+async fn streams_of_reflection_are_limited_for_each_caller() {
+    const REFLECT: &str = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
+    let stage = Stage::with("concurrent_calls = 2").await;
+    let connection = Bare::connect(&stage.service).await;
+    let open = async |name: &str| {
+        let (answer, body) = connection.begin(REFLECT, Some(stage.texts[name].as_str())).await;
+        let answer = patiently("an answer", answer).await.unwrap();
+        let refused = answer.headers().get("grpc-status").map(|code| code.to_str().unwrap().to_owned());
+        refused.map_or(Ok((answer, body)), Err)
+    };
+    let mut held = vec![open("a").await.unwrap(), open("a").await.unwrap()];
+    assert_eq!(open("a").await.unwrap_err(), (Code::ResourceExhausted as i32).to_string());
+    open("b").await.unwrap();
+    stage.status(&mut stage.service.client().await, "a").await.unwrap();
+    held.pop();
+    let opened = async { while open("a").await.is_err() {} };
+    patiently("the end of the first stream to be seen", opened).await;
 }
 
 #[tokio::test]
@@ -313,7 +386,7 @@ async fn calls_of_health_keep_no_other_calls_out() {
     }
     let refused = watches.iter().filter(|answer| answer.headers().contains_key("grpc-status")).count();
     assert!((1..MAX).contains(&(watches.len() - refused)), "{refused} are refused");
-    let mut caller = Bare::connect(&stage.service).await;
+    let caller = Bare::connect(&stage.service).await;
     let _first = caller.begin(STATUS, token).await;
     let _second = caller.begin(STATUS, token).await;
     assert_eq!(caller.call(STATUS, token).await, 0);
@@ -351,11 +424,48 @@ async fn changes_of_a_caller_are_limited_and_calls_that_change_nothing_do_not_co
     assert_eq!(reason(&status), because(Code::ResourceExhausted, "CALLER_LIMIT", limit));
     assert_eq!(
         status.message(),
-        "token:a has reached the limit of 1 changes in a second, on average, for each caller \
+        "token:a has reached the limit of 1 change in a second, on average, for each caller \
          (limits.changes_per_second); change less often, or register many subsystems in one call"
     );
     register("b", 1).await.unwrap();
     stage.status(&mut client.clone(), "a").await.unwrap();
+}
+
+/// Calls end by their deadline here, as they do when their caller leaves.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn calls_that_are_aborted_before_they_change_something_do_not_count() {
+    /// More than a caller may make at once.
+    const CALLS: usize = 2100;
+    let stage = Stage::at(disk::home(), "changes_per_second = 1").await;
+    let client = stage.service.client().await;
+    let register = |caller: &'static str, name: &str, within: Option<Duration>| {
+        let registration = registration(name, "http://127.0.0.1:1");
+        let request = pb::RegisterSubsystemRequest { registration: Some(registration), lease: None };
+        let (mut client, mut request) = (client.clone(), stage.of(caller, request));
+        if let Some(within) = within {
+            request.set_timeout(within);
+        }
+        async move { client.register_subsystem(request).await.map(drop) }
+    };
+    register("a", "s", None).await.unwrap();
+    let (mut aborted, mut round) = (0, 0);
+    while aborted < CALLS {
+        // One change has its turn until the disk answers, and the others wait for theirs.
+        disk::hangs(&stage.home);
+        let first = tokio::spawn(register("b", &format!("s{round}"), None));
+        let waiting = stream::iter(0..500).map(|_| register("a", "s", Some(Duration::from_millis(50))));
+        let waited: Vec<_> = waiting.buffer_unordered(100).collect().await;
+        disk::comes_back(&stage.home);
+        let _ = patiently("the first change", first).await.unwrap();
+        let is_late = |ended: &&Result<(), Status>| {
+            // The client may be the first to see that it is.
+            ended.as_ref().is_err_and(|status| matches!(status.code(), Code::DeadlineExceeded | Code::Cancelled))
+        };
+        aborted += waited.iter().filter(is_late).count();
+        round += 1;
+    }
+    register("a", "new", None).await.unwrap();
 }
 
 #[tokio::test]
@@ -439,7 +549,7 @@ async fn a_stranger_is_disconnected_and_a_caller_or_a_probe_is_not() {
     for _ in 0..4 {
         each.push(Bare::connect(&stage.service).await);
     }
-    let [silent, mut refused, mut probe, mut caller] = <[Bare; 4]>::try_from(each).ok().unwrap();
+    let [silent, refused, probe, caller] = <[Bare; 4]>::try_from(each).ok().unwrap();
     assert_eq!(refused.call(WHO, None).await, Code::Unauthenticated as i32);
     assert_eq!(probe.call("/grpc.health.v1.Health/Check", None).await, 0);
     assert_eq!(caller.call(WHO, Some(token)).await, 0);
@@ -447,7 +557,7 @@ async fn a_stranger_is_disconnected_and_a_caller_or_a_probe_is_not() {
         patiently("the end of the connection of a stranger", connection.open).await.unwrap();
     }
     assert!(!probe.open.is_finished() && !caller.open.is_finished());
-    for connection in [&mut probe, &mut caller] {
+    for connection in [&probe, &caller] {
         assert_eq!(connection.call(WHO, Some(token)).await, 0);
     }
 }

@@ -13,7 +13,7 @@ pub struct CallerLimits {
     pub changes_per_second: u32,
     /// Most renewals of leases in a second.
     pub renewals_per_second: u32,
-    /// Most calls that are open at a time, without watches, and as many renewals of leases.
+    /// Most calls that are open at a time, without watches, and as many renewals of leases, and streams of reflection.
     pub concurrent_calls: usize,
     /// Most watches that are open at a time.
     pub watchers: usize,

@@ -8,10 +8,13 @@ use std::{
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
-use super::{judge::Denied, usage::LimitReached};
+use super::{
+    judge::Denied,
+    usage::{LimitReached, Load},
+};
 use crate::{
     access::{NoSession, Role, Unauthenticated},
-    model::{Name, Violation, Violations, excerpt},
+    model::{Name, Violation, Violations, excerpt, text::count},
     orchestrator::{NotOwner, Refusal},
     ports::{Unreadable, UnreadableEvent},
 };
@@ -186,18 +189,23 @@ pub(super) const LIMIT: &str = "CALLER_LIMIT";
 
 /// The status of a call whose caller has reached one of its limits.
 pub(super) fn limit_reached(reached: &LimitReached) -> Status {
-    let LimitReached { identity, key, max } = reached;
-    let (what, remedy) = match *key {
-        "limits.calls_per_second" => ("calls in a second", "call less often"),
-        "limits.changes_per_second" => {
-            ("changes in a second, on average,", "change less often, or register many subsystems in one call")
+    let LimitReached { identity, load, key, max, gave_way } = reached;
+    let (one, of, remedy) = match (*key, load) {
+        ("limits.calls_per_second", _) => ("call", " in a second", "call less often"),
+        ("limits.changes_per_second", _) => {
+            ("change", " in a second, on average,", "change less often, or register many subsystems in one call")
         }
-        "limits.renewals_per_second" => ("renewals of leases in a second", "renew longer leases less often"),
-        "limits.watchers" => ("open watches", "end one of them first"),
-        "limits.history_reads" => ("open calls that read the history", "wait for one of them to end"),
-        _ => ("open calls", "wait for one of them to end"),
+        ("limits.renewals_per_second", _) => ("renewal", " of leases in a second", "renew longer leases less often"),
+        ("limits.watchers", _) => ("open watch", "", "end one of them first"),
+        ("limits.history_reads", _) => ("open call", " to read the history", "wait for one of them to end"),
+        (_, Load::Reflection) => ("open stream", " of reflection", "end one of them first"),
+        (_, Load::Renewal) => ("open renewal", " of leases", "wait for one of them to end"),
+        _ => ("open call", "", "wait for one of them to end"),
     };
-    let message = format!("{identity} has reached the limit of {max} {what} for each caller ({key}); {remedy}");
+    let remedy =
+        if *gave_way { "the request of this call did not arrive, so it gave way to another call" } else { remedy };
+    let limit = count(*max as u64, one);
+    let message = format!("{identity} has reached the limit of {limit}{of} for each caller ({key}); {remedy}");
     let metadata = vec![("limit", (*key).to_owned()), ("max", max.to_string())];
     with_reason(Code::ResourceExhausted, message, LIMIT, metadata)
 }

@@ -2,7 +2,7 @@
 //! makes an [`Entered`], which is required to reach the orchestrator. So callers are refused here, by the rules of
 //! `rules`, and calls are counted here.
 
-use std::{sync::Arc, task::Poll};
+use std::{future::pending, sync::Arc, task::Poll};
 
 use futures_util::{FutureExt, Stream, StreamExt, future::BoxFuture, stream};
 use jiff::Timestamp;
@@ -14,7 +14,8 @@ use super::{
     error::status,
     judge::{Authority, Judge},
     rpc::{Asks, Rpc},
-    usage::{Usage, Used},
+    rules::REFLECTION,
+    usage::{LimitReached, Load, Usage, Used},
 };
 use crate::{
     access::Targets,
@@ -34,6 +35,11 @@ pub(super) struct Gate {
     pub(super) judge: Judge,
 }
 
+/// A call whose headers have arrived, in the extensions of its request. It counts under the limits of its caller while
+/// the policy is enforced.
+#[derive(Clone)]
+pub(super) struct Begun(Option<Used>);
+
 /// A call that was let in. It reaches the orchestrator, for as long as it lives: a stream keeps it to its end.
 pub struct Entered<Q> {
     orchestrator: Arc<Orchestrator>,
@@ -48,7 +54,7 @@ pub struct Entered<Q> {
     request: Q,
     room: Option<Held>,
     /// Counts it under the limits of its caller.
-    used: Option<Used>,
+    _begun: Begun,
 }
 
 impl<Q> Entered<Q> {
@@ -126,26 +132,65 @@ impl Gate {
         self.calls.clone()
     }
 
-    /// Begins a call of a method once its headers are there, before its request is read: strangers have nothing
-    /// decoded, and a caller that does not end its requests reaches its limits. [`Gate::enter`] expects the returned
-    /// value in the extensions of the request. It is `None` if the policy is not enforced, and for an unknown method.
+    /// Begins a call of an RPC, `None` if its method is unknown, once its headers are there and before its request is
+    /// read:
+    /// strangers have nothing decoded, and a caller that does not end its requests reaches its limits. [`Gate::enter`]
+    /// expects the returned value in the extensions of the request.
     ///
     /// # Errors
     /// The identity of the caller is not known, or has reached one of its limits.
-    pub(super) fn begin(&self, caller: &Caller, method: &str) -> Result<Option<Used>, Status> {
-        let Some(rpc) = Rpc::of_name(method) else {
-            return self.judge.identify(caller, "an unknown method").map(|_| None);
-        };
-        self.used_by(caller, rpc).inspect_err(|status| {
-            CountedCall::begin(self.calls.clone(), rpc, Some(caller)).answered(Some(status));
-        })
+    pub(super) fn begin(&self, caller: &Caller, rpc: Option<Rpc>) -> Result<Begun, Status> {
+        let Some(rpc) = rpc else { return self.judge.identify(caller, "an unknown method").map(|_| Begun(None)) };
+        self.begin_rpc(caller, rpc).inspect_err(|status| self.count_refused(caller, rpc, status))
+    }
+
+    /// Waits until a call has to give way to another one of its caller, since its request has not arrived. Returns its
+    /// status.
+    pub(super) async fn gives_way(&self, begun: Begun, caller: &Caller, rpc: Option<Rpc>) -> Status {
+        let (Begun(Some(used)), Some(rpc)) = (begun, rpc) else { return pending().await };
+        let status = self.limit_reached(caller, rpc.name(), &used.gives_way().await);
+        self.count_refused(caller, rpc, &status);
+        status
+    }
+
+    /// Begins a stream of reflection, which counts until the returned value is dropped.
+    ///
+    /// # Errors
+    /// As of [`Gate::begin`].
+    pub(super) fn begin_reflection(&self, caller: &Caller) -> Result<Begun, Status> {
+        const NAME: &str = "ServerReflectionInfo";
+        self.judge.check_beside(caller, NAME, REFLECTION)?;
+        let begun = self.used_by(caller, NAME, Load::Reflection)?;
+        // It may be silent before its first message.
+        self.has_arrived(&begun, caller, NAME).map(|()| begun)
+    }
+
+    fn begin_rpc(&self, caller: &Caller, rpc: Rpc) -> Result<Begun, Status> {
+        self.used_by(caller, rpc.name(), rpc.load())
     }
 
     /// Counts a call under the limits of its caller, if the policy is enforced.
-    fn used_by(&self, caller: &Caller, rpc: Rpc) -> Result<Option<Used>, Status> {
-        let Some(identity) = self.judge.identify(caller, rpc.name())? else { return Ok(None) };
-        let used = self.usage.begin(&identity, rpc, &self.judge.limits());
-        used.map(Some).map_err(|reached| self.judge.limit_reached(caller, rpc, &reached))
+    fn used_by(&self, caller: &Caller, call: &'static str, load: Load) -> Result<Begun, Status> {
+        let Some(identity) = self.judge.identify(caller, call)? else { return Ok(Begun(None)) };
+        let used = self.usage.begin(&identity, load, &self.judge.limits());
+        used.map(|used| Begun(Some(used))).map_err(|reached| self.limit_reached(caller, call, &reached))
+    }
+
+    /// Records that the request of a call has arrived.
+    fn has_arrived(&self, Begun(used): &Begun, caller: &Caller, call: &'static str) -> Result<(), Status> {
+        let arrived = used.as_ref().map_or(Ok(()), Used::has_arrived);
+        arrived.map_err(|reached| self.limit_reached(caller, call, &reached))
+    }
+
+    /// The status of a call whose caller has reached one of its limits.
+    fn limit_reached(&self, caller: &Caller, call: &'static str, reached: &LimitReached) -> Status {
+        self.usage.log(call, reached);
+        self.judge.limit_reached(caller, call, reached)
+    }
+
+    /// Counts a call that was refused before its request was read.
+    fn count_refused(&self, caller: &Caller, rpc: Rpc, status: &Status) {
+        CountedCall::begin(self.calls.clone(), rpc, Some(caller)).answered(Some(status));
     }
 
     /// Admits a call, or refuses it.
@@ -156,11 +201,12 @@ impl Gate {
     pub(super) fn enter<Q: Asks>(&self, request: Request<Q>) -> Result<Entered<Q>, Status> {
         let (_, mut extensions, request) = request.into_parts();
         let caller = extensions.remove::<Caller>().ok_or_else(|| Status::internal("the caller is not known"))?;
-        let used = match extensions.remove::<Option<Used>>() {
-            Some(used) => used,
+        let begun = match extensions.remove::<Begun>() {
+            Some(begun) => begun,
             // At the admin address, a call has no request besides its headers.
-            None => self.used_by(&caller, Q::RPC)?,
+            None => self.begin_rpc(&caller, Q::RPC)?,
         };
+        self.has_arrived(&begun, &caller, Q::RPC.name())?;
         let judged = self.judge.check(&caller, Q::RPC, &self.calls, || request.targets())?;
         let room = self.room_of(&request)?;
         Ok(Entered {
@@ -170,12 +216,12 @@ impl Gate {
             identity: judged.identity,
             would_be_denied: judged.would_be_denied.is_some(),
             begun_at: self.judge.now(),
-            own_event: OwnEvent::default(),
+            own_event: begun.0.as_ref().map_or_else(OwnEvent::default, Used::own_event),
             judge: self.judge.clone(),
             rpc: Q::RPC,
             request,
             room,
-            used,
+            _begun: begun,
         })
     }
 
@@ -205,16 +251,7 @@ impl Gate {
         let answered = match self.enter(request) {
             Ok(entered) => {
                 call.audit(self.audited(&entered));
-                let (used, own_event) = (entered.used.clone(), entered.own_event.clone());
-                // Also if its caller does not wait for the answer.
-                if let Some(used) = &used {
-                    used.set_changes(true);
-                }
-                let answered = handle(entered).await;
-                if let Some(used) = used {
-                    used.set_changes(own_event.is_set());
-                }
-                answered
+                handle(entered).await
             }
             Err(refused) => Err(refused),
         };

@@ -237,9 +237,9 @@ impl Judge {
     }
 
     /// The status of a call whose caller has reached one of its limits. It is summed up for the audit.
-    pub(super) fn limit_reached(&self, caller: &Caller, rpc: Rpc, reached: &LimitReached) -> Status {
+    pub(super) fn limit_reached(&self, caller: &Caller, call: &'static str, reached: &LimitReached) -> Status {
         let status = error::limit_reached(reached);
-        self.sum_up(caller, rpc.name(), reached.identity.clone(), AuditTargets::default(), &status, error::LIMIT);
+        self.sum_up(caller, call, reached.identity.clone(), AuditTargets::default(), &status, error::LIMIT);
         status
     }
 

@@ -108,13 +108,16 @@ impl Api {
         self.gate.judge.judge_again();
     }
 
-    /// Checks that a request to the reflection service may be answered.
+    /// Begins a stream of the reflection service. It counts as open until the returned value is dropped.
     ///
     /// # Errors
-    /// The identity of its caller is not known.
-    pub(crate) fn check_reflection(&self, peer: Peer, headers: &HeaderMap) -> Result<(), Status> {
-        let caller = Caller::of(Way::Grpc, peer, headers);
-        self.gate.judge.check_beside(&caller, "ServerReflectionInfo", rules::REFLECTION)
+    /// The identity of its caller is not known, or has reached one of its limits.
+    pub(crate) fn begin_reflection(
+        &self,
+        peer: Peer,
+        headers: &HeaderMap,
+    ) -> Result<impl Send + Unpin + 'static + use<>, Status> {
+        self.gate.begin_reflection(&Caller::of(Way::Grpc, peer, headers))
     }
 
     /// Checks that a caller may have the files of the dashboard.

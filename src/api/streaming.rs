@@ -8,8 +8,12 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use futures_util::future::{BoxFuture, Either, Ready, ready};
+use futures_util::{
+    FutureExt,
+    future::{BoxFuture, ready},
+};
 use http_body::Frame;
+use tokio::select;
 use tonic::{
     Request, Status, Streaming,
     body::Body,
@@ -25,6 +29,7 @@ use tonic::{
 use super::{
     Api, Events,
     caller::{Caller, Way},
+    rpc::Rpc,
 };
 use crate::{
     listen::Peer,
@@ -56,7 +61,7 @@ where
 {
     type Response = http::Response<Body>;
     type Error = Infallible;
-    type Future = Either<S::Future, Ready<Result<Self::Response, Infallible>>>;
+    type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
         self.service.poll_ready(cx)
@@ -65,14 +70,23 @@ where
     fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
         let peer = request.extensions_mut().remove::<Peer>().unwrap_or_default();
         let caller = Caller::of(Way::Grpc, peer, request.headers());
-        let method = request.uri().path().rsplit('/').next().unwrap_or_default();
-        let used = match self.api.gate.begin(&caller, method) {
-            Ok(used) => used,
-            Err(status) => return Either::Right(ready(Ok(status.into_http()))),
+        let rpc = request.uri().path().rsplit('/').next().and_then(Rpc::of_name);
+        let gate = self.api.gate.clone();
+        let begun = match gate.begin(&caller, rpc) {
+            Ok(begun) => begun,
+            Err(status) => return ready(Ok(status.into_http())).boxed(),
         };
-        request.extensions_mut().insert(used);
-        request.extensions_mut().insert(caller);
-        Either::Left(self.service.call(request))
+        request.extensions_mut().insert(begun.clone());
+        request.extensions_mut().insert(caller.clone());
+        let call = self.service.call(request);
+        let call = async move {
+            select! {
+                biased;
+                answer = call => answer,
+                status = gate.gives_way(begun, &caller, rpc) => Ok(status.into_http()),
+            }
+        };
+        call.boxed()
     }
 }
 

@@ -2,17 +2,18 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use tokio::time::Instant;
+use tokio::{sync::SetOnce, time::Instant};
 
 use super::rpc::Rpc;
-use crate::{access::CallerLimits, listen::Repeated, model::Identity};
+use crate::{
+    access::CallerLimits,
+    listen::Repeated,
+    model::{Identity, OwnEvent},
+};
 
 /// How a call counts under the limits of its caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,16 +23,55 @@ pub(super) enum Load {
     Renewal,
     /// As a call.
     Call,
-    /// As a call that changes something, unless it turns out that it did not.
+    /// As a call, and as a change once it has changed something.
     Change,
     /// As a call that reads records.
     HistoryRead,
     /// As a watch.
     Watch,
+    /// As a stream of reflection, for itself: such streams, which may stay open, never keep other calls out.
+    Reflection,
+}
+
+impl Load {
+    /// The places that it takes while it is open.
+    fn places(self) -> &'static [Place] {
+        match self {
+            Self::Renewal => &[Place::Renewal],
+            Self::Call | Self::Change => &[Place::Call],
+            Self::HistoryRead => &[Place::HistoryRead, Place::Call],
+            Self::Watch => &[Place::Watch],
+            Self::Reflection => &[Place::Reflection],
+        }
+    }
+}
+
+/// A place of an open call. Each caller has a limited number of each kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Call,
+    Renewal,
+    HistoryRead,
+    Watch,
+    Reflection,
+}
+
+impl Place {
+    const ALL: [Self; 5] = [Self::Call, Self::Renewal, Self::HistoryRead, Self::Watch, Self::Reflection];
+
+    /// The key of their limit, and the limit.
+    fn limit(self, limits: &CallerLimits) -> (&'static str, usize) {
+        match self {
+            Self::Call | Self::Renewal | Self::Reflection => ("limits.concurrent_calls", limits.concurrent_calls),
+            Self::HistoryRead => ("limits.history_reads", limits.history_reads),
+            Self::Watch => ("limits.watchers", limits.watchers),
+        }
+    }
 }
 
 impl Rpc {
-    fn load(self) -> Load {
+    /// How its calls count.
+    pub(super) fn load(self) -> Load {
         match self {
             Self::RenewLease => Load::Renewal,
             Self::WatchCycles => Load::Watch,
@@ -66,9 +106,13 @@ impl Rpc {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct LimitReached {
     pub(super) identity: Identity,
+    /// How the call counts.
+    pub(super) load: Load,
     /// The key of the limit in the configuration.
     pub(super) key: &'static str,
     pub(super) max: usize,
+    /// True if the call had its place, and gave way to another one since its request had not arrived.
+    pub(super) gave_way: bool,
 }
 
 /// The use of all callers.
@@ -84,17 +128,28 @@ struct Callers {
     of: BTreeMap<Identity, OfCaller>,
     /// The number of them at which others are removed.
     sweep_at: usize,
+    /// The number of the next call.
+    next: u64,
 }
 
 #[derive(Debug, Default)]
 struct OfCaller {
-    calls: usize,
-    renewals: usize,
-    history_reads: usize,
-    watches: usize,
+    /// Open calls that have their places, oldest first.
+    open: BTreeMap<u64, Open>,
+    /// The number of taken places of each kind.
+    taken: [usize; Place::ALL.len()],
     pace_of_calls: Pace,
     pace_of_changes: Pace,
     pace_of_renewals: Pace,
+}
+
+/// An open call.
+#[derive(Debug)]
+struct Open {
+    load: Load,
+    since: Instant,
+    /// Set to end it. `None` once its request has arrived: then it keeps its places to its end.
+    gives_way: Option<Arc<SetOnce<LimitReached>>>,
 }
 
 /// The time at which all calls of a kind so far would have begun, had they come evenly (GCRA, ITU-T I.371).
@@ -102,21 +157,24 @@ struct OfCaller {
 struct Pace(Option<Instant>);
 
 impl Pace {
-    /// Begins a call now, unless there were too many of late: a caller that was silent may make the calls of the time
-    /// `saved` at once.
-    fn begin(&mut self, per_second: u32, saved: Duration, now: Instant) -> bool {
-        let each = interval(per_second);
+    /// True if a call may begin now: a caller that was silent may make the calls of the time `saved` at once.
+    fn is_due(&self, per_second: u32, saved: Duration, now: Instant) -> bool {
         let even = self.0.map_or(now, |even| even.max(now));
-        let is_due = even.duration_since(now) <= saved.saturating_sub(each);
-        if is_due {
-            self.0 = Some(even + each);
-        }
-        is_due
+        even.duration_since(now) <= saved.saturating_sub(interval(per_second))
     }
 
-    /// Takes back that a call has begun.
-    fn give_back(&mut self, per_second: u32) {
-        self.0 = self.0.and_then(|even| even.checked_sub(interval(per_second)));
+    /// Counts a call that has begun.
+    fn count(&mut self, per_second: u32, now: Instant) {
+        self.0 = Some(self.0.map_or(now, |even| even.max(now)) + interval(per_second));
+    }
+
+    /// Begins and counts a call, unless there were too many within the last second.
+    fn begin(&mut self, per_second: u32, now: Instant) -> bool {
+        let is_due = self.is_due(per_second, Duration::from_secs(1), now);
+        if is_due {
+            self.count(per_second, now);
+        }
+        is_due
     }
 
     fn is_ahead(&self, now: Instant) -> bool {
@@ -129,114 +187,165 @@ fn interval(per_second: u32) -> Duration {
 }
 
 impl OfCaller {
-    /// The counts of open calls of this kind.
-    fn counts(&mut self, load: Load) -> Vec<&mut usize> {
-        match load {
-            Load::Renewal => vec![&mut self.renewals],
-            Load::Call | Load::Change => vec![&mut self.calls],
-            Load::HistoryRead => vec![&mut self.calls, &mut self.history_reads],
-            Load::Watch => vec![&mut self.watches],
-        }
-    }
-
     fn is_used(&self, now: Instant) -> bool {
         let paces = [&self.pace_of_calls, &self.pace_of_changes, &self.pace_of_renewals];
-        self.calls + self.renewals + self.watches > 0 || paces.iter().any(|pace| pace.is_ahead(now))
+        !self.open.is_empty() || paces.iter().any(|pace| pace.is_ahead(now))
     }
 
-    /// The key of a limit that a further call would exceed, and the limit.
-    fn exceeded(&self, load: Load, limits: &CallerLimits) -> Option<(&'static str, usize)> {
-        let CallerLimits { concurrent_calls, watchers, history_reads, .. } = *limits;
-        let open = match load {
-            Load::Watch if self.watches >= watchers => return Some(("limits.watchers", watchers)),
-            Load::Watch => return None,
-            Load::HistoryRead if self.history_reads >= history_reads => {
-                return Some(("limits.history_reads", history_reads));
+    /// Makes room for a further call. Otherwise returns the key of the limit that it would exceed, and the limit.
+    fn make_room(&mut self, identity: &Identity, load: Load, limits: &CallerLimits, now: Instant) -> Reached {
+        for place in load.places() {
+            let (key, max) = place.limit(limits);
+            if self.taken[*place as usize] >= max && !self.make_way(identity, *place, (key, max), now) {
+                return Some((key, max));
             }
-            Load::Renewal => self.renewals,
-            Load::Call | Load::Change | Load::HistoryRead => self.calls,
-        };
-        (open >= concurrent_calls).then_some(("limits.concurrent_calls", concurrent_calls))
+        }
+        None
     }
 
-    /// Begins a call now, unless there were too many of late: then returns the key of the limit, and the limit.
-    fn begin(&mut self, load: Load, limits: &CallerLimits, now: Instant) -> Option<(&'static str, usize)> {
-        const SECOND: Duration = Duration::from_secs(1);
+    /// Ends the oldest call with a place of this kind whose request had time to arrive and has not, so that requests
+    /// that never end keep no others out. Returns false if no call had to give way.
+    fn make_way(&mut self, identity: &Identity, place: Place, limit: (&'static str, usize), now: Instant) -> bool {
+        /// Most requests arrive at once; a large one over a slow link loses its place only at the limit.
+        const TIME_TO_ARRIVE: Duration = Duration::from_secs(1);
+        let is_late = |open: &Open| now.duration_since(open.since) >= TIME_TO_ARRIVE;
+        let late = self.open.iter().take_while(|(_, open)| is_late(open));
+        let oldest = late.filter(|(_, open)| open.load.places().contains(&place)).find_map(|(number, open)| {
+            let (key, max) = limit;
+            let reached = LimitReached { identity: identity.clone(), load: open.load, key, max, gave_way: true };
+            Some((*number, open.gives_way.clone()?, reached))
+        });
+        let Some((number, gives_way, reached)) = oldest else { return false };
+        self.end(number);
+        // It is set only once, since the call is not open any more.
+        let _ = gives_way.set(reached);
+        true
+    }
+
+    /// Counts a call now, unless there were too many of late: then returns the key of the limit, and the limit.
+    fn begin(&mut self, load: Load, limits: &CallerLimits, now: Instant) -> Reached {
         let CallerLimits { calls_per_second, changes_per_second, renewals_per_second, .. } = *limits;
         let reached = |key, per_second: u32| Some((key, per_second as usize));
         if load == Load::Renewal {
-            let is_due = self.pace_of_renewals.begin(renewals_per_second, SECOND, now);
+            let is_due = self.pace_of_renewals.begin(renewals_per_second, now);
             return if is_due { None } else { reached("limits.renewals_per_second", renewals_per_second) };
         }
         if let Some(per_second) = calls_per_second
-            && !self.pace_of_calls.begin(per_second, SECOND, now)
+            && !self.pace_of_calls.begin(per_second, now)
         {
             return reached("limits.calls_per_second", per_second);
         }
-        if load == Load::Change && !self.pace_of_changes.begin(changes_per_second, CallerLimits::SAVED_CHANGES, now) {
+        // It is counted when it has changed something.
+        let may_change = || self.pace_of_changes.is_due(changes_per_second, CallerLimits::SAVED_CHANGES, now);
+        if load == Load::Change && !may_change() {
             return reached("limits.changes_per_second", changes_per_second);
         }
         None
     }
+
+    /// Opens a call, which takes its places.
+    fn open(&mut self, number: u64, open: Open) {
+        for place in open.load.places() {
+            self.taken[*place as usize] += 1;
+        }
+        self.open.insert(number, open);
+    }
+
+    /// Gives the places of a call back, if it has any.
+    fn end(&mut self, number: u64) {
+        for place in self.open.remove(&number).iter().flat_map(|open| open.load.places()) {
+            self.taken[*place as usize] -= 1;
+        }
+    }
 }
+
+/// The key of a limit that was reached, and the limit.
+type Reached = Option<(&'static str, usize)>;
 
 /// An open call, which counts until all clones are dropped.
 #[derive(Clone, Debug)]
-pub(super) struct Used(Arc<Open>);
+pub(super) struct Used(Arc<OpenCall>);
 
 #[derive(Debug)]
-struct Open {
+struct OpenCall {
     usage: Arc<Usage>,
     identity: Identity,
+    number: u64,
     load: Load,
     changes_per_second: u32,
-    /// False if it does not count as a change.
-    changes: AtomicBool,
+    gives_way: Arc<SetOnce<LimitReached>>,
 }
 
 impl Used {
-    /// Records whether the call has changed something, or may do so.
-    pub(super) fn set_changes(&self, changes: bool) {
-        self.0.changes.store(changes, Ordering::Relaxed);
+    /// Records that its request has arrived, so that it keeps its places to its end.
+    ///
+    /// # Errors
+    /// It gave way to another call before that.
+    pub(super) fn has_arrived(&self) -> Result<(), LimitReached> {
+        let OpenCall { usage, identity, number, gives_way, .. } = &*self.0;
+        let mut callers = usage.callers();
+        if let Some(open) = callers.of.get_mut(identity).and_then(|of| of.open.get_mut(number)) {
+            open.gives_way = None;
+        }
+        gives_way.get().map_or(Ok(()), |reached| Err(reached.clone()))
+    }
+
+    /// Waits until it has to give way to another call, since its request has not arrived.
+    pub(super) async fn gives_way(&self) -> LimitReached {
+        self.0.gives_way.wait().await.clone()
+    }
+
+    /// Records whether it has an event of its own, and so has changed something. A change counts when it is made, also
+    /// if its caller does not wait for it: a call that is aborted before its turn does not count.
+    pub(super) fn own_event(&self) -> OwnEvent {
+        let OpenCall { usage, identity, load, changes_per_second, .. } = &*self.0;
+        if *load != Load::Change {
+            return OwnEvent::default();
+        }
+        let (usage, identity, per_second) = (usage.clone(), identity.clone(), *changes_per_second);
+        OwnEvent::reported_to(move || {
+            let mut callers = usage.callers();
+            callers.of.entry(identity.clone()).or_default().pace_of_changes.count(per_second, Instant::now());
+        })
     }
 }
 
 impl Usage {
     /// Counts a call of this caller until the returned value is dropped: from its headers on, so that a caller that
-    /// begins requests and never ends them is limited as well.
+    /// begins requests and never ends them is limited as well. At the limit, such requests give way to further calls.
     ///
     /// # Errors
     /// The caller has reached a limit.
     pub(super) fn begin(
         self: &Arc<Self>,
         identity: &Identity,
-        rpc: Rpc,
+        load: Load,
         limits: &CallerLimits,
     ) -> Result<Used, LimitReached> {
-        let load = rpc.load();
-        let now = Instant::now();
+        let (now, gives_way) = (Instant::now(), Arc::new(SetOnce::new()));
         let mut callers = self.callers();
+        let number = callers.next;
+        callers.next += 1;
         let of = callers.of.entry(identity.clone()).or_default();
-        let exceeded = of.exceeded(load, limits).or_else(|| of.begin(load, limits, now));
-        if exceeded.is_none() {
-            of.counts(load).into_iter().for_each(|count| *count += 1);
+        let reached = of.make_room(identity, load, limits, now).or_else(|| of.begin(load, limits, now));
+        if reached.is_none() {
+            of.open(number, Open { load, since: now, gives_way: Some(gives_way.clone()) });
         }
         callers.sweep(now);
         drop(callers);
-        if let Some((key, max)) = exceeded {
-            if let Some(times) = self.refused.note() {
-                tracing::warn!(caller = %identity, rpc = rpc.name(), key, max, times, "a caller has reached a limit");
-            }
-            return Err(LimitReached { identity: identity.clone(), key, max });
+        if let Some((key, max)) = reached {
+            return Err(LimitReached { identity: identity.clone(), load, key, max, gave_way: false });
         }
-        let open = Open {
-            usage: self.clone(),
-            identity: identity.clone(),
-            load,
-            changes_per_second: limits.changes_per_second,
-            changes: AtomicBool::new(false),
-        };
-        Ok(Used(Arc::new(open)))
+        let (usage, identity, changes_per_second) = (self.clone(), identity.clone(), limits.changes_per_second);
+        Ok(Used(Arc::new(OpenCall { usage, identity, number, load, changes_per_second, gives_way })))
+    }
+
+    /// Logs that a caller has reached a limit by this call.
+    pub(super) fn log(&self, call: &'static str, reached: &LimitReached) {
+        let LimitReached { identity, key, max, gave_way, .. } = reached;
+        if let Some(times) = self.refused.note() {
+            tracing::warn!(caller = %identity, rpc = call, key, max, gave_way, times, "a caller has reached a limit");
+        }
     }
 
     fn callers(&self) -> MutexGuard<'_, Callers> {
@@ -256,20 +365,18 @@ impl Callers {
     }
 }
 
-impl Drop for Open {
+impl Drop for OpenCall {
     fn drop(&mut self) {
-        let mut callers = self.usage.callers();
-        if let Some(of) = callers.of.get_mut(&self.identity) {
-            of.counts(self.load).into_iter().for_each(|count| *count = count.saturating_sub(1));
-            if self.load == Load::Change && !*self.changes.get_mut() {
-                of.pace_of_changes.give_back(self.changes_per_second);
-            }
+        if let Some(of) = self.usage.callers().of.get_mut(&self.identity) {
+            of.end(self.number);
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt;
+
     use super::*;
 
     fn identity(name: &str) -> Identity {
@@ -288,7 +395,7 @@ mod tests {
     #[test]
     fn each_kind_of_call_has_its_limit_for_each_caller() {
         let usage = Arc::new(Usage::default());
-        let begin = |name, rpc| usage.begin(&identity(name), rpc, &LIMITS).map_err(|it| (it.key, it.max));
+        let begin = |name, rpc: Rpc| usage.begin(&identity(name), rpc.load(), &LIMITS).map_err(|it| (it.key, it.max));
         let watch = begin("a", Rpc::WatchCycles).unwrap();
         assert_eq!(begin("a", Rpc::WatchCycles).unwrap_err(), ("limits.watchers", 1));
         let reads = [begin("a", Rpc::GetCycle).unwrap(), begin("a", Rpc::ListCycles).unwrap()];
@@ -307,7 +414,7 @@ mod tests {
     async fn a_caller_makes_as_many_calls_in_a_second_as_are_allowed() {
         let usage = Arc::new(Usage::default());
         let limits = CallerLimits { calls_per_second: Some(10), ..LIMITS };
-        let begin = |name| usage.begin(&identity(name), Rpc::GetStatus, &limits).map_err(|it| (it.key, it.max));
+        let begin = |name| usage.begin(&identity(name), Load::Call, &limits).map_err(|it| (it.key, it.max));
         for _ in 0..10 {
             begin("a").unwrap();
         }
@@ -323,8 +430,8 @@ mod tests {
     async fn a_caller_that_changed_nothing_for_long_makes_many_changes_at_once_and_then_few() {
         const AT_ONCE: usize = 20_000;
         let usage = Arc::new(Usage::default());
-        let begin = |rpc| usage.begin(&identity("a"), rpc, &LIMITS).map_err(|it| (it.key, it.max));
-        let changes = || begin(Rpc::RegisterSubsystem).map(|used| used.set_changes(true)).is_ok();
+        let begin = |rpc: Rpc| usage.begin(&identity("a"), rpc.load(), &LIMITS).map_err(|it| (it.key, it.max));
+        let changes = || begin(Rpc::RegisterSubsystem).map(|used| used.own_event().set()).is_ok();
         for _ in 0..AT_ONCE {
             assert!(begin(Rpc::RegisterSubsystem).is_ok(), "it changes nothing");
         }
@@ -336,10 +443,47 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_change_counts_once_and_when_it_is_made_also_after_its_call() {
+        let usage = Arc::new(Usage::default());
+        let begin = || usage.begin(&identity("a"), Load::Change, &LIMITS);
+        let made_later: Vec<_> = (0..20_000).map(|_| begin().unwrap().own_event()).collect();
+        assert!(begin().is_ok(), "none is made yet");
+        for event in &made_later {
+            event.set();
+            event.set();
+        }
+        assert_eq!(begin().unwrap_err().key, "limits.changes_per_second");
+        tokio::time::advance(Duration::from_millis(100)).await;
+        assert!(begin().is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn at_the_limit_the_oldest_request_that_has_not_arrived_gives_way() {
+        let usage = Arc::new(Usage::default());
+        let begin = |rpc: Rpc| usage.begin(&identity("a"), rpc.load(), &LIMITS);
+        let gave_way = |used: &Used| used.gives_way().now_or_never().map(|it| (it.key, it.gave_way));
+        let arrived = begin(Rpc::GetStatus).unwrap();
+        arrived.has_arrived().unwrap();
+        let [first, second] = [Rpc::ListCycles, Rpc::GetStatus].map(|rpc| begin(rpc).unwrap());
+        assert!(!begin(Rpc::GetStatus).unwrap_err().gave_way, "they may be about to arrive");
+        tokio::time::advance(Duration::from_secs(1)).await;
+        let third = begin(Rpc::GetStatus).unwrap();
+        assert_eq!(gave_way(&first), Some(("limits.concurrent_calls", true)));
+        assert_eq!([&arrived, &second, &third].map(gave_way), [None; 3]);
+        assert_eq!(first.has_arrived().unwrap_err().load, Load::HistoryRead);
+        second.has_arrived().unwrap();
+        assert_eq!(begin(Rpc::GetStatus).unwrap_err().key, "limits.concurrent_calls", "its place is given away once");
+        drop(first);
+        assert!(begin(Rpc::GetStatus).is_err(), "it had none any more");
+        drop(arrived);
+        begin(Rpc::GetStatus).unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn renewals_have_a_rate_of_their_own() {
         let usage = Arc::new(Usage::default());
         let limits = CallerLimits { calls_per_second: Some(1), ..LIMITS };
-        let begin = |rpc| usage.begin(&identity("a"), rpc, &limits).map_err(|it| (it.key, it.max));
+        let begin = |rpc: Rpc| usage.begin(&identity("a"), rpc.load(), &limits).map_err(|it| (it.key, it.max));
         assert!(begin(Rpc::GetStatus).is_ok() && begin(Rpc::GetStatus).is_err());
         assert_eq!((0..10).filter(|_| begin(Rpc::RenewLease).is_ok()).count(), 5);
         assert_eq!(begin(Rpc::RenewLease).unwrap_err(), ("limits.renewals_per_second", 5));
@@ -349,9 +493,9 @@ mod tests {
     async fn callers_that_use_nothing_are_forgotten() {
         let usage = Arc::new(Usage::default());
         let limits = CallerLimits { calls_per_second: Some(1), ..LIMITS };
-        let kept = usage.begin(&identity("kept"), Rpc::WatchCycles, &limits).unwrap();
+        let kept = usage.begin(&identity("kept"), Load::Watch, &limits).unwrap();
         for number in 0..10_000 {
-            usage.begin(&identity(&format!("a{number}")), Rpc::GetStatus, &limits).unwrap();
+            usage.begin(&identity(&format!("a{number}")), Load::Call, &limits).unwrap();
             tokio::time::advance(Duration::from_millis(100)).await;
         }
         let callers = usage.callers().of.len();

@@ -1,11 +1,20 @@
 //! Routes calls to services.
 
-use std::{collections::BTreeMap, convert::Infallible, future::poll_fn, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    convert::Infallible,
+    future::poll_fn,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
 
+use bytes::Bytes;
 use futures_util::{
     FutureExt,
     future::{self, BoxFuture},
 };
+use http_body::Frame;
 use tonic::{
     Status,
     body::Body,
@@ -46,14 +55,20 @@ impl Services {
         self
     }
 
-    /// The same services; a call reaches them only if `check` lets it.
+    /// The same services; a call reaches them only if `begin` lets it, and keeps the returned value until its answer is
+    /// complete.
     #[must_use]
-    pub(crate) fn behind(self, check: impl Fn(&Request<Body>) -> Result<(), Status> + Send + Sync + 'static) -> Self {
-        let check = Arc::new(check);
+    pub(crate) fn behind<T: Send + Unpin + 'static>(
+        self,
+        begin: impl Fn(&Request<Body>) -> Result<T, Status> + Send + Sync + 'static,
+    ) -> Self {
+        let begin = Arc::new(begin);
         let behind = |answer: Arc<Answer>| -> Arc<Answer> {
-            let check = check.clone();
-            Arc::new(move |request| match check(&request) {
-                Ok(()) => answer(request),
+            let begin = begin.clone();
+            Arc::new(move |request| match begin(&request) {
+                Ok(kept) => answer(request)
+                    .map(|response| response.map(|body| Body::new(Keeping { body, _kept: kept })))
+                    .boxed(),
                 Err(status) => future::ready(status.into_http()).boxed(),
             })
         };
@@ -69,5 +84,24 @@ impl Services {
             let status = Status::unimplemented("this service is not served here; reflection lists the services");
             future::ready(status.into_http()).boxed()
         }
+    }
+}
+
+/// The body of an answer, with a value that it keeps to its end.
+struct Keeping<T> {
+    body: Body,
+    _kept: T,
+}
+
+impl<T: Unpin> http_body::Body for Keeping<T> {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{
     borrow::Cow,
+    fmt,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -90,18 +91,39 @@ impl<T: Into<String>> FromIterator<T> for AuditTargets {
 }
 
 /// Whether a call has an event of its own, or will have one. All clones share it. It is no part of what a cause is.
-#[derive(Clone, Debug, Default)]
-pub struct OwnEvent(Arc<AtomicBool>);
+#[derive(Clone, Default)]
+pub struct OwnEvent(Arc<Inner>);
+
+#[derive(Default)]
+struct Inner {
+    is_set: AtomicBool,
+    report: Option<Box<dyn Fn() + Send + Sync>>,
+}
 
 impl OwnEvent {
+    /// Calls `report` when the call has one, once. It is called while the change is applied, so it must not wait.
+    pub fn reported_to(report: impl Fn() + Send + Sync + 'static) -> Self {
+        Self(Arc::new(Inner { is_set: AtomicBool::new(false), report: Some(Box::new(report)) }))
+    }
+
     /// It has one from now on.
     pub fn set(&self) {
-        self.0.store(true, Ordering::Relaxed);
+        if !self.0.is_set.swap(true, Ordering::Relaxed)
+            && let Some(report) = &self.0.report
+        {
+            report();
+        }
     }
 
     /// True if it has one.
     pub fn is_set(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        self.0.is_set.load(Ordering::Relaxed)
+    }
+}
+
+impl fmt::Debug for OwnEvent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("OwnEvent").field(&self.is_set()).finish()
     }
 }
 
