@@ -374,11 +374,8 @@ impl Service {
         } else {
             tracing::warn!("the grace period has passed: cancelling running cycles");
             self.orchestrator.cancel_running();
-            let not_written = || StoreError::Unavailable {
-                store: "the record".into(),
-                problem: "could not be written in time".into(),
-            };
-            timeout(LAST_WRITE, self.tasks.finished()).await.unwrap_or_else(|_| Err(Stopped::Store(not_written())))
+            let last = timeout(LAST_WRITE, self.tasks.finished()).await;
+            last.unwrap_or_else(|_| Err(Stopped::Store(self.orchestrator.store_error().unwrap_or_else(not_in_time))))
         };
         self.ended(finished).await
     }
@@ -547,6 +544,11 @@ pub async fn serve(
     };
     manager::stopping(service.drain_grace.saturating_add(AFTER_GRACE)).await;
     Ok(service.shut_down(end, async || operator.stop().await).await)
+}
+
+/// The last write has not returned in time, and no reason is known.
+fn not_in_time() -> StoreError {
+    StoreError::Unavailable { store: "the store".into(), problem: "the last write has not returned in time".into() }
 }
 
 /// Raises the soft limit of open files to the hard limit: each connection and each endpoint needs one.

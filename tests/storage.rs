@@ -815,6 +815,60 @@ async fn when_the_disk_is_full_no_record_is_lost_reads_continue_and_the_service_
     assert_eq!(stage.client.subsystems().await.unwrap().len(), 2);
 }
 
+/// A limit of the size of files with which the log of the service can grow, and that of a database can't once it has
+/// [grown beyond it](grow_beyond_room).
+const ROOM: u64 = 64 << 10;
+
+/// Runs cycles until they are written behind the first bytes of the log of the database.
+async fn grow_beyond_room(stage: &mut Stage) {
+    let length = || fs::metadata(stage.home.path("o.db-wal")).unwrap().len();
+    // Its beginning is written again after the start.
+    let before = length().max(ROOM);
+    while length() <= before {
+        stage.client.run().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_reload_that_is_refused_because_the_disk_is_full_is_to_be_repeated() {
+    let mut stage = Stage::at(limited().with_config("")).await;
+    grow_beyond_room(&mut stage).await;
+    limit(&stage.service, Some(ROOM));
+    stage.service.signal(Signal::HUP);
+    stage.home.logged("not reloaded, the old configuration still applies", 1).await;
+    stage.home.logged("send SIGHUP again once the store can be written", 1).await;
+    limit(&stage.service, None);
+    stage.service.signal(Signal::HUP);
+    stage.home.logged("reloaded changed=\"nothing\"", 1).await;
+}
+
+#[tokio::test]
+async fn a_shutdown_on_a_full_disk_does_not_wait_for_the_grace_period_and_names_what_is_lost() {
+    // Longer than the test waits for the end.
+    let mut stage = Stage::at(limited().with_args(["--set", "server.drain_grace=10m"])).await;
+    stage.register("a", |_| {}).await;
+    grow_beyond_room(&mut stage).await;
+    stage.fleet.run("a", Run::Hold);
+    let mut client = stage.client.clone();
+    let begun = stage.fleet.runs("a").len() + 1;
+    let running = tokio::spawn(async move { client.run().await });
+    stage.fleet.until_run("a", begun).await;
+    limit(&stage.service, Some(ROOM));
+    stage.fleet.run("a", Run::Echo);
+    let refused = reason(&patiently("the answer", running).await.unwrap().unwrap_err());
+    assert_eq!(refused.why, "STORE_UNAVAILABLE");
+    let cycle_id: u64 = refused.metadata["cycle_id"].parse().unwrap();
+
+    stage.service.signal(Signal::TERM);
+    assert_eq!(stage.service.ended().await.code(), Some(1), "{}", stage.home.log());
+    let log = stage.home.log();
+    assert!(log.contains("not recorded: the next start records") && log.contains(&format!("\"{cycle_id}\"")), "{log}");
+    assert!(log.contains("the last state was not written"), "{log}");
+    let Stage { fleet, home, .. } = stage;
+    let mut stage = Stage::again(fleet, home).await;
+    assert_eq!(stage.client.cycle(cycle_id).await.unwrap().state(), CycleState::Interrupted);
+}
+
 #[tokio::test]
 async fn ticks_are_dropped_while_the_disk_is_full_and_a_kill_then_loses_no_acknowledged_cycle() {
     let mut stage = Stage::at(limited()).await;

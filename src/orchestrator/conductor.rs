@@ -3,18 +3,23 @@
 use std::{sync::Arc, time::Duration};
 
 use jiff::Timestamp;
-use tokio::{select, sync::oneshot, task::JoinSet, time::Instant};
+use tokio::{
+    select,
+    sync::oneshot,
+    task::JoinSet,
+    time::{Instant, sleep},
+};
 
 use super::{
     LiveCycle, NotRecorded, Shared, State,
     admission::{Admitted, Begun},
     line::max_running,
-    writing::ToWrite,
+    writing::{LONGEST_PAUSE, ToWrite},
 };
 use crate::{
     clock::Clock,
     engine::{CycleRun, Engine, Part, Plan, Ran, Trace},
-    model::{CycleState, FinishedCycle, Revision, TraceId},
+    model::{CycleId, CycleState, FinishedCycle, Revision, TraceId},
     ports::{AuditEntry, Durability, Record, StoreError, Write},
     record::{self, Encoded},
     tasks::joined,
@@ -33,7 +38,12 @@ impl Shared {
     /// # Errors
     /// The store accepts no more writes: a later epoch has taken it over, or it is damaged.
     pub(super) async fn conduct(self: Arc<Self>) -> Result<(), StoreError> {
-        let ended = match self.run_cycles().await {
+        let ran = select! {
+            biased;
+            ran = self.run_cycles() => ran,
+            error = self.can_not_record() => Err(error),
+        };
+        let ended = match ran {
             Ok(()) => self.close().await,
             Err(error) => Err(error),
         };
@@ -60,6 +70,37 @@ impl Shared {
                 // calls are dropped.
                 () = self.store_has_ended.cancelled() => return Err(self.store_ended()),
             }
+        }
+    }
+
+    /// Waits until the process drains and only cycles are left that can't be recorded, or can't begin, because the
+    /// store
+    /// can't be written: for longer than the longest pause between two attempts, and one more fails. Returns why.
+    async fn can_not_record(&self) -> StoreError {
+        const LOOK: Duration = Duration::from_millis(500);
+        let mut store_error = self.state().store_error.subscribe();
+        let mut since = None;
+        loop {
+            // A commit that is late may still succeed. The sender lives as long as `self`.
+            let _ = store_error.wait_for(|error| error.as_ref().is_some_and(|error| !error.is_late())).await;
+            if !self.state().draining || self.live.is_running() {
+                since = None;
+            } else if since.get_or_insert_with(Instant::now).elapsed() > LONGEST_PAUSE {
+                // Everything that waits is written with it.
+                match self.note(Durability::Buffered).await {
+                    Err(error) if !error.is_late() => {
+                        let cycles = listed(self.state().live.keys().copied());
+                        tracing::error!(
+                            %error,
+                            cycles,
+                            "not recorded: the next start records those of these cycles that had begun as INTERRUPTED"
+                        );
+                        return error;
+                    }
+                    _ => since = None,
+                }
+            }
+            sleep(LOOK).await;
         }
     }
 
@@ -208,6 +249,15 @@ impl Shared {
             }
         }
     }
+}
+
+/// These ids, in one line of the log.
+fn listed(mut ids: impl ExactSizeIterator<Item = CycleId>) -> String {
+    /// Most ids that are named; further ones are counted.
+    const NAMED: usize = 20;
+    let named: Vec<_> = ids.by_ref().take(NAMED).map(|id| id.to_string()).collect();
+    let more = if ids.len() > 0 { format!(" and {} more", ids.len()) } else { String::new() };
+    named.join(", ") + &more
 }
 
 /// The start of a cycle.

@@ -287,6 +287,11 @@ impl Live {
         (running.values_mut().map(stands).collect(), self.events.subscribe())
     }
 
+    /// True while a cycle runs.
+    pub(super) fn is_running(&self) -> bool {
+        !self.lock().is_empty()
+    }
+
     /// The running cycles, the oldest first.
     pub(super) fn running(&self) -> Vec<RunningCycle> {
         let stands = |running: &Running| {

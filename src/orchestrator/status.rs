@@ -61,6 +61,11 @@ impl WaitingCycle {
 }
 
 impl Orchestrator {
+    /// Why the store can't be written, if so.
+    pub fn store_error(&self) -> Option<StoreError> {
+        self.0.state().store_error.borrow().clone()
+    }
+
     /// The status.
     pub fn status(&self) -> Status {
         let running = self.0.live.running();

@@ -31,8 +31,9 @@ const MAX_CHANGES: usize = 64;
 const MAX_BYTES: usize = 8 << 20;
 /// Weight of a row in addition to its bytes, so that a commit has about a thousand rows.
 const ROW: usize = 8 << 10;
-/// Pauses between retries: from the first, doubled up to the second.
-const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// Pauses between retries: the first one, which is doubled each time, and the longest one.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+pub(super) const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// A change to be written.
 pub(super) trait ToWrite: Send {
@@ -222,10 +223,10 @@ impl Shared {
     /// Writes queued changes, as long as the process lives.
     pub(super) async fn write_changes(self: Arc<Self>, asked: mpsc::Receiver<Box<dyn ToWrite>>) {
         let mut queue = Queue { asked, waiting: Vec::new() };
-        let (mut pause, mut retry_at) = (RETRY.0, Instant::now());
+        let (mut pause, mut retry_at) = (FIRST_PAUSE, Instant::now());
         loop {
             if queue.waiting.is_empty() {
-                (pause, retry_at) = (RETRY.0, Instant::now());
+                (pause, retry_at) = (FIRST_PAUSE, Instant::now());
                 // The sender lives as long as this task's `self`, so the task ends only when it is aborted.
                 let Some(change) = queue.asked.recv().await else { return };
                 queue.waiting.push(change);
@@ -243,7 +244,7 @@ impl Shared {
                 let now = Instant::now();
                 if now >= retry_at {
                     tracing::error!(%error, "can't write; retrying in {pause:?}");
-                    (pause, retry_at) = ((pause * 2).min(RETRY.1), now + pause);
+                    (pause, retry_at) = ((pause * 2).min(LONGEST_PAUSE), now + pause);
                 }
                 // A new change is tried at once, so that its caller gets a result. That is not logged: callers decide
                 // how often it happens.
