@@ -742,6 +742,18 @@ fn limited() -> Home {
     Home::new().with_wrapper(["sh", "-c", "trap '' XFSZ; exec \"$@\"", "sh"])
 }
 
+#[tokio::test]
+async fn a_start_on_a_full_disk_is_refused_with_the_cause_and_the_remedy() {
+    let home = Home::new();
+    assert!(home.serve().await.stop().await.success());
+    // No file may have more than 8 or 16 KiB, depending on the shell.
+    let home = home.with_wrapper(["sh", "-c", "trap '' XFSZ; ulimit -f 16; exec \"$@\"", "sh"]);
+    let said = refused(&home).await;
+    let expected = "disk I/O error when ";
+    assert!(said.contains(expected) && said.contains("o.db-shm had to grow"), "{said}");
+    assert!(said.contains("no space left to write ") && said.contains("free some space"), "{said}");
+}
+
 /// Limits the size of the service's files, which simulates a full disk.
 fn limit(service: &Service, bytes: Option<u64>) {
     let Rlimit { maximum, .. } = getrlimit(Resource::Fsize);

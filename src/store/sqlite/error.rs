@@ -2,7 +2,7 @@
 
 use std::{io, path::Path};
 
-use rusqlite::ErrorCode;
+use rusqlite::{ErrorCode, ffi};
 
 use super::place::DatabaseFileError;
 use crate::{ports::StoreError, store::OpenError};
@@ -24,9 +24,12 @@ pub(super) fn explain(path: &Path, error: &rusqlite::Error) -> StoreError {
             let problem = format!("{problem}: another program has locked it; end that program's transaction");
             StoreError::Unavailable { store, problem }
         }
+        ErrorCode::SystemIoFailure => {
+            let extended = error.sqlite_error().map_or(ffi::SQLITE_IOERR, |error| error.extended_code);
+            io_failure(store, &problem, extended)
+        }
         // These are or may be temporary.
-        ErrorCode::SystemIoFailure
-        | ErrorCode::OutOfMemory
+        ErrorCode::OutOfMemory
         | ErrorCode::OperationAborted
         | ErrorCode::OperationInterrupted
         | ErrorCode::FileLockingProtocolFailed => StoreError::Unavailable { store, problem },
@@ -34,6 +37,40 @@ pub(super) fn explain(path: &Path, error: &rusqlite::Error) -> StoreError {
         _ => StoreError::Unusable { store, problem },
     }
 }
+
+/// Maps SQLite's "disk I/O error", whose extended code says what has failed. Each may be temporary.
+///
+/// <https://www.sqlite.org/rescode.html>
+fn io_failure(store: String, problem: &str, extended: i32) -> StoreError {
+    let (failed, remedy) = match extended {
+        // Written only to make it grow, at the start. SQLite doesn't pass the error of the system on.
+        ffi::SQLITE_IOERR_SHMSIZE => {
+            let problem = format!("{problem} when {store}-shm had to grow (code {extended})");
+            return StoreError::Full { store, problem };
+        }
+        ffi::SQLITE_IOERR_WRITE | ffi::SQLITE_IOERR_TRUNCATE => (
+            "when it was written",
+            "see whether its disk is full, over a quota, or over a limit of file sizes (ulimit -f)",
+        ),
+        ffi::SQLITE_IOERR_LOCK
+        | ffi::SQLITE_IOERR_UNLOCK
+        | ffi::SQLITE_IOERR_RDLOCK
+        | ffi::SQLITE_IOERR_CHECKRESERVEDLOCK
+        | ffi::SQLITE_IOERR_SHMOPEN
+        | ffi::SQLITE_IOERR_SHMLOCK
+        | ffi::SQLITE_IOERR_SHMMAP => {
+            ("when it was locked or shared with other processes", "put it on a file system of this machine with locks")
+        }
+        ffi::SQLITE_IOERR_FSYNC | ffi::SQLITE_IOERR_DIR_FSYNC => ("when it was synced", DISK),
+        ffi::SQLITE_IOERR_READ | ffi::SQLITE_IOERR_SHORT_READ => ("when it was read", DISK),
+        _ => ("of another kind", DISK),
+    };
+    let problem = format!("{problem} {failed} (code {extended}); {remedy}");
+    StoreError::Unavailable { store, problem }
+}
+
+/// The remedy for an error that only the system can explain.
+const DISK: &str = "see the log of the system (dmesg) for errors of its disk";
 
 pub(super) fn unavailable(path: &Path, problem: String) -> StoreError {
     StoreError::Unavailable { store: path.display().to_string(), problem }
@@ -60,8 +97,6 @@ pub(super) fn not_created(directory: &Path, error: &io::Error) -> OpenError {
 
 #[cfg(test)]
 mod tests {
-    use rusqlite::ffi;
-
     use super::*;
 
     /// The error of the store for this result code of SQLite.
@@ -72,7 +107,10 @@ mod tests {
     #[test]
     fn each_error_of_sqlite_has_its_remedy() {
         for (codes, remedy) in [
-            (&[ffi::SQLITE_FULL][..], "free some space"),
+            (&[ffi::SQLITE_FULL, ffi::SQLITE_IOERR_SHMSIZE][..], "free some space"),
+            (&[ffi::SQLITE_IOERR_WRITE], "is full, over a quota"),
+            (&[ffi::SQLITE_IOERR_FSYNC, ffi::SQLITE_IOERR_READ, ffi::SQLITE_IOERR], "(dmesg)"),
+            (&[ffi::SQLITE_IOERR_LOCK], "file system of this machine with locks"),
             (&[ffi::SQLITE_READONLY, ffi::SQLITE_CANTOPEN, ffi::SQLITE_PERM], "make it writable for this process"),
             (&[ffi::SQLITE_CORRUPT, ffi::SQLITE_NOTADB], "is damaged"),
             (&[ffi::SQLITE_BUSY, ffi::SQLITE_LOCKED], "end that program's transaction"),
@@ -87,9 +125,14 @@ mod tests {
 
     #[test]
     fn a_write_is_retried_after_an_error_that_may_be_temporary() {
-        for code in
-            [ffi::SQLITE_IOERR, ffi::SQLITE_NOMEM, ffi::SQLITE_ABORT, ffi::SQLITE_INTERRUPT, ffi::SQLITE_PROTOCOL]
-        {
+        for code in [
+            ffi::SQLITE_IOERR,
+            ffi::SQLITE_IOERR_SHMSIZE,
+            ffi::SQLITE_NOMEM,
+            ffi::SQLITE_ABORT,
+            ffi::SQLITE_INTERRUPT,
+            ffi::SQLITE_PROTOCOL,
+        ] {
             let error = explained(code);
             assert!(!error.is_final(), "{code}: {error}");
         }
