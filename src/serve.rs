@@ -539,6 +539,11 @@ pub async fn serve(
                     tracing::warn!(keys = needs_restart.join(", "), "changed settings that need a restart");
                 }
             }
+            Err(refusal @ (Refusal::StoreUnavailable(..) | Refusal::ChangeIsLate(_))) => tracing::error!(
+                %refusal,
+                "not reloaded, the old configuration still applies, except for access and revocations: send SIGHUP \
+                 again once the store can be written, since a reload is not repeated by itself"
+            ),
             Err(refusal) => tracing::error!(%refusal, "not reloaded, the old configuration still applies"),
         }
     };
