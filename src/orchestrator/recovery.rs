@@ -373,7 +373,8 @@ fn interrupted(
     }
 }
 
-/// Logs unreadable rows of the earlier process's state, which are skipped.
+/// Logs unreadable rows of the earlier process's state, which are skipped. Each is an ERROR, also one without its seal:
+/// whoever damaged it, a registration, a loop or a cycle may be missing from now on, and a person has to see to it.
 fn tell_unreadable_rows(rows: &[UnreadableRow]) {
     /// Most rows that are logged: if all are damaged, a few are enough.
     const TOLD: usize = 64;
@@ -381,7 +382,7 @@ fn tell_unreadable_rows(rows: &[UnreadableRow]) {
         if *is_sealed {
             tracing::error!(what, key, problem, "skipped: a row of the store can't be read; it stays in the store");
         } else {
-            tracing::warn!(
+            tracing::error!(
                 what,
                 key,
                 problem,
