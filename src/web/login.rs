@@ -5,12 +5,15 @@ use std::{net::SocketAddr, sync::Arc};
 
 use axum::{
     Form, Router,
-    extract::{DefaultBodyLimit, Extension, FromRequest, Request, State},
+    body::Body,
+    extract::{Extension, FromRequest, Request, State},
     http::{HeaderMap, HeaderValue, StatusCode, header},
     middleware::Next,
     response::{Html, IntoResponse, Redirect, Response},
     routing::{get, post},
 };
+use bytes::BytesMut;
+use futures_util::StreamExt;
 use tokio::time::timeout;
 
 use super::{PATIENCE, json};
@@ -31,6 +34,9 @@ const LOGOUT: &str = "/logout";
 
 /// Most bytes of a form: twice those of a JWT.
 const MAX_FORM: usize = 16 << 10;
+/// Most bytes of a form that are read. A connection that is closed with unread bytes is reset, and then the browser may
+/// not show the answer.
+const MAX_READ: usize = 4 * MAX_FORM;
 
 /// The sessions of browsers at one address.
 #[derive(Clone)]
@@ -58,11 +64,7 @@ impl Login {
 
     /// The page and its forms, which are public.
     pub(super) fn routes(self) -> Router {
-        Router::new()
-            .route(LOGIN, get(page).post(log_in))
-            .route(LOGOUT, post(log_out))
-            .layer(DefaultBodyLimit::max(MAX_FORM))
-            .with_state(self)
+        Router::new().route(LOGIN, get(page).post(log_in)).route(LOGOUT, post(log_out)).with_state(self)
     }
 }
 
@@ -141,9 +143,9 @@ async fn log_in(State(login): State<Login>, Extension(caller): Extension<Caller>
         return Redirect::to("/").into_response();
     }
     let earlier = login.cookie.find(request.headers()).map(str::to_owned);
-    let fields = match timeout(PATIENCE, Form::<Vec<(String, String)>>::from_request(request, &())).await {
-        Ok(Ok(Form(fields))) => fields,
-        Ok(Err(rejection)) => return with_problem(rejection.status(), &rejection.body_text()),
+    let fields = match timeout(PATIENCE, read(request)).await {
+        Ok(Ok(fields)) => fields,
+        Ok(Err((code, problem))) => return with_problem(code, &problem),
         Err(_) => return with_problem(StatusCode::REQUEST_TIMEOUT, "The form has not arrived in time."),
     };
     let token = fields.iter().find(|(name, _)| name == "token").map_or("", |(_, token)| token.trim());
@@ -166,6 +168,27 @@ async fn log_in(State(login): State<Login>, Extension(caller): Extension<Caller>
             _ => message,
         },
     )
+}
+
+/// The fields of a form. Otherwise the status, and what is wrong.
+async fn read(request: Request) -> Result<Vec<(String, String)>, (StatusCode, String)> {
+    let (head, body) = request.into_parts();
+    let (mut pieces, mut form, mut length) = (body.into_data_stream(), BytesMut::new(), 0);
+    while length < MAX_READ
+        && let Some(piece) = pieces.next().await
+    {
+        let piece = piece.map_err(|error| (StatusCode::BAD_REQUEST, error.to_string()))?;
+        length += piece.len();
+        if length <= MAX_FORM {
+            form.extend_from_slice(&piece);
+        }
+    }
+    if length > MAX_FORM {
+        return Err((StatusCode::PAYLOAD_TOO_LARGE, format!("The form is longer than {MAX_FORM} bytes.")));
+    }
+    let request = Request::from_parts(head, Body::from(form.freeze()));
+    let Form(fields) = Form::from_request(request, &()).await.map_err(|it| (it.status(), it.body_text()))?;
+    Ok(fields)
 }
 
 async fn log_out(State(login): State<Login>, headers: HeaderMap) -> Response {
