@@ -468,27 +468,57 @@ async fn a_stream_has_an_event_at_its_beginning_and_one_at_its_end() {
     assert!(both.iter().all(|event| event.kind() == AuditKind::Calls && event.caller == "token:ops"));
 }
 
+/// Calls the service this number of times with a token. Returns the codes of the answers.
+async fn call_often(stage: &Stage, token: &str, calls: usize) -> Vec<Code> {
+    /// The service closes the connections of strangers after a while.
+    const ON_A_CONNECTION: usize = 200;
+    const AT_ONCE: usize = 50;
+    let mut codes = Vec::new();
+    for _ in 0..calls / ON_A_CONNECTION {
+        let client = orchestrator(stage).await;
+        let call = |_| {
+            let mut client = client.clone();
+            async move {
+                let answer = client.get_status(with(token, pb::GetStatusRequest::default())).await;
+                answer.map_or_else(|status| status.code(), |_| Code::Ok)
+            }
+        };
+        codes.extend(stream::iter(0..ON_A_CONNECTION).map(call).buffer_unordered(AT_ONCE).collect::<Vec<_>>().await);
+    }
+    codes
+}
+
+/// So a flood of strangers slows others down no more than one of callers. How long calls of others take would say less:
+/// here, the clients and the service share few processors.
+#[tokio::test]
+async fn a_denied_call_takes_no_more_time_of_the_processors_than_an_allowed_one() {
+    const CALLS: usize = 1000;
+    const ROUNDS: usize = 5;
+    let (stage, token) = with_token("enforce", "ops").await;
+    let (mut allowed, mut denied) = (0, 0);
+    // The first round prepares connections, buffers and code.
+    for round in 0..=ROUNDS {
+        for (token, expected, spent) in
+            [(token.as_str(), Code::Ok, &mut allowed), ("malformed", Code::Unauthenticated, &mut denied)]
+        {
+            let before = stage.service.processor_time();
+            assert_eq!(call_often(&stage, token, CALLS).await, [expected; CALLS]);
+            *spent += if round > 0 { stage.service.processor_time() - before } else { 0 };
+        }
+    }
+    println!("{} calls took {allowed} ticks if allowed, and {denied} if denied", ROUNDS * CALLS);
+    assert!(denied * 5 <= allowed * 6, "{denied} ticks, and {allowed} if allowed");
+}
+
 /// Strangers cost the service a sum for each network, RPC and reason.
 #[tokio::test]
 async fn denied_calls_add_up_and_take_no_memory() {
     const CALLS: usize = 10_000;
-    /// The service closes the connections of strangers after a while.
-    const ON_A_CONNECTION: usize = 200;
-    const AT_ONCE: usize = 50;
     const LOOKS: usize = 4;
     let (stage, _) = with_token("enforce", "ops").await;
     let denied = async |calls: usize| {
-        for _ in 0..calls / ON_A_CONNECTION {
-            let client = orchestrator(&stage).await;
-            let call = |_| {
-                let mut client = client.clone();
-                async move { client.get_status(with("malformed", pb::GetStatusRequest::default())).await.unwrap_err() }
-            };
-            let mut refused = stream::iter(0..ON_A_CONNECTION).map(call).buffer_unordered(AT_ONCE);
-            while let Some(status) = refused.next().await {
-                assert_eq!(status.code(), Code::Unauthenticated, "{status:?}");
-            }
-        }
+        let codes = call_often(&stage, "malformed", calls).await;
+        assert!(codes.iter().all(|code| *code == Code::Unauthenticated), "{codes:?}");
     };
     // Before the first look at the memory, everything is in use. The allocator keeps up to 2 MiB for a while, so the
     // smallest of some looks counts.

@@ -287,6 +287,14 @@ impl Service {
         self.measured("VmData:")
     }
 
+    /// The time that processors have spent on it so far, in ticks of the system.
+    pub fn processor_time(&self) -> u64 {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
+        // Its name, in parentheses, may contain spaces. User and system time are the 14th and 15th field.
+        let (_, after_name) = stat.rsplit_once(") ").unwrap();
+        after_name.split(' ').skip(11).take(2).map(|ticks| ticks.parse::<u64>().unwrap()).sum()
+    }
+
     /// A line of its `/proc/PID/status`, in bytes.
     fn measured(&self, name: &str) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
