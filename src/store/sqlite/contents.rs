@@ -20,7 +20,7 @@ use super::{
 use crate::{
     clock::Clock,
     ledger::{Leaves, SealedBy},
-    model::{CycleId, Epoch, Output, Payload, Revision},
+    model::{CycleId, Epoch, Output, Payload, Revision, text::count},
     ports::{
         Checks, Contents, Log, Seals, Stage, StoreError, StoredLoop, StoredOutput, StoredSubsystem, UnreadableRow,
     },
@@ -102,8 +102,8 @@ pub(super) fn read_contents(
         // The log came with its seal, so an earlier version has written neither.
         Seal::Missing if log.frontier.size() == 0 => Some(Renewal::Missing),
         Seal::Missing | Seal::Wrong => {
-            let size = log.frontier.size();
-            let problem = format!("the seal of its log does not belong to its {size} entries and its table meta");
+            let entries = count(log.frontier.size(), "entry");
+            let problem = format!("the seal of its log does not belong to its {entries} and its table meta");
             return Err(tampered(path, problem));
         }
     };

@@ -17,6 +17,7 @@ use super::{
 };
 use crate::{
     ledger::{Checkpoint, Entry, Frontier, Hash, Leaves, Node, SealKeys},
+    model::text::count,
     ports::Record,
     store::{OpenError, Rules, Verified},
 };
@@ -210,18 +211,20 @@ impl Verifier<'_> {
         }
         for extra in claims {
             let extra = extra?;
-            (self.wrong)(format!("{extra} is beyond the end of the log, which has {size} entries"));
+            (self.wrong)(format!("{extra} is beyond the end of the log, which has {}", count(size, "entry")));
         }
         self.check_no_hashes(Node::complete_with(size)..i64::MAX.unsigned_abs())?;
         let Checkpoint { origin, size: signed, .. } = self.checkpoint;
         if *signed > size {
             (self.wrong)(format!(
-                "the log has {size} entries, and the checkpoint of {origin} {signed}: the last ones are missing"
+                "the log has {}, and the checkpoint of {origin} {signed}: the last ones are missing",
+                count(size, "entry")
             ));
         } else if !self.is_compared {
             (self.wrong)(format!(
-                "the checkpoint of {origin} has {signed} entries, and retention has removed the last ones of them: it \
-                 proves nothing of the others"
+                "the checkpoint of {origin} has {}, and retention has removed the last of them: it proves nothing of the \
+                 others",
+                count(*signed, "entry")
             ));
         }
         Ok(())
@@ -294,7 +297,8 @@ impl Verifier<'_> {
         }
         self.is_compared = true;
         if tree.is_some_and(|tree| tree.root() != *root) {
-            (self.wrong)(format!("the first {size} entries do not have the root that the checkpoint of {origin} has"));
+            let entries = count(size, "entry");
+            (self.wrong)(format!("the log does not have the root of the checkpoint of {origin} after {entries}"));
         }
     }
 
@@ -358,7 +362,8 @@ impl Verifier<'_> {
         if let Some(log) = log {
             let seal = self.database.query_row("SELECT * FROM meta", [], |row| sealer.check_end(row, &log))?;
             if !matches!(seal, Seal::Valid(_)) {
-                (self.wrong)(format!("the seal of the log does not belong to its {size} entries and the table meta"));
+                let entries = count(size, "entry");
+                (self.wrong)(format!("the seal of the log does not belong to its {entries} and the table meta"));
             }
         }
         let mut sealed = 0;
@@ -482,7 +487,8 @@ mod tests {
             }
             if size > 1 {
                 let (_, faults) = verified(&path, &Checkpoint { size, ..newest.clone() });
-                let root = format!("the first {size} entries do not have the root that the checkpoint of log has");
+                let root =
+                    format!("the log does not have the root of the checkpoint of log after {}", count(size, "entry"));
                 assert_eq!(faults, [root]);
             }
         }
