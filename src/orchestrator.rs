@@ -76,7 +76,7 @@ pub use self::{
     registration::{Change, Registrar},
     registry::{Lease, Origin, Registered},
     reload::{Declared, Settings},
-    status::{Status, WaitingCycle},
+    status::{NotReady, Status, StoreEnded, WaitingCycle},
     tasks::{OrchestratorTasks, Stopped},
     watch::{Event, From, WatchFilter, Watcher},
 };

@@ -180,6 +180,21 @@ impl Service {
         let policy = policy(config).await?;
         let memory = shares(config);
         warn_of_limits(config, &memory.whole);
+        let (mut servers, stop_server, cut_off) =
+            (Tasks::default(), CancellationToken::new(), CancellationToken::new());
+        let refuses_strangers = config.access.mode == Mode::Enforce;
+        // Before the store is opened, which may take long: probes get an answer.
+        let admin_address = admin.as_ref().map(|(_, address)| *address);
+        let admin = admin.map(|(listener, address)| {
+            let is_loopback = address.ip().to_canonical().is_loopback();
+            let beyond_loopback = config.server.insecure_listen_beyond_loopback || !is_loopback;
+            let entrance = certificates.admin(listener);
+            let web = Web::at(address, beyond_loopback, entrance.secure.is_some());
+            let connections = Connections::of(web::MAX_CONNECTIONS, refuses_strangers);
+            let serve = web.clone().serve(entrance, connections.clone(), stop_server.clone(), cut_off.clone());
+            servers.start_infallible(ADMIN_SERVER, serve);
+            (web, connections)
+        });
         let replies = memory.replies.clone();
         let (connect_timeout, tls) = (config.dial.connect_timeout, certificates.dial());
         let dialer = Arc::new(Dialer::with(transport, connect_timeout, replies, tls, config.reach()));
@@ -205,7 +220,6 @@ impl Service {
         let orchestrator = Arc::new(orchestrator);
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_service_status(SERVICE, ServingStatus::Serving).await;
-        let (stop_server, cut_off) = (CancellationToken::new(), CancellationToken::new());
         let is_insecure = config.is_insecure();
         if is_insecure {
             tracing::warn!(
@@ -223,10 +237,8 @@ impl Service {
         let services = api::services(api.clone(), config.server.max_request_bytes, reflection);
         let services = services.and(health_service);
         let server = listen::Server::new(services, limits(&config.server, &memory));
-        let refuses_strangers = config.access.mode == Mode::Enforce;
         let max_connections = config.server.max_connections.unwrap_or(places_in(&memory));
         let connections = Connections::of(max_connections, refuses_strangers);
-        let mut servers = Tasks::default();
         let entrance = certificates.server(listener);
         let serve =
             |entrance| server.clone().serve(entrance, connections.clone(), stop_server.clone(), cut_off.clone());
@@ -244,20 +256,16 @@ impl Service {
             );
         }
         tracing::info!(%address, "listening");
-        let admin_address = admin.as_ref().map(|(_, address)| *address);
-        if let Some((listener, address)) = admin {
-            let is_loopback = address.ip().to_canonical().is_loopback();
-            let beyond_loopback = config.server.insecure_listen_beyond_loopback || !is_loopback;
-            let admin = Connections::of(web::MAX_CONNECTIONS, refuses_strangers);
-            let in_front = vec![("grpc", connections), ("admin", admin.clone())];
+        if let Some((web, admin)) = admin {
+            let in_front = vec![("grpc", connections), ("admin", admin)];
             let (calls, exporter) = (api.calls(), exporter.clone());
             let of_files = certificates.clone();
             let expiries = Box::new(move || of_files.expiries());
             let (dialed, memory_of_all) = (dialer.counts(), memory.clone());
             let metrics = Metrics::default().and_of(calls, exporter, in_front, dialed, expiries, memory_of_all);
-            let (stop, cut_off) = (stop_server.clone(), cut_off.clone());
-            let web = Web { api: api.clone(), metrics: metrics.into(), memory: memory.admin, address, beyond_loopback };
-            servers.start_infallible(ADMIN_SERVER, web.serve(certificates.admin(listener), admin, stop, cut_off));
+            web.open(api.clone(), metrics.into(), &memory.admin);
+        }
+        if let Some(address) = admin_address {
             tracing::info!(%address, "dashboard");
         }
         Ok(Self {
@@ -446,6 +454,7 @@ pub async fn serve(
     {
         tracing::warn!(%error, "other processes of this user may read the memory of this process");
     }
+    manager::starting().await;
     // Before the first read, so that no change is missed in between.
     let mut credentials = Changes::of(credential_files(&config)).await;
     let mut service = select! {

@@ -192,15 +192,17 @@ async fn the_pod_starts_with_the_configuration_of_its_manifest_and_its_probes_su
     assert_eq!(code, 0, "{text}");
 
     let home = home.with_config(&config).with_args(["--secure", &pki]);
-    let _service = home.serve().await;
-    let address = format!("unix:{}", home.path("orchestrator.sock").display());
-    let probes: Vec<_> = manifest.lines().filter_map(|line| line.trim().strip_prefix("command: ")).map(words).collect();
-    assert_eq!(probes.len(), 3);
+    let service = home.serve().await;
+    let probes: Vec<_> = manifest.split("httpGet:\n").skip(1).collect();
+    assert_eq!(probes.len(), 2);
     for probe in probes {
-        assert_eq!(probe[0], BINARY);
-        let probe: Vec<_> = probe[1..].iter().map(String::as_str).chain(["--address", &address]).collect();
-        assert_eq!(orchestrator(None, &probe).await, (0, "SERVING\n".into()));
+        assert_eq!((after(probe, "scheme: "), after(probe, "port: ")), ("HTTPS", "admin"));
+        // As kubelet does: without a credential, and without verifying the certificate.
+        let url = format!("https://{}{}", service.admin(), after(probe, "path: "));
+        let curl = ["--silent", "--show-error", "--insecure", &url];
+        assert_eq!(run_with("curl", &curl).await, (0, "ok".into()), "{url}");
     }
+    let address = format!("unix:{}", home.path("orchestrator.sock").display());
     // `kubectl exec` may do everything.
     let (code, text) = orchestrator(None, &["whoami", "--address", &address]).await;
     assert!(code == 0 && text.contains("\nADMIN "), "{text}");

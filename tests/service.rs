@@ -4,7 +4,7 @@
 
 mod common;
 
-use std::{collections::BTreeSet, fs, os::unix::fs::symlink, path::Path, process::Stdio};
+use std::{collections::BTreeSet, fs, net::SocketAddr, os::unix::fs::symlink, path::Path, process::Stdio};
 
 use common::{
     Stage,
@@ -22,7 +22,11 @@ use rustix::{
     process::{Signal, kill_process},
     time::{ClockId, clock_gettime},
 };
-use tokio::{net::UnixDatagram, process::Command, task::JoinHandle};
+use tokio::{
+    net::{TcpStream, UnixDatagram},
+    process::Command,
+    task::JoinHandle,
+};
 use tokio_stream::StreamExt;
 use tonic::{
     Code, Request, Status,
@@ -325,6 +329,7 @@ async fn the_service_manager_is_told_of_the_start_of_reloads_and_of_the_shutdown
     let manager = UnixDatagram::bind(&socket).unwrap();
     let (stage, _running) =
         busy(home.with_wrapper(["env".to_owned(), format!("NOTIFY_SOCKET={}", socket.display())])).await;
+    assert_eq!(told(&manager).await, ["STATUS=starting: opening the store"]);
     let serving = format!("STATUS=serving at {}", stage.service.address());
     assert_eq!(told(&manager).await, ["READY=1", &serving]);
 
@@ -366,6 +371,61 @@ async fn a_check_of_its_health_fails_while_it_drains() {
     running.await.unwrap().unwrap();
     stage.service.ended().await;
     assert_eq!(orchestrator(None, &health).await.0, 4);
+}
+
+/// The status and the text of the answer to a probe.
+async fn probe(admin: SocketAddr, path: &str) -> (u16, String) {
+    let answer = get(admin, path).await;
+    (answer.status, answer.text().await)
+}
+
+#[tokio::test]
+async fn it_is_alive_but_not_ready_while_it_starts() {
+    let admin = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let home = Home::new().with_admin(admin);
+    assert!(home.serve().await.stop().await.success());
+    // Another program is writing to the database.
+    let database = rusqlite::Connection::open(home.path("o.db")).unwrap();
+    database.execute_batch("BEGIN EXCLUSIVE").unwrap();
+    let starting = home.spawn();
+    patiently("it to listen", async { while TcpStream::connect(admin).await.is_err() {} }).await;
+    assert_eq!(probe(admin, "/livez").await, (200, "ok".into()));
+    assert_eq!(probe(admin, "/readyz").await, (503, "starting".into()));
+    assert_eq!(probe(admin, "/api/status").await, (503, "the service is starting; try again later\n".into()));
+    database.execute_batch("ROLLBACK").unwrap();
+    let _service = starting.listening().await.unwrap();
+    assert_eq!(probe(admin, "/readyz").await, (200, "ok".into()));
+    assert_eq!(get(admin, "/api/status").await.status, 200);
+}
+
+#[tokio::test]
+async fn it_is_alive_but_not_ready_while_it_drains() {
+    let (stage, running) = busy(Home::new()).await;
+    let admin = stage.service.admin();
+    assert_eq!(probe(admin, "/readyz").await, (200, "ok".into()));
+    let mut health_client = HealthClient::new(channel(&stage.service).await);
+    stage.service.signal(Signal::TERM);
+    draining(&mut health_client).await;
+    let drains = async { while probe(admin, "/readyz").await != (503, "draining".into()) {} };
+    patiently("it not to be ready", drains).await;
+    assert_eq!(probe(admin, "/livez").await, (200, "ok".into()));
+    stage.fleet.run("held", Run::Echo);
+    running.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn it_is_alive_but_not_ready_while_its_store_can_not_be_written() {
+    let mut stage = Stage::new().await;
+    let admin = stage.service.admin();
+    let (database, elsewhere) = (stage.home.path("o.db"), stage.home.path("elsewhere"));
+    fs::rename(&database, &elsewhere).unwrap();
+    assert_eq!(reason(&stage.client.run().await.unwrap_err()).why, "STORE_UNAVAILABLE");
+    // Without its path.
+    assert_eq!(probe(admin, "/readyz").await, (503, "the store can't be written".into()));
+    assert_eq!(probe(admin, "/livez").await, (200, "ok".into()));
+    fs::rename(&elsewhere, &database).unwrap();
+    let recovers = async { while probe(admin, "/readyz").await != (200, "ok".into()) {} };
+    patiently("it to be ready again", recovers).await;
 }
 
 #[tokio::test]

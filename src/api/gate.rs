@@ -21,7 +21,7 @@ use crate::{
     access::Targets,
     memory::{Held, Memory},
     model::{AuditTargets, Cause, Decision, Identity, Name, OwnEvent},
-    orchestrator::{Orchestrator, Refusal, Sum},
+    orchestrator::{NotReady, Orchestrator, Refusal, StoreEnded, Sum},
 };
 
 /// Lets callers in. All clones share their counts.
@@ -125,6 +125,16 @@ impl<Q: Default> Entered<Q> {
 impl Gate {
     pub(super) fn new(orchestrator: Arc<Orchestrator>, judge: Judge, requests: Memory) -> Self {
         Self { orchestrator, requests, calls: Arc::default(), usage: Arc::default(), judge }
+    }
+
+    /// Checks that cycles and changes are accepted.
+    pub(super) fn check_ready(&self) -> Result<(), NotReady> {
+        self.orchestrator.check_ready()
+    }
+
+    /// Checks that writes are possible, now or later.
+    pub(super) fn check_alive(&self) -> Result<(), StoreEnded> {
+        self.orchestrator.check_alive()
     }
 
     /// The counts of calls.

@@ -42,7 +42,7 @@ use crate::{
     clock::Clock,
     listen::{Peer, Services},
     memory::Memory,
-    orchestrator::Orchestrator,
+    orchestrator::{NotReady, Orchestrator, StoreEnded},
     proto::orchestrator::v1::{
         self as pb,
         access_server::{Access, AccessServer},
@@ -151,6 +151,22 @@ impl Api {
     /// Ends the session of this text, if it is open, and its streams.
     pub fn log_out(&self, text: &str) {
         self.gate.judge.end_session(text);
+    }
+
+    /// Checks that cycles and changes are accepted. Public: the reason reveals nothing.
+    ///
+    /// # Errors
+    /// The service drains, or its store can't be written.
+    pub fn check_ready(&self) -> Result<(), NotReady> {
+        self.gate.check_ready()
+    }
+
+    /// Checks that a restart is not the only way to write again.
+    ///
+    /// # Errors
+    /// It is.
+    pub fn check_alive(&self) -> Result<(), StoreEnded> {
+        self.gate.check_alive()
     }
 
     /// Number of ended calls by result.

@@ -60,10 +60,49 @@ impl WaitingCycle {
     pub const MAX: usize = 256;
 }
 
+/// Why no cycle or change is accepted now. The text reveals nothing of the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotReady {
+    /// The process drains.
+    #[error("draining")]
+    Draining,
+    /// The store can't be written, or a commit is late.
+    #[error("the store can't be written")]
+    StoreUnavailable,
+}
+
+/// No more writes are possible, so the process ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the store has ended")]
+pub struct StoreEnded;
+
 impl Orchestrator {
     /// Why the store can't be written, if so.
     pub fn store_error(&self) -> Option<StoreError> {
         self.0.state().store_error.borrow().clone()
+    }
+
+    /// Checks that cycles and changes are accepted.
+    ///
+    /// # Errors
+    /// The reason why not.
+    pub fn check_ready(&self) -> Result<(), NotReady> {
+        let state = self.0.state();
+        if state.draining {
+            Err(NotReady::Draining)
+        } else if state.store_error.borrow().is_some() {
+            Err(NotReady::StoreUnavailable)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Checks that writes are possible, now or later.
+    ///
+    /// # Errors
+    /// They are not.
+    pub fn check_alive(&self) -> Result<(), StoreEnded> {
+        if self.0.store_has_ended.is_cancelled() { Err(StoreEnded) } else { Ok(()) }
     }
 
     /// The status.

@@ -6,6 +6,11 @@ use std::{io, time::Duration};
 use sd_notify::NotifyState::{ExtendTimeoutUsec, Ready, Reloading, Status, Stopping};
 use tokio::{task::spawn_blocking, time::timeout};
 
+/// The service starts, which takes long if its store has to be migrated.
+pub(super) async fn starting() {
+    tell(|| sd_notify::notify(&[Status("starting: opening the store")])).await;
+}
+
 /// Requests are answered. `status` is one line for people.
 pub(super) async fn ready(status: String) {
     tell(move || sd_notify::notify(&[Ready, Status(&status)])).await;

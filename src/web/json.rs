@@ -242,7 +242,7 @@ async fn encode(answers: &Answers, kind: &'static str, answer: impl Message) -> 
 
 pub(super) async fn no_such_path(uri: Uri) -> Response {
     let message = format!(
-        "there is no {}; see /, /metrics, /api/status, /api/cycles, /api/cycles/ID, /api/plan, /api/subsystems, \
+        "there is no {}; see /, /livez, /readyz, /metrics, /api/status, /api/cycles, /api/cycles/ID, /api/plan, /api/subsystems, \
          /api/subsystems/NAME, /api/loops, /api/audit, /api/whoami and /api/events",
         uri.path()
     );

@@ -1,18 +1,19 @@
 //! The admin address: the dashboard, its data as JSON, and metrics, over HTTP/1.1. It is read-only, except that
 //! browsers log in and out.
 //!
-//! Each path returns the response of its RPC in `routes` as canonical proto JSON; its parameters are the fields of that
-//! RPC's request.
+//! It listens before the service has started: then only the probes have an answer. Each path of the data returns the
+//! response of its RPC in `routes` as canonical proto JSON; its parameters are the fields of that RPC's request.
 
 mod dashboard;
 mod guard;
 mod json;
 mod login;
+mod probes;
 
 use std::{
     net::SocketAddr,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -21,7 +22,7 @@ use axum::{
     Router,
     body::{Body, Bytes},
     extract::{Extension, State},
-    http::{Request, header},
+    http::{Request, StatusCode, header},
     middleware,
     response::{IntoResponse, Response},
     routing::get,
@@ -61,19 +62,43 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// this host. The library's default is 400 KiB for each connection.
 const MAX_HEAD: usize = 32 << 10;
 
-/// The server of the admin address.
+/// The server of the admin address. All clones serve the same.
+#[derive(Clone)]
 pub(crate) struct Web {
-    pub(crate) api: Api,
-    pub(crate) metrics: Arc<Metrics>,
-    /// Limits large answers that clients have not read yet.
-    pub(crate) memory: Memory,
-    /// Its address.
-    pub(crate) address: SocketAddr,
-    /// True if the address is exposed beyond loopback.
-    pub(crate) beyond_loopback: bool,
+    address: SocketAddr,
+    guard: Guard,
+    started: Arc<OnceLock<Started>>,
+}
+
+/// What is served once the service has started.
+struct Started {
+    api: Api,
+    pages: Router,
 }
 
 impl Web {
+    /// The server at this address, which is exposed `beyond_loopback`, and has TLS if it `is_secure`.
+    pub(crate) fn at(address: SocketAddr, beyond_loopback: bool, is_secure: bool) -> Self {
+        Self { address, guard: Guard { beyond_loopback, is_secure }, started: Arc::default() }
+    }
+
+    /// The service has started: serves everything from now on. `memory` limits large answers that clients have not read
+    /// yet.
+    pub(crate) fn open(&self, api: Api, metrics: Arc<Metrics>, memory: &Memory) {
+        let login = Login::at(self.address, self.guard.is_secure, api.clone());
+        let pages = routes(&login)
+            .with_state(Answers::new(api.clone(), memory))
+            .merge(dashboard::public_routes())
+            .merge(login.clone().routes())
+            .route("/metrics", get(scrape).with_state((api.clone(), metrics)))
+            .layer(middleware::from_fn_with_state(login, login::identify));
+        self.started.get_or_init(|| Started { api, pages });
+    }
+
+    fn started(&self) -> Option<&Started> {
+        self.started.get()
+    }
+
     /// Serves until `stop` is cancelled, and then until open answers have been sent; `cut_off` aborts all connections.
     pub(crate) async fn serve(
         self,
@@ -82,19 +107,20 @@ impl Web {
         stop: CancellationToken,
         cut_off: CancellationToken,
     ) {
-        let Self { api, metrics, memory, address, beyond_loopback } = self;
-        let is_secure = entrance.secure.is_some();
-        let login = Login::at(address, is_secure, api.clone());
-        let router = routes(&login)
-            .with_state(Answers::new(api.clone(), &memory))
-            .merge(dashboard::public_routes())
-            .merge(login.clone().routes())
-            .route("/metrics", get(scrape).with_state((api, metrics)))
-            .layer(middleware::from_fn_with_state(login, login::identify))
-            .layer(middleware::from_fn_with_state(Guard { beyond_loopback, is_secure }, guard::check));
+        let guard = middleware::from_fn_with_state(self.guard, guard::check);
+        let router = probes::routes().fallback(page).with_state(self).layer(guard);
         let serve = |connection| serve_connection(connection, router.clone(), stop.clone());
         listen::serve_each(entrance, connections, &stop, cut_off, serve).await;
     }
+}
+
+/// Everything but the probes.
+async fn page(State(web): State<Web>, request: Request<Body>) -> Response {
+    let Some(Started { pages, .. }) = web.started() else {
+        return (StatusCode::SERVICE_UNAVAILABLE, "the service is starting; try again later\n").into_response();
+    };
+    let Ok(response) = pages.clone().oneshot(request).await;
+    response
 }
 
 /// Serves one connection. Not with `axum::serve`, which waits for requests forever, and accepts HTTP/2 without limits.

@@ -1,0 +1,39 @@
+//! Probes of supervisors, such as Kubernetes: `/livez` and `/readyz`. They are public, so an answer is `ok`, or one of
+//! few reasons with status 503.
+
+use std::fmt::Display;
+
+use axum::{
+    Router,
+    extract::State,
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::get,
+};
+
+use super::Web;
+
+pub(super) fn routes() -> Router<Web> {
+    Router::new().route("/livez", get(livez)).route("/readyz", get(readyz))
+}
+
+/// Fails if only a restart can help. A start may take long, such as to migrate a large store, and counts as life.
+async fn livez(State(web): State<Web>) -> Response {
+    answer(web.started().map_or(Ok(()), |started| started.api.check_alive()))
+}
+
+/// Fails while no cycle or change is accepted.
+async fn readyz(State(web): State<Web>) -> Response {
+    match web.started() {
+        Some(started) => answer(started.api.check_ready()),
+        None => answer(Err("starting")),
+    }
+}
+
+fn answer(outcome: Result<(), impl Display>) -> Response {
+    let (status, text) = match outcome {
+        Ok(()) => (StatusCode::OK, "ok".to_owned()),
+        Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, reason.to_string()),
+    };
+    (status, [(header::CONTENT_TYPE, "text/plain; charset=utf-8")], text).into_response()
+}
