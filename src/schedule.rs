@@ -11,7 +11,7 @@ use jiff::Timestamp;
 
 use crate::{
     memory::Held,
-    model::{CatchUp, CycleId, IntervalLoop, LoopState, Name, TickDisposition},
+    model::{CatchUp, CycleId, IntervalLoop, LoopChoice, LoopState, Name, TickDisposition},
     ports::StoredLoop,
     random::Random,
 };
@@ -27,6 +27,8 @@ pub struct Loops {
     warned_at: BTreeMap<Name, Timestamp>,
     /// Loops whose last cycle had no subsystem in it, which is logged once.
     empty: BTreeSet<Name>,
+    /// True while all loops are paused. The stored state of each loop has it, too.
+    all_paused: bool,
     random: Random,
 }
 
@@ -39,7 +41,7 @@ pub struct LoopEntry {
     pub origin: LoopOrigin,
     /// Its state.
     pub state: LoopState,
-    /// Its next tick; `None` while it is stopped.
+    /// Its next tick; `None` while it is stopped or paused.
     pub next: Option<Tick>,
     /// Delay of its last cycle after its tick, in this process.
     pub lag: Option<Duration>,
@@ -82,8 +84,20 @@ impl Loops {
             version: 0,
             warned_at: BTreeMap::new(),
             empty: BTreeSet::new(),
+            all_paused: false,
             random,
         }
+    }
+
+    /// The same loops, all of them paused, also those that are restored or started later, if this is true.
+    #[must_use]
+    pub fn all_paused_if(self, all_paused: bool) -> Self {
+        Self { all_paused, ..self }
+    }
+
+    /// True while all loops are paused.
+    pub fn are_all_paused(&self) -> bool {
+        self.all_paused
     }
 
     /// The loops, by name.
@@ -115,8 +129,9 @@ impl Loops {
         held: Option<Held>,
         now: Timestamp,
     ) {
+        let state = LoopState { paused_with_all: self.all_paused, ..state };
         let mut entry = LoopEntry { _held: held.map(Arc::new), ..LoopEntry::new(settings, origin, state) };
-        if !entry.state.stopped {
+        if entry.state.has_ticks() {
             entry.catch_up(now, &self.random);
         }
         self.put(entry);
@@ -124,10 +139,11 @@ impl Loops {
 
     /// The state of a loop that is started now: a new loop, or an existing one with new settings and its tick counts. A
     /// tick that is already due and waits for its jitter continues to wait, within the new jitter; if the due times
-    /// have changed, it is dropped.
+    /// have changed, it is dropped. A paused loop stays paused.
     pub fn started(&self, settings: IntervalLoop, origin: LoopOrigin, now: Timestamp) -> LoopEntry {
         let Some(earlier) = self.entries.get(&settings.name) else {
-            let mut entry = LoopEntry::new(settings, origin, LoopState::default());
+            let state = LoopState { paused_with_all: self.all_paused, ..LoopState::default() };
+            let mut entry = LoopEntry::new(settings, origin, state);
             entry.begin_at(now, &self.random);
             return entry;
         };
@@ -148,6 +164,51 @@ impl Loops {
             None => entry.begin_at(now, &self.random),
         }
         entry
+    }
+
+    /// The loops of this choice, by name.
+    pub fn chosen(&self, choice: &LoopChoice) -> Vec<LoopEntry> {
+        match choice {
+            LoopChoice::Named(name) => self.get(name).cloned().into_iter().collect(),
+            LoopChoice::All => self.iter().cloned().collect(),
+        }
+    }
+
+    /// True if this choice is paused as such.
+    pub fn is_paused(&self, choice: &LoopChoice) -> bool {
+        match choice {
+            LoopChoice::Named(name) => self.get(name).is_some_and(|entry| entry.state.paused),
+            LoopChoice::All => self.all_paused,
+        }
+    }
+
+    /// The states of the loops of this choice if they are paused now, or resumed if not `paused`. A tick that is due
+    /// and waits for its jitter is dropped by a pause; ticks continue with those that are due after its end.
+    pub fn with_pause(&self, choice: &LoopChoice, paused: bool, now: Timestamp) -> Vec<LoopEntry> {
+        let mut loops = self.chosen(choice);
+        for entry in &mut loops {
+            let had_ticks = entry.state.has_ticks();
+            match choice {
+                LoopChoice::Named(_) => entry.state.paused = paused,
+                LoopChoice::All => entry.state.paused_with_all = paused,
+            }
+            match (had_ticks, entry.state.has_ticks()) {
+                (true, false) => entry.end_ticks(now),
+                (false, true) => entry.begin_at(now, &self.random),
+                _ => {}
+            }
+        }
+        loops
+    }
+
+    /// Pauses the loops of this choice, or resumes them if not `paused`.
+    pub fn set_paused(&mut self, choice: &LoopChoice, paused: bool, now: Timestamp) {
+        if *choice == LoopChoice::All {
+            self.all_paused = paused;
+        }
+        for entry in self.with_pause(choice, paused, now) {
+            self.put(entry);
+        }
     }
 
     /// Adds a loop, or replaces the one with its name.
@@ -312,10 +373,15 @@ impl LoopEntry {
     /// jitter is dropped.
     #[must_use]
     pub fn stopped(mut self, now: Timestamp) -> Self {
-        self.drop_waiting(now);
+        self.end_ticks(now);
         self.state.stopped = true;
-        self.next = None;
         self
+    }
+
+    /// Has no further ticks. One that is due and waits for its jitter is dropped.
+    fn end_ticks(&mut self, now: Timestamp) {
+        self.drop_waiting(now);
+        self.next = None;
     }
 
     /// The tick that is due and has not fired.
@@ -410,9 +476,10 @@ impl LoopEntry {
         }
     }
 
+    /// Plans the next tick, if it has any.
     fn plan_next(&mut self, now: Timestamp, random: &Random) {
         let after = self.state.accounted_to.unwrap_or(now);
-        let due_at = self.settings.due_at(self.settings.first_after(after));
+        let due_at = self.settings.due_at(self.settings.first_after(after)).filter(|_| self.state.has_ticks());
         self.next = due_at.map(|due_at| {
             let jitter = self.settings.jitter.mul_f64(random.fraction());
             Tick { due_at, fires_at: due_at.saturating_add(jitter).unwrap_or(due_at), has_come: false }
@@ -468,6 +535,30 @@ mod tests {
         let state = &loops.get(&name()).unwrap().state;
         assert_eq!((state.ticks.ran, state.ticks.missed), (2, 2));
         assert_eq!((state.not_run[0].first, state.not_run[0].last), (at(20), at(30)));
+    }
+
+    #[test]
+    fn ticks_of_a_pause_are_not_due_and_one_that_waits_is_dropped() {
+        let (one, all) = (LoopChoice::Named(name()), LoopChoice::All);
+        let mut loops = Loops::new(Random::seeded(0));
+        let settings = IntervalLoop { jitter: Duration::from_secs(9), ..every(10, CatchUp::None) };
+        loops.put(loops.started(settings.clone(), LoopOrigin::Rpc, at(3)));
+        // The tick of second 10 waits for its jitter.
+        assert!(loops.next_at() > Some(at(10)));
+        loops.set_paused(&one, true, at(10));
+        loops.set_paused(&all, true, at(12));
+        loops.set_paused(&one, false, at(35));
+        assert_eq!((loops.next_at(), loops.due(at(36)).len()), (None, 0));
+        loops.set_paused(&all, false, at(41));
+        assert_eq!(loops.get(&name()).unwrap().next.unwrap().due_at, at(50));
+        let ticks = loops.get(&name()).unwrap().state.ticks;
+        assert_eq!((ticks.due(), ticks.dropped), (1, 1));
+        // Nor is a loop that is started or restored while all are paused an exception.
+        let paused = Loops::new(Random::seeded(0)).all_paused_if(true);
+        assert!(paused.started(settings.clone(), LoopOrigin::Rpc, at(41)).next.is_none());
+        let mut paused = paused;
+        paused.restore(settings, LoopOrigin::Rpc, LoopState::default(), None, at(41));
+        assert_eq!(paused.next_at(), None);
     }
 
     #[test]

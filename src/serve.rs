@@ -26,7 +26,7 @@ use crate::{
     host::Host,
     listen::{self, Connections, Entrance, Limits, Peer},
     memory::{self, Memory, Shares},
-    orchestrator::{Declared, Orchestrator, OrchestratorTasks, Refusal, Settings, Stopped},
+    orchestrator::{Declared, Orchestrator, OrchestratorTasks, Refusal, Settings, Stopped, TakenOver},
     ports::{Retention, Spans, StoreError, Untraced},
     record,
     store::{self, KeyFileError, OpenError, StoreUrl},
@@ -109,6 +109,16 @@ pub enum StartError {
     Otlp(#[from] otlp::ExporterError),
 }
 
+/// How a service begins.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Begin {
+    /// Where an earlier process ended.
+    #[default]
+    Again,
+    /// With all loops paused, until an operator resumes them.
+    Paused,
+}
+
 /// How the service ended. The number is the exit code of the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
@@ -153,12 +163,17 @@ pub struct Service {
 }
 
 impl Service {
-    /// Opens the store, recovers its state, and serves.
+    /// Opens the store, recovers its state, and serves, with a beginning of this kind.
     ///
     /// # Errors
     /// Each names the problem and the remedy. Nothing was changed, except that a database of an older version was
     /// migrated, and that a new log has its key and its first checkpoint, without entries.
-    pub async fn start(config: &Config, host: Host, transport: Arc<dyn Transport>) -> Result<Self, StartError> {
+    pub async fn start(
+        config: &Config,
+        begin: Begin,
+        host: Host,
+        transport: Arc<dyn Transport>,
+    ) -> Result<Self, StartError> {
         let (certificates, changes) = Certificates::load(config, host.clock).await.map_err(StartError::Tls)?;
         // The address comes early: a second process that was started by mistake fails here, before it opens the store.
         let address = config.server.listen;
@@ -201,6 +216,7 @@ impl Service {
         dialer.revoke(config.access.revoked.clone());
         let store = store::open(&config.store.url, record::CHECKS, host.clock).await?;
         let taken_over = log::take_over(config, host.random.id128(), store).await?;
+        let taken_over = TakenOver { pauses_loops: begin == Begin::Paused, ..taken_over };
         let (mut exporting, stop_exporting) = (Tasks::default(), CancellationToken::new());
         let (mut exporter, mut spans): (_, Arc<dyn Spans>) = (None, Arc::new(Untraced));
         if let Some(endpoint) = &config.tracing.otlp_endpoint {
@@ -432,16 +448,17 @@ impl Service {
     }
 }
 
-/// Serves until the operator stops it: the first SIGTERM or SIGINT drains, the second aborts. SIGHUP, or a change of
-/// the configuration file, reloads the configuration, and `applied` is called with the one that applies from then on.
-/// `ready` is called once requests are answered. A service manager (systemd) is told when the service is ready, reloads
-/// and stops.
+/// Serves, with a beginning of this kind, until the operator stops it: the first SIGTERM or SIGINT drains, the second
+/// aborts. SIGHUP, or a change of the configuration file, reloads the configuration, and `applied` is called with the
+/// one that applies from then on. `ready` is called once requests are answered. A service manager (systemd) is told
+/// when the service is ready, reloads and stops.
 ///
 /// # Errors
 /// The service did not start.
 pub async fn serve(
     mut operator: Operator,
     mut config: Config,
+    begin: Begin,
     host: Host,
     applied: impl Fn(&Config),
     ready: impl FnOnce(&Service),
@@ -459,7 +476,7 @@ pub async fn serve(
     let mut credentials = Changes::of(credential_files(&config)).await;
     let mut service = select! {
         biased;
-        started = Service::start(&config, host, Arc::new(Sockets::default())) => started?,
+        started = Service::start(&config, begin, host, Arc::new(Sockets::default())) => started?,
         // The disk of the store may be slow.
         () = operator.stop() => {
             tracing::info!("stopped before it was started");

@@ -48,6 +48,8 @@ const GOLDEN: &[(&str, &[&str])] = &[
     ("ResumeSubsystem", &["operator", "admin"]),
     ("StartIntervalLoop", &["operator", "admin"]),
     ("StopIntervalLoop", &["operator", "admin"]),
+    ("PauseIntervalLoops", &["operator", "admin"]),
+    ("ResumeIntervalLoops", &["operator", "admin"]),
     ("ListIntervalLoops", &["viewer", "operator", "auditor", "admin"]),
     ("WhoAmI", &ROLES),
     ("GetCheckpoint", &ROLES),

@@ -60,6 +60,14 @@ async fn each_change_has_one_event_and_a_call_that_changes_nothing_has_none() {
     }
     stage.client.resume_subsystem(pb::ResumeSubsystemRequest { name: one("a") }).await.unwrap();
     stage.client.resume_subsystem(pb::ResumeSubsystemRequest { name: one("a") }).await.unwrap();
+    for _ in 0..2 {
+        let all = pb::PauseIntervalLoopsRequest { all: true, ..Default::default() };
+        stage.client.pause_interval_loops(all).await.unwrap();
+        let hourly = pb::PauseIntervalLoopsRequest { name: one("hourly"), ..Default::default() };
+        stage.client.pause_interval_loops(hourly).await.unwrap();
+    }
+    let all = pb::ResumeIntervalLoopsRequest { all: true, ..Default::default() };
+    stage.client.resume_interval_loops(all).await.unwrap();
     stage.client.stop_interval_loop(pb::StopIntervalLoopRequest { name: one("hourly") }).await.unwrap();
     let request = || pb::RunCycleRequest { request_id: one("r"), ..pb::RunCycleRequest::default() };
     stage.client.run_with(request()).await.unwrap();
@@ -81,6 +89,9 @@ async fn each_change_has_one_event_and_a_call_that_changes_nothing_has_none() {
         ("SuspendSubsystem", vec!["a"], 0),
         ("StartIntervalLoop", vec!["*", "loop:hourly"], 0),
         ("ResumeSubsystem", vec!["a"], 0),
+        ("PauseIntervalLoops", vec!["loop:*"], 0),
+        ("PauseIntervalLoops", vec!["loop:hourly"], 0),
+        ("ResumeIntervalLoops", vec!["loop:*"], 0),
         ("StopIntervalLoop", vec!["loop:hourly"], 0),
         ("RunCycle", vec!["*"], 1),
         ("RunCycle", vec!["a"], 2),
@@ -97,7 +108,7 @@ async fn each_change_has_one_event_and_a_call_that_changes_nothing_has_none() {
         assert_eq!(event.request_digest.len(), 32);
     }
     // The event of a call that does not wait is written with the admission, others with the record.
-    assert_eq!(events[5..9].iter().map(|event| event.revision).collect::<Vec<_>>(), [1, 2, 0, 3]);
+    assert_eq!(events[8..12].iter().map(|event| event.revision).collect::<Vec<_>>(), [1, 2, 0, 3]);
 }
 
 #[tokio::test]

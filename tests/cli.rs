@@ -374,6 +374,22 @@ async fn loops_are_started_listed_and_stopped() {
     assert!(watch.line().await.ends_with("loop fast"));
     watch.interrupt();
     assert_eq!(watch.code().await, 130);
+    assert_eq!(row(&cli.run("loops pause l").await.with(0), "l")[2], "paused");
+    assert_eq!(row(&cli.run("loops pause --all").await.with(0), "fast")[2], "paused");
+    let status = cli.run("status").await.with(0);
+    assert!(status.contains("PAUSED") && status.contains("loops resume --all"), "{status}");
+    let still = cli.run("loops resume l").await;
+    assert!(
+        still.stderr.contains("still paused with all loops: l; `orchestrator loops resume --all`"),
+        "{}",
+        still.stderr
+    );
+    assert_eq!(cli.json("loops pause l").await["loops"][0]["paused"], true);
+    let still = cli.run("loops resume --all").await;
+    assert!(still.stderr.contains("still paused by name: l; `orchestrator loops resume NAME`"), "{}", still.stderr);
+    assert_eq!(row(&cli.run("loops resume l fast").await.with(0), "l")[2], "in");
+    assert!(cli.run("loops pause").await.refused_with(2).contains("NAME"));
+    assert!(cli.run("loops pause l --all").await.refused_with(2).contains("--all"));
     assert!(cli.run("loops stop fast").await.with(0).contains("stopped"));
     assert_eq!(cli.json("cycles list --trigger loop --loop l").await, json!({ "cycles": [] }));
     assert_eq!(cli.json("loops stop l").await["loop"]["stopped"], true);
@@ -1422,6 +1438,8 @@ async fn help_needs_no_other_page() {
         "loops list",
         "loops start",
         "loops stop",
+        "loops pause",
+        "loops resume",
         "report",
         "plan",
         "check",

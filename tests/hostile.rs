@@ -202,6 +202,8 @@ fn lines(command: &str) -> &'static [&'static str] {
         "loops list" => &["loops list"],
         "loops start" => &["loops start l --interval 1s --subsystem a"],
         "loops stop" => &["loops stop l"],
+        "loops pause" => &["loops pause l", "loops pause --all"],
+        "loops resume" => &["loops resume l", "loops resume --all"],
         "report" => &["report", "report --output csv", "report --subsystem a --loop l"],
         "plan" => &["plan", "plan --subsystem a"],
         "store accept" => &["store accept sqlite:FILE"],

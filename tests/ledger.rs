@@ -525,7 +525,8 @@ fn after_a_power_failure_the_log_extends_the_last_checkpoint() {
         point += 1;
 
         let served = async {
-            let service = serve::Service::start(&config, Host::system(), Arc::new(Sockets::default())).await;
+            let service =
+                serve::Service::start(&config, serve::Begin::Again, Host::system(), Arc::new(Sockets::default())).await;
             service.map_err(|error| error.to_string())?.run(ready(()), async || pending().await).await;
             Ok::<_, String>(())
         };

@@ -14,8 +14,9 @@ use common::{
 };
 use orchestrator_core::proto::orchestrator::v1::{
     self as pb, CatchUp, CycleState, IntervalLoop, IntervalLoopStatus, Origin, OverlapPolicy, SkipReason,
-    SubsystemState, TickDisposition, Trigger,
+    SubsystemState, TickDisposition, Trigger, ledger_client::LedgerClient,
 };
+use prost::Message;
 use rustix::process::Signal;
 use serde_json::json;
 use tonic::Code;
@@ -369,6 +370,122 @@ async fn every_tick_is_counted_also_while_the_service_is_down() {
     let after = get(&mut stage.client, "none").await;
     let due = i128::from(after.ticks.unwrap().due - before.ticks.unwrap().due);
     assert_eq!(next_due(&after) - next_due(&before), due * 10_000_000);
+}
+
+async fn pause(client: &mut Client, name: &str, all: bool) -> Result<Vec<IntervalLoopStatus>, Reason> {
+    let paused = client.pause_interval_loops(pb::PauseIntervalLoopsRequest { name: name.into(), all }).await;
+    paused.map(|answer| answer.into_inner().loops).map_err(|status| reason(&status))
+}
+
+async fn resume(client: &mut Client, name: &str, all: bool) -> Result<Vec<IntervalLoopStatus>, Reason> {
+    let resumed = client.resume_interval_loops(pb::ResumeIntervalLoopsRequest { name: name.into(), all }).await;
+    resumed.map(|answer| answer.into_inner().loops).map_err(|status| reason(&status))
+}
+
+/// The names of the loops, each with whether it is paused.
+async fn paused(client: &mut Client) -> Vec<(String, bool)> {
+    let loops = list(client).await.into_iter();
+    loops
+        .map(|entry| {
+            assert_eq!(entry.next_due_at.is_none(), entry.paused, "{entry:?}");
+            (entry.r#loop.unwrap().name, entry.paused)
+        })
+        .collect()
+}
+
+fn named<const N: usize>(loops: [(&str, bool); N]) -> Vec<(String, bool)> {
+    loops.map(|(name, paused)| (name.to_owned(), paused)).into()
+}
+
+#[tokio::test]
+async fn a_paused_loop_has_no_ticks_until_it_is_resumed_also_after_a_restart() {
+    let config = "[[loops]]\nname = \"declared\"\ninterval = \"10ms\"\n";
+    let mut stage = Stage::at(Home::new().with_config(config)).await;
+    start(&mut stage.client, every("by_rpc", 10)).await.unwrap();
+    for name in ["by_rpc", "declared"] {
+        until(&mut stage.client, name, |entry| entry.ticks.unwrap().ran >= 2).await;
+        let paused = pause(&mut stage.client, name, false).await.unwrap();
+        assert!(paused[0].paused && !paused[0].stopped && paused[0].next_due_at.is_none(), "{paused:?}");
+        assert_eq!(pause(&mut stage.client, name, false).await.unwrap(), paused, "it changes nothing");
+    }
+    let before = list(&mut stage.client).await;
+    assert_eq!(stage.client.run().await.unwrap().trigger(), Trigger::Manual);
+    // Other settings do not resume it.
+    let edited = start(&mut stage.client, every("by_rpc", 20)).await.unwrap();
+    assert!(edited.paused && edited.next_due_at.is_none(), "{edited:?}");
+    for restart in ["stop", "kill"] {
+        stage = if restart == "stop" { stage.restarted().await } else { stage.killed().await };
+        let after = list(&mut stage.client).await;
+        assert_eq!((&after[0], &after[1]), (&edited, &before[1]), "{restart}");
+    }
+    for (name, before) in ["by_rpc", "declared"].iter().zip(before) {
+        let resumed = resume(&mut stage.client, name, false).await.unwrap();
+        assert!(!resumed[0].paused, "{resumed:?}");
+        let ticks = before.ticks.unwrap();
+        let after = until(&mut stage.client, name, |entry| entry.ticks.unwrap().ran > ticks.ran).await;
+        assert_eq!(after.ticks.unwrap().missed, ticks.missed, "ticks of the pause were not due");
+    }
+    let gone = because(Code::NotFound, "LOOP_NOT_FOUND", [("loop", "none")]);
+    assert_eq!(pause(&mut stage.client, "none", false).await.unwrap_err(), gone);
+    assert_eq!(resume(&mut stage.client, "none", false).await.unwrap_err(), gone);
+    assert_eq!(pause(&mut stage.client, "", false).await.unwrap_err(), invalid(["name"]));
+    assert_eq!(resume(&mut stage.client, "by_rpc", true).await.unwrap_err(), invalid(["all"]));
+}
+
+#[tokio::test]
+async fn the_pause_of_all_loops_is_beside_that_of_each_and_includes_later_ones() {
+    const HOUR: i64 = 3_600_000;
+    let mut stage = Stage::new().await;
+    for name in ["a", "b"] {
+        start(&mut stage.client, every(name, HOUR)).await.unwrap();
+    }
+    pause(&mut stage.client, "a", false).await.unwrap();
+    assert!(!stage.client.status().await.unwrap().loops_paused);
+    let all = pause(&mut stage.client, "", true).await.unwrap();
+    assert!(all.len() == 2 && all.iter().all(|entry| entry.paused), "{all:?}");
+    let later = start(&mut stage.client, every("later", HOUR)).await.unwrap();
+    assert!(later.paused && later.next_due_at.is_none(), "{later:?}");
+    assert!(resume(&mut stage.client, "a", false).await.unwrap()[0].paused, "all are paused");
+    pause(&mut stage.client, "a", false).await.unwrap();
+
+    let mut stage = stage.killed().await;
+    assert!(stage.client.status().await.unwrap().loops_paused);
+    assert_eq!(paused(&mut stage.client).await, named([("a", true), ("b", true), ("later", true)]));
+    let all = resume(&mut stage.client, "", true).await.unwrap();
+    assert_eq!(all.iter().filter(|entry| entry.paused).count(), 1);
+    assert_eq!(paused(&mut stage.client).await, named([("a", true), ("b", false), ("later", false)]));
+    assert!(!stage.client.status().await.unwrap().loops_paused);
+    let mut stage = stage.restarted().await;
+    assert_eq!(paused(&mut stage.client).await, named([("a", true), ("b", false), ("later", false)]));
+}
+
+#[tokio::test]
+async fn a_service_that_begins_paused_starts_no_cycle_by_itself_until_its_loops_are_resumed() {
+    let config = "[[loops]]\nname = \"declared\"\ninterval = \"10ms\"\ncatch_up = \"one\"\n";
+    let mut stage = Stage::at(Home::new().with_config(config)).await;
+    let before = until(&mut stage.client, "declared", |entry| entry.ticks.unwrap().ran >= 2).await;
+    let Stage { fleet, home, service, .. } = stage;
+    service.kill().await;
+
+    let mut stage = Stage::again(fleet, home.with_args(["--paused"])).await;
+    assert!(stage.client.status().await.unwrap().loops_paused);
+    assert_eq!(paused(&mut stage.client).await, named([("declared", true)]));
+    let manual = stage.client.run().await.unwrap();
+    assert_eq!(manual.trigger(), Trigger::Manual);
+    let still = get(&mut stage.client, "declared").await;
+    assert!(still.ticks.unwrap().due >= before.ticks.unwrap().due, "the ticks while it was down are accounted for");
+    stage = stage.restarted().await;
+    assert_eq!(get(&mut stage.client, "declared").await, still);
+    let request = pb::ListAuditEventsRequest::default();
+    let mut ledger = LedgerClient::connect(format!("http://{}", stage.service.address())).await.unwrap();
+    let events = ledger.list_audit_events(request).await.unwrap().into_inner().events;
+    let rpc_of = |event: &pb::LoggedAuditEvent| pb::AuditEvent::decode(event.event.clone()).unwrap().rpc;
+    let pauses = events.iter().filter(|event| rpc_of(event) == "serve --paused").count();
+    assert_eq!(pauses, 1, "the second start changed nothing: {events:?}");
+
+    resume(&mut stage.client, "", true).await.unwrap();
+    let ran = still.ticks.unwrap().ran;
+    until(&mut stage.client, "declared", |entry| entry.ticks.unwrap().ran > ran).await;
 }
 
 #[tokio::test]

@@ -275,6 +275,7 @@ async fn ticks_of_loops_are_counted() {
     stuck.has([
         ("orchestrator_loop_interval_seconds{loop=\"skips\"}", 0.02),
         ("orchestrator_loop_stopped{loop=\"skips\"}", 0.0),
+        ("orchestrator_loop_paused{loop=\"skips\"}", 0.0),
         ("orchestrator_cycles_running", 1.0),
     ]);
     // The oldest waiting tick gets older.

@@ -329,7 +329,7 @@ async fn start(settings: Settings, fleet: &Arc<Fleet>) -> (Orchestrator, Orchest
     let memory = Shares::of(1 << 30);
     let spans = Arc::new(Untraced);
     let (fleet, declared) = (fleet.clone(), Declared::default());
-    let store = TakenOver { store, contents, signer, began: None };
+    let store = TakenOver::new(store, contents, signer);
     Orchestrator::start(settings, &memory, host, fleet, store, declared, spans).await.unwrap()
 }
 

@@ -20,7 +20,7 @@ use orchestrator_core::{
     config::Config,
     host::Host,
     proto::orchestrator::v1::{CycleState, CycleTelemetry, RunCycleRequest, orchestrator_client::OrchestratorClient},
-    serve::{Exit, Service},
+    serve::{Begin, Exit, Service},
     subsystem::{Answer, Code, Cycle, Failure, Server},
     transport::{Admit, Connected, Destination, Listener, Origin, Transport},
 };
@@ -115,7 +115,7 @@ async fn records(seed: u64) -> [Bytes; 2] {
     "#;
     let config = Config::from_toml_str("simulated.toml", config).unwrap();
     let host = Host::simulated("2026-01-01T00:00:00Z".parse().unwrap(), seed);
-    let service = Service::start(&config, host, network.clone()).await.unwrap();
+    let service = Service::start(&config, Begin::Again, host, network.clone()).await.unwrap();
     let (stop, stopped) = oneshot::channel::<()>();
     let running = tokio::spawn(service.run(async { drop(stopped.await) }, async || pending().await));
 

@@ -179,7 +179,7 @@ async fn an_idle_process_notices_that_it_was_superseded() {
     let (transport, timeout) = (Arc::new(Sockets::default()), Duration::from_secs(1));
     let dialer = Arc::new(Dialer::new(transport, timeout, memory.replies.clone(), host.clock));
     let (settings, declared) = (serve::settings(&Config::default()), Declared::default());
-    let (store, spans) = (TakenOver { store, contents, signer, began: None }, Arc::new(Untraced));
+    let (store, spans) = (TakenOver::new(store, contents, signer), Arc::new(Untraced));
     let start = Orchestrator::start(settings, &memory, host, dialer, store, declared, spans);
     let (orchestrator, mut tasks) = start.await.unwrap();
     take_over(&home);

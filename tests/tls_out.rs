@@ -18,6 +18,7 @@ use orchestrator_core::{
     config::Config,
     host::Host,
     proto::orchestrator::v1::{CycleState, CycleTelemetry, Registration, RunCycleRequest, SubsystemState, Tls},
+    serve::{self, Begin},
     transport::Sockets,
 };
 use rcgen::{CertificateParams, CustomExtension, SanType, date_time_ymd};
@@ -192,7 +193,7 @@ async fn a_server_is_not_called_on_an_open_connection_once_a_certificate_of_it_h
         let config = Config::from_toml_str("orchestrator.toml", &config).unwrap();
         let host = Host::simulated("2026-01-31T00:00:00Z".parse().unwrap(), 7);
         let clock = host.clock;
-        let service = orchestrator_core::serve::Service::start(&config, host, Arc::new(Sockets::default())).await;
+        let service = serve::Service::start(&config, Begin::Again, host, Arc::new(Sockets::default())).await;
         let service = service.unwrap();
         let address = format!("http://{}", service.address());
         let _running = AbortOnDropHandle::new(tokio::spawn(service.run(pending(), async || pending().await)));

@@ -360,7 +360,7 @@ impl Ours {
             let stop = CancellationToken::new();
             exporting = Some((tokio::spawn(sender.run(stop.clone())), stop));
         }
-        let taken_over = TakenOver { store, contents, signer, began: None };
+        let taken_over = TakenOver::new(store, contents, signer);
         let (orchestrator, tasks) =
             Orchestrator::start(settings, &memory, host, dialer, taken_over, declared, spans).await?;
         Ok(Self { orchestrator: Arc::new(orchestrator), tasks, cause: None, metrics: None, exporting })

@@ -32,8 +32,10 @@ pub struct Targets<'a> {
     pub all_subsystems: bool,
     /// It concerns these subsystems.
     pub subsystems: Vec<&'a str>,
-    /// It starts or stops this loop.
+    /// It starts, stops, pauses or resumes this loop.
     pub r#loop: Option<&'a str>,
+    /// True if it pauses or resumes all loops.
+    pub all_loops: bool,
     /// True if it asks for outputs, or for snapshots, for which subsystems are called.
     pub details: bool,
     /// True if it asks for an audit event.
@@ -71,6 +73,7 @@ impl Targets<'_> {
         all_subsystems: true,
         subsystems: Vec::new(),
         r#loop: None,
+        all_loops: false,
         details: false,
         audit: false,
         registrations: Vec::new(),
@@ -125,6 +128,9 @@ impl Rights {
         }
         if let Some(name) = targets.r#loop.filter(|name| !covered(&|right| any(&right.loops, name))) {
             return Err(format!("loop {name}"));
+        }
+        if targets.all_loops && !covered(&|right| right.loops.iter().any(Glob::is_any)) {
+            return Err("all loops".into());
         }
         // By the right of an operator of exactly these subsystems, whatever other rights cover them.
         let operated =
@@ -328,6 +334,11 @@ mod tests {
         assert_eq!(both.cover(EVERY, &Targets::ALL), Err("all subsystems".into()));
         assert_eq!(both.cover(&[Role::Viewer], &Targets::default()), Err(String::new()));
         assert_eq!(rights(&[operator(&["*"])]).cover(EVERY, &Targets::ALL), Ok(()));
+        let all = Targets { all_loops: true, ..Targets::default() };
+        let loops = |loops: &[&str]| GrantSpec { loops: texts(loops), ..of(Role::Operator, &["*"]) };
+        let cover_all = |spec| rights(&[spec]).cover(EVERY, &all);
+        assert_eq!(cover_all(loops(&["l*", "m"])), Err("all loops".into()));
+        assert_eq!(cover_all(loops(&["*"])), Ok(()));
         let starts = Targets { r#loop: Some("l"), ..Targets::default() };
         assert_eq!(rights(&[operator(&["*"])]).cover(EVERY, &starts), Err("loop l".into()));
         let details = Targets { details: true, ..named(&["a"]) };

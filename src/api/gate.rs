@@ -317,11 +317,11 @@ impl Gate {
 
 /// The targets of a request, as the audit names them. Texts that are no names could be anything, also a secret.
 pub(super) fn named(targets: &Targets<'_>) -> AuditTargets {
-    let Targets { all_subsystems, subsystems, r#loop, details: _, audit: _, registrations } = targets;
+    let Targets { all_subsystems, subsystems, r#loop, all_loops, details: _, audit: _, registrations } = targets;
     let shown = |name| if Name::parse(name).is_ok() { name } else { "(not a name)" };
     let all = all_subsystems.then(|| "*".to_owned());
     let names = subsystems.iter().copied().chain(registrations.iter().map(|registration| registration.name));
-    let r#loop = r#loop.map(|name| format!("loop:{}", shown(name)));
+    let r#loop = r#loop.map(shown).or_else(|| all_loops.then_some("*")).map(|name| format!("loop:{name}"));
     all.into_iter().chain(r#loop).chain(names.map(|name| shown(name).to_owned())).collect()
 }
 

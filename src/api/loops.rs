@@ -1,4 +1,4 @@
-//! Interval loops: starting, stopping and listing them.
+//! Interval loops: starting, stopping, pausing and listing them.
 
 use prost::Message;
 use tonic::Status;
@@ -35,6 +35,24 @@ pub(super) async fn stop_interval_loop(
     let name = request::name("name", &request.name).map_err(invalid)?;
     let entry = call.orchestrator().stop_loop(&name, by).await.map_err(status)?;
     Ok(pb::StopIntervalLoopResponse { r#loop: Some(response::loop_status(&call.authority, &entry)) })
+}
+
+pub(super) async fn pause_interval_loops(
+    mut call: Entered<pb::PauseIntervalLoopsRequest>,
+) -> Result<pb::PauseIntervalLoopsResponse, Status> {
+    let (request, by) = call.take_change();
+    let choice = request::loop_choice(&request.name, request.all).map_err(invalid)?;
+    let loops = call.orchestrator().pause_loops(choice, true, by).await.map_err(status)?;
+    Ok(pb::PauseIntervalLoopsResponse { loops: response::listed_loops(&call.authority, &loops, MAX_ANSWER) })
+}
+
+pub(super) async fn resume_interval_loops(
+    mut call: Entered<pb::ResumeIntervalLoopsRequest>,
+) -> Result<pb::ResumeIntervalLoopsResponse, Status> {
+    let (request, by) = call.take_change();
+    let choice = request::loop_choice(&request.name, request.all).map_err(invalid)?;
+    let loops = call.orchestrator().pause_loops(choice, false, by).await.map_err(status)?;
+    Ok(pb::ResumeIntervalLoopsResponse { loops: response::listed_loops(&call.authority, &loops, MAX_ANSWER) })
 }
 
 pub(super) async fn list_interval_loops(

@@ -277,6 +277,20 @@ impl Service for Api {
         self.gate.answer(request, loops::stop_interval_loop).await
     }
 
+    async fn pause_interval_loops(
+        &self,
+        request: Request<pb::PauseIntervalLoopsRequest>,
+    ) -> Answer<pb::PauseIntervalLoopsResponse> {
+        self.gate.answer(request, loops::pause_interval_loops).await
+    }
+
+    async fn resume_interval_loops(
+        &self,
+        request: Request<pb::ResumeIntervalLoopsRequest>,
+    ) -> Answer<pb::ResumeIntervalLoopsResponse> {
+        self.gate.answer(request, loops::resume_interval_loops).await
+    }
+
     async fn list_interval_loops(
         &self,
         request: Request<pb::ListIntervalLoopsRequest>,

@@ -14,9 +14,9 @@ use tonic::codegen::http::HeaderMap;
 use crate::{
     access::Reach,
     model::{
-        BreakerSpec, CatchUp, CycleId, CycleRequest, CycleState, EventKind, Identity, LimitsSpec, LoopSpec, LoopStart,
-        Name, OverlapPolicy, Payload, RetrySpec, Revision, SpanContext, Subsystem, SubsystemSpec, TlsSpec, Trigger,
-        Violations,
+        BreakerSpec, CatchUp, CycleId, CycleRequest, CycleState, EventKind, Identity, LimitsSpec, LoopChoice, LoopSpec,
+        LoopStart, Name, OverlapPolicy, Payload, RetrySpec, Revision, SpanContext, Subsystem, SubsystemSpec, TlsSpec,
+        Trigger, Violations,
     },
     orchestrator::{From as WatchFrom, Logged, WatchFilter},
     ports::{EventFilter, Filter, TriggerKind},
@@ -89,6 +89,24 @@ pub(super) fn name(field: &str, name: &str) -> Result<Name, Violations> {
     let mut bad = Violations::default();
     let name = bad.name(field, name);
     bad.into_result(name)
+}
+
+/// The loops that a request to pause or resume names.
+pub(super) fn loop_choice(name: &str, all: bool) -> Result<LoopChoice, Violations> {
+    let mut bad = Violations::default();
+    let choice = match (name, all) {
+        ("", true) => LoopChoice::All,
+        ("", false) => {
+            bad.add("name", "is missing; give the name of a loop, or set `all`");
+            return Err(bad);
+        }
+        (name, false) => LoopChoice::Named(bad.name("name", name)),
+        (_, true) => {
+            bad.add("all", "is set in addition to `name`; set one of them");
+            return Err(bad);
+        }
+    };
+    bad.into_result(choice)
 }
 
 pub(super) fn cycle_id(cycle_id: u64) -> Result<CycleId, Violations> {

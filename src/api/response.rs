@@ -39,6 +39,7 @@ pub(super) fn status(status: Status, insecure: bool) -> pb::OrchestratorStatus {
         queued,
         waiting,
         loops: _,
+        loops_paused,
         epoch,
         started_at,
         uptime,
@@ -71,6 +72,7 @@ pub(super) fn status(status: Status, insecure: bool) -> pb::OrchestratorStatus {
         store_error: store_error.map(|error| error.to_string()).unwrap_or_default(),
         watchers: count(watchers),
         insecure,
+        loops_paused,
     }
 }
 
@@ -308,6 +310,7 @@ fn loop_status_of(authority: &Authority, settings: &IntervalLoop, entry: &LoopEn
         }
         .into(),
         stopped: state.stopped,
+        paused: state.is_paused(),
         next_due_at: next.map(|tick| timestamp(tick.due_at)),
         ticks: Some(pb::TickCounts {
             due: ticks.due(),

@@ -73,6 +73,8 @@ rpcs! {
     ResumeSubsystem: pb::ResumeSubsystemRequest,
     StartIntervalLoop: pb::StartIntervalLoopRequest,
     StopIntervalLoop: pb::StopIntervalLoopRequest,
+    PauseIntervalLoops: pb::PauseIntervalLoopsRequest,
+    ResumeIntervalLoops: pb::ResumeIntervalLoopsRequest,
     ListIntervalLoops: pb::ListIntervalLoopsRequest,
     WhoAmI: pb::WhoAmIRequest,
     GetCheckpoint: pb::GetCheckpointRequest,

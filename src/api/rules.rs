@@ -55,7 +55,9 @@ impl Rpc {
             | Self::SuspendSubsystem
             | Self::ResumeSubsystem
             | Self::StartIntervalLoop
-            | Self::StopIntervalLoop => OPERATORS,
+            | Self::StopIntervalLoop
+            | Self::PauseIntervalLoops
+            | Self::ResumeIntervalLoops => OPERATORS,
             Self::RegisterSubsystem | Self::RegisterSubsystems | Self::UnregisterSubsystem | Self::RenewLease => {
                 REGISTRARS
             }
@@ -79,6 +81,10 @@ fn subset(names: &[String]) -> Targets<'_> {
 
 fn subsystem(name: &str) -> Targets<'_> {
     Targets { subsystems: vec![name], ..Targets::default() }
+}
+
+fn loops(name: &str, all: bool) -> Targets<'_> {
+    Targets { r#loop: (!all).then_some(name), all_loops: all, ..Targets::default() }
 }
 
 fn registering(registration: &pb::Registration) -> Registering<'_> {
@@ -213,6 +219,18 @@ impl Concerns for pb::StartIntervalLoopRequest {
 impl Concerns for pb::StopIntervalLoopRequest {
     fn targets(&self) -> Targets<'_> {
         Targets { r#loop: Some(&self.name), ..Targets::default() }
+    }
+}
+
+impl Concerns for pb::PauseIntervalLoopsRequest {
+    fn targets(&self) -> Targets<'_> {
+        loops(&self.name, self.all)
+    }
+}
+
+impl Concerns for pb::ResumeIntervalLoopsRequest {
+    fn targets(&self) -> Targets<'_> {
+        loops(&self.name, self.all)
     }
 }
 

@@ -85,7 +85,9 @@ impl Rpc {
             | Self::SuspendSubsystem
             | Self::ResumeSubsystem
             | Self::StartIntervalLoop
-            | Self::StopIntervalLoop => Load::Change,
+            | Self::StopIntervalLoop
+            | Self::PauseIntervalLoops
+            | Self::ResumeIntervalLoops => Load::Change,
             // Cycles may follow each other as fast as they end: each leaves a record, beside its event.
             Self::RunCycle
             | Self::GetStatus

@@ -29,7 +29,7 @@ use super::{
 use crate::{
     config::{Config, LogFormat, LogSettings},
     proto::orchestrator::v1::{self as pb, cycle_event::Event},
-    serve::{self, Service, StartError},
+    serve::{self, Begin, Service, StartError},
     store::StoreUrl,
     tasks::joined,
     telemetry,
@@ -156,7 +156,7 @@ impl Demo {
     async fn start(&self, config: &mut Config) -> Result<(Service, bool), StartError> {
         let mut is_moved = false;
         loop {
-            match Service::start(config, HOST.clone(), Arc::new(Sockets::default())).await {
+            match Service::start(config, Begin::default(), HOST.clone(), Arc::new(Sockets::default())).await {
                 Err(StartError::Listen(_, error)) if !is_moved && self.listen.is_none() && is_taken(&error) => {
                     config.server.listen.set_port(0);
                     is_moved = true;

@@ -6,8 +6,8 @@ use prost::Message;
 use super::{
     Exit, Failure, known,
     output::{
-        JsonList, Table, age, count, duration, names, number, one_of, parse_duration, payload, print, sections, text,
-        time, word,
+        JsonList, Table, age, count, duration, names, note, number, one_of, parse_duration, payload, print, sections,
+        text, time, word,
     },
     parameters::Parameters,
     remote::{Client, Remote},
@@ -16,7 +16,7 @@ use super::{
 };
 use crate::proto::orchestrator::v1 as pb;
 
-/// List, start and stop the interval loops, which start cycles at a fixed rate
+/// List, start, stop and pause the interval loops, which start cycles at a fixed rate
 #[derive(Debug, clap::Args)]
 pub(super) struct Loops {
     #[command(subcommand)]
@@ -52,6 +52,36 @@ Examples:
         /// Its name
         name: String,
     },
+    /// Pause loops: they keep their settings and counts, and have no ticks
+    #[command(after_help = "\
+Their cycles continue, and `orchestrator run` works as before. A pause survives restarts. --all is a pause of its own: \
+loops that are started later are paused as well, and a loop that is also paused by its name stays paused when all are \
+resumed. `orchestrator serve --paused` begins with it.
+
+Examples:
+  orchestrator loops pause heartbeat
+  orchestrator loops pause --all")]
+    Pause(Chosen),
+    /// End the pause of loops
+    #[command(after_help = "\
+Their next ticks are those that are due from now on. Two pauses of a loop, by its name and with --all, are ended one by \
+one.
+
+Examples:
+  orchestrator loops resume heartbeat
+  orchestrator loops resume --all")]
+    Resume(Chosen),
+}
+
+/// The loops that are paused or resumed.
+#[derive(Debug, clap::Args)]
+struct Chosen {
+    /// Their names
+    #[arg(value_name = "NAME", required_unless_present = "all", conflicts_with = "all")]
+    names: Vec<String>,
+    /// All loops, also those that are started later
+    #[arg(long)]
+    all: bool,
 }
 
 /// Start a loop, or change the settings of one
@@ -130,16 +160,7 @@ impl Command {
         let format = remote.format;
         match self {
             Self::List => {
-                let loops = all(remote, client).await?;
-                if format.is_json() {
-                    let mut list = JsonList::begin("loops")?;
-                    for status in &loops {
-                        list.add("IntervalLoopStatus", &status.encode_to_vec())?;
-                    }
-                    list.end()?;
-                } else {
-                    print(&table(&loops))?;
-                }
+                show(remote, &all(remote, client).await?)?;
             }
             Self::Start(start) => {
                 let settings = start.settings()?;
@@ -154,9 +175,55 @@ impl Command {
                 let response = remote.quickly(client.stop_interval_loop(request)).await?.into_inner();
                 format.show("StopIntervalLoopResponse", &response, |response| one(response.r#loop.as_ref()))?;
             }
+            Self::Pause(chosen) => {
+                let mut loops = Vec::new();
+                for (name, all) in chosen.each() {
+                    let request = pb::PauseIntervalLoopsRequest { name, all };
+                    loops.extend(remote.quickly(client.pause_interval_loops(request)).await?.into_inner().loops);
+                }
+                show(remote, &loops)?;
+            }
+            Self::Resume(chosen) => {
+                let mut loops = Vec::new();
+                for (name, all) in chosen.each() {
+                    let request = pb::ResumeIntervalLoopsRequest { name, all };
+                    loops.extend(remote.quickly(client.resume_interval_loops(request)).await?.into_inner().loops);
+                }
+                show(remote, &loops)?;
+                let paused = loops.iter().filter(|status| status.paused);
+                let paused: Vec<_> = paused.filter_map(|status| Some(status.r#loop.as_ref()?.name.clone())).collect();
+                if !paused.is_empty() {
+                    let (by, ends) = if chosen.all { ("by name", "NAME") } else { ("with all loops", "--all") };
+                    let paused = names(&paused, usize::MAX);
+                    note(&format!("still paused {by}: {paused}; `orchestrator loops resume {ends}` ends that"));
+                }
+            }
         }
         Ok(())
     }
+}
+
+impl Chosen {
+    /// The name and `all` of each request.
+    fn each(&self) -> Vec<(String, bool)> {
+        if self.all {
+            vec![(String::new(), true)]
+        } else {
+            self.names.iter().map(|name| (name.clone(), false)).collect()
+        }
+    }
+}
+
+/// Prints loops.
+fn show(remote: &Remote, loops: &[pb::IntervalLoopStatus]) -> Result<(), Failure> {
+    if !remote.format.is_json() {
+        return print(&table(loops));
+    }
+    let mut list = JsonList::begin("loops")?;
+    for status in loops {
+        list.add("IntervalLoopStatus", &status.encode_to_vec())?;
+    }
+    list.end()
 }
 
 /// All loops, by name.
@@ -209,7 +276,7 @@ pub(super) fn table(loops: &[pb::IntervalLoopStatus]) -> String {
         table.row([
             text(&settings.name),
             text(duration(settings.interval.as_ref())),
-            text(if status.stopped { "stopped".to_owned() } else { age(status.next_due_at.as_ref()) }),
+            text(no_ticks(status).map_or_else(|| age(status.next_due_at.as_ref()), str::to_owned)),
             text(if status.last_cycle_id == 0 { "-".to_owned() } else { status.last_cycle_id.to_string() }),
             number(ticks.due),
             number(ticks.ran),
@@ -231,6 +298,15 @@ pub(super) fn table(loops: &[pb::IntervalLoopStatus]) -> String {
     sections([(4..10).fold(table, Table::right).or("no loops"), not_run.finish_unless_empty()])
 }
 
+/// Why a loop has no ticks, if it has none.
+pub(super) fn no_ticks(status: &pb::IntervalLoopStatus) -> Option<&'static str> {
+    match (status.stopped, status.paused) {
+        (true, _) => Some("stopped"),
+        (false, true) => Some("paused"),
+        (false, false) => None,
+    }
+}
+
 /// One loop with its settings.
 fn one(status: Option<&pb::IntervalLoopStatus>) -> String {
     let Some(status) = status else { return String::new() };
@@ -240,7 +316,7 @@ fn one(status: Option<&pb::IntervalLoopStatus>) -> String {
     facts.fact("loop", &settings.name);
     facts.fact("declared by", origin(status.origin()));
     let next = || format!("{} ({})", time(status.next_due_at.as_ref()), age(status.next_due_at.as_ref()));
-    facts.fact("next tick", if status.stopped { "stopped".to_owned() } else { next() });
+    facts.fact("next tick", no_ticks(status).map_or_else(next, str::to_owned));
     facts.fact("interval", duration(settings.interval.as_ref()));
     facts.fact("offset", duration(settings.offset.as_ref()));
     facts.fact("jitter", duration(settings.jitter.as_ref()));

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     config::{Config, Overrides},
-    serve::{self, Exit, Operator, Service, StartError},
+    serve::{self, Begin, Exit, Operator, Service, StartError},
     telemetry,
 };
 
@@ -41,10 +41,14 @@ Exit codes:
 Examples:
   orchestrator serve
   orchestrator serve --config orchestrator.toml
+  orchestrator serve --config orchestrator.toml --paused
   orchestrator serve --listen 127.0.0.1:7701 --store sqlite:/var/lib/fleet.db
   orchestrator serve --set cycle.deadline=30s --log-format json
   orchestrator serve --set tracing.otlp_endpoint=http://127.0.0.1:4317")]
 pub(super) struct Serve {
+    /// Begin with all loops paused: no cycle starts by itself until `orchestrator loops resume --all`; RunCycle works
+    #[arg(long)]
+    paused: bool,
     #[command(flatten)]
     overrides: Overrides,
 }
@@ -52,6 +56,7 @@ pub(super) struct Serve {
 impl Serve {
     /// Serves until a signal stops it.
     pub(super) async fn run(self) -> ExitCode {
+        let begin = if self.paused { Begin::Paused } else { Begin::Again };
         let file = self.overrides.config.clone();
         let load = move || Config::load(&self.overrides, env::vars_os());
         let mut operator = match Operator::of(file, load).await {
@@ -93,7 +98,7 @@ impl Serve {
             // A closed or paused reader must neither stop nor delay the service.
             drop(spawn_blocking(move || std::io::stdout().write_all(text.as_bytes())));
         };
-        match serve::serve(operator, config, HOST.clone(), applied, ready).await {
+        match serve::serve(operator, config, begin, HOST.clone(), applied, ready).await {
             Ok(exit) => ExitCode::from(exit as u8),
             Err(error) => {
                 if tracing::enabled!(tracing::Level::ERROR) {

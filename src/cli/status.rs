@@ -108,6 +108,9 @@ fn shown(status: &pb::OrchestratorStatus, last: Option<&pb::CycleTelemetry>) -> 
     if status.insecure {
         facts.fact("INSECURE", "other machines may need no right: access.mode is not enforce");
     }
+    if status.loops_paused {
+        facts.fact("PAUSED", "no loop starts a cycle until `orchestrator loops resume --all`");
+    }
     if !status.store_error.is_empty() {
         facts.fact("STORE ERROR", format!("{}; no cycle starts until it can be written", status.store_error));
     }

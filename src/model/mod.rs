@@ -27,7 +27,8 @@ pub use identity::{Identity, IdentityError};
 pub use name::{Name, NameError, nearest};
 pub use payload::Payload;
 pub use schedule::{
-    CatchUp, IntervalLoop, LoopSpec, LoopStart, LoopState, OverlapPolicy, TickCounts, TickDisposition, TickRange,
+    CatchUp, IntervalLoop, LoopChoice, LoopSpec, LoopStart, LoopState, OverlapPolicy, TickCounts, TickDisposition,
+    TickRange,
 };
 pub use subsystem::{
     Answer, BreakerPolicy, BreakerSpec, Endpoint, Freshness, Input, Issue, Limits, LimitsSpec, Output, RetryPolicy,

@@ -204,6 +204,15 @@ impl LoopStart {
     }
 }
 
+/// The loops that a request pauses or resumes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LoopChoice {
+    /// The loop with this name.
+    Named(Name),
+    /// All loops, also those that are started later.
+    All,
+}
+
 /// How a tick ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -258,8 +267,14 @@ pub struct TickRange {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LoopState {
-    /// True while it has no ticks.
+    /// True if it is stopped.
     pub stopped: bool,
+    /// True if it is paused by its name.
+    #[serde(default)]
+    pub paused: bool,
+    /// True if it is paused with all loops.
+    #[serde(default)]
+    pub paused_with_all: bool,
     /// Every tick that is due up to this time has its disposition. `None` before the loop first started.
     pub accounted_to: Option<Timestamp>,
     /// The tick counts.
@@ -273,6 +288,18 @@ pub struct LoopState {
 impl LoopState {
     /// Most ranges of ticks that did not run: enough to see a pattern, few enough to be written with every cycle.
     pub const MAX_RANGES: usize = 16;
+
+    /// True if it is paused, by its name or with all loops.
+    #[must_use]
+    pub fn is_paused(&self) -> bool {
+        self.paused || self.paused_with_all
+    }
+
+    /// True if ticks of it are due.
+    #[must_use]
+    pub fn has_ticks(&self) -> bool {
+        !self.stopped && !self.is_paused()
+    }
 
     /// Records the disposition of `count` consecutive ticks, due from `first` to `last`.
     pub fn account(&mut self, first: Timestamp, last: Timestamp, count: u64, disposition: TickDisposition) {

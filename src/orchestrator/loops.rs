@@ -1,4 +1,4 @@
-//! Starts and stops loops, and fires their ticks.
+//! Starts, stops and pauses loops, and fires their ticks.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -7,7 +7,7 @@ use tokio::{select, time::sleep};
 
 use super::{Orchestrator, Refusal, Shared, State, Turn, refusal::NotAdmitted};
 use crate::{
-    model::{Cause, CycleRequest, IntervalLoop, LoopStart, Name, TickDisposition, Trigger, Violations},
+    model::{Cause, CycleRequest, IntervalLoop, LoopChoice, LoopStart, Name, TickDisposition, Trigger, Violations},
     ports::Write,
     schedule::{LoopEntry, LoopOrigin},
 };
@@ -30,6 +30,14 @@ impl Orchestrator {
     pub async fn stop_loop(&self, name: &Name, by: Cause) -> Result<LoopEntry, Refusal> {
         let name = name.clone();
         self.change(by, |shared, turn| async move { shared.stop_loop(turn, &name).await }).await
+    }
+
+    /// Pauses loops, or resumes them if not `paused`, and returns them.
+    ///
+    /// # Errors
+    /// No loop has the name, the store can't be written, or the process drains.
+    pub async fn pause_loops(&self, choice: LoopChoice, paused: bool, by: Cause) -> Result<Vec<LoopEntry>, Refusal> {
+        self.change(by, move |shared, turn| async move { shared.pause_loops(turn, choice, paused).await }).await
     }
 
     /// The loops, by name.
@@ -120,6 +128,42 @@ impl Shared {
         let entry = self.write(&mut turn, build, put).await?;
         tracing::info!("loop" = %name, "a loop has stopped");
         entry.ok_or_else(|| Refusal::LoopNotFound(name.clone()))
+    }
+
+    async fn pause_loops(&self, mut turn: Turn, choice: LoopChoice, paused: bool) -> Result<Vec<LoopEntry>, Refusal> {
+        {
+            let state = self.state();
+            if let LoopChoice::Named(name) = &choice
+                && state.loops.get(name).is_none()
+            {
+                return Err(Refusal::LoopNotFound(name.clone()));
+            }
+            if state.loops.is_paused(&choice) == paused {
+                return Ok(state.loops.chosen(&choice));
+            }
+        }
+        let (clock, chosen) = (self.clock, choice.clone());
+        let build = move |state: &State| {
+            let loops = state.loops.with_pause(&chosen, paused, clock.now());
+            let stored = loops.into_iter().map(|entry| (entry.settings.name.clone(), Some(entry.to_stored())));
+            Write { loops: stored.collect(), ..Write::default() }
+        };
+        let applied = choice.clone();
+        let put = move |state: &mut State| {
+            let now = clock.now();
+            state.follow_clock(now);
+            state.loops.set_paused(&applied, paused, now);
+            state.loops.chosen(&applied)
+        };
+        let loops = self.write(&mut turn, build, put).await?;
+        self.loops_changed.notify_one();
+        match (&choice, paused) {
+            (LoopChoice::Named(name), true) => tracing::info!("loop" = %name, "a loop is paused"),
+            (LoopChoice::Named(name), false) => tracing::info!("loop" = %name, "a loop is resumed"),
+            (LoopChoice::All, true) => tracing::info!("all loops are paused"),
+            (LoopChoice::All, false) => tracing::info!("all loops are resumed"),
+        }
+        Ok(loops)
     }
 
     /// Starts the cycles of loops when their ticks are due.

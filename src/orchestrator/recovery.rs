@@ -29,8 +29,8 @@ use crate::{
     ledger::Signer,
     memory::{Memory, Shares},
     model::{
-        AuditEvent, Cause, Code, CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, Identity, IntervalLoop, Name,
-        Subsystem, Trigger,
+        AuditEvent, Cause, Code, CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, Identity, IntervalLoop,
+        LoopChoice, Name, Subsystem, Trigger,
     },
     ports::{
         Contents, Lost, OpenCycle, Spans, Stage, Store, StoredOutput, StoredSubsystem, Subsystems, UnreadableRow, Write,
@@ -49,6 +49,15 @@ pub struct TakenOver {
     pub signer: Signer,
     /// The encoded `ControlEntry` of a new log, if one begins.
     pub began: Option<Bytes>,
+    /// True if all loops are paused from the start on.
+    pub pauses_loops: bool,
+}
+
+impl TakenOver {
+    /// A store whose log goes on, with loops as they were.
+    pub fn new(store: Arc<dyn Store>, contents: Contents, signer: Signer) -> Self {
+        Self { store, contents, signer, began: None, pauses_loops: false }
+    }
 }
 
 impl Orchestrator {
@@ -66,7 +75,7 @@ impl Orchestrator {
         declared: Declared,
         spans: Arc<dyn Spans>,
     ) -> Result<(Self, OrchestratorTasks), Refusal> {
-        let TakenOver { store, mut contents, signer, began } = taken_over;
+        let TakenOver { store, mut contents, signer, began, pauses_loops } = taken_over;
         let Host { clock, random } = host;
         let (now, begin) = (clock.now(), Instant::now());
         memory.outputs.set_max(settings.max_outputs_bytes);
@@ -75,7 +84,8 @@ impl Orchestrator {
         let hold = |bytes| memory.registry.try_hold(bytes).map_err(Refusal::RegistryMemoryFull);
         let mut state = State {
             registry: Registry::default(),
-            loops: Loops::new(random.clone()),
+            loops: Loops::new(random.clone())
+                .all_paused_if(contents.loops.iter().any(|stored| stored.state.paused_with_all)),
             line: Line::default(),
             live: BTreeMap::new(),
             requests: HashMap::new(),
@@ -182,6 +192,15 @@ impl Orchestrator {
                     write.loops.insert(name, None);
                 }
             }
+        }
+
+        // Ticks that were due before count as missed or dropped.
+        if pauses_loops && !state.loops.are_all_paused() {
+            state.loops.set_paused(&LoopChoice::All, true, now);
+            write.audit.push(record::encode_event(&Cause::of_service("serve --paused").event(now)));
+        }
+        if state.loops.are_all_paused() {
+            tracing::warn!("all loops are paused: `orchestrator loops resume --all` resumes them");
         }
 
         state.recover(&contents, &mut write, settings.max_record_bytes, &memory.requests, now);

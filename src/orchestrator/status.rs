@@ -25,6 +25,8 @@ pub struct Status {
     pub waiting: Vec<WaitingCycle>,
     /// The loops, by name.
     pub loops: Vec<LoopEntry>,
+    /// True while all loops are paused.
+    pub loops_paused: bool,
     /// The term of this process.
     pub epoch: Epoch,
     /// When this process started.
@@ -126,6 +128,7 @@ impl Orchestrator {
             queued: state.line.waiting(),
             waiting,
             loops: state.loops.iter().cloned().collect(),
+            loops_paused: state.loops.are_all_paused(),
             epoch: self.0.engine.epoch,
             started_at: self.0.started_at,
             uptime: self.0.started.elapsed(),

@@ -121,7 +121,7 @@ pub(super) async fn take_over(config: &Config, random: u128, store: Arc<dyn Stor
              can't be seen. It is sealed from now on"
         );
     }
-    Ok(TakenOver { store, contents, signer, began: began.as_ref().map(record::encode_began) })
+    Ok(TakenOver { began: began.as_ref().map(record::encode_began), ..TakenOver::new(store, contents, signer) })
 }
 
 /// Compares a store with the checkpoint that was published last.

@@ -279,8 +279,9 @@ fn of_tasks(counts: &Counts) -> [MetricFamily; 2] {
 }
 
 fn of_loops(figures: &Figures) -> Vec<MetricFamily> {
-    let mut of_each = [LOOP_TICKS, LOOP_INTERVAL, LOOP_LAG, LOOP_LAST_CYCLE, LOOP_STOPPED].map(|it| (it, Vec::new()));
-    let [ticks, interval, lag, last_cycle, stopped] = &mut of_each;
+    let mut of_each = [LOOP_TICKS, LOOP_INTERVAL, LOOP_LAG, LOOP_LAST_CYCLE, LOOP_STOPPED, LOOP_PAUSED]
+        .map(|definition| (definition, Vec::new()));
+    let [ticks, interval, lag, last_cycle, stopped, paused] = &mut of_each;
     for (entry, late) in &figures.loops {
         let name = entry.settings.name.as_str();
         let of = entry.state.ticks;
@@ -298,6 +299,7 @@ fn of_loops(figures: &Figures) -> Vec<MetricFamily> {
         lag.1.extend(late.map(|late| LOOP_LAG.value(&[name], late.as_secs_f64())));
         last_cycle.1.extend(entry.last_finished_at.map(|at| LOOP_LAST_CYCLE.value(&[name], unix_time(at))));
         stopped.1.push(LOOP_STOPPED.value(&[name], truth(entry.state.stopped)));
+        paused.1.push(LOOP_PAUSED.value(&[name], truth(entry.state.is_paused())));
     }
     of_each.map(|(definition, metrics)| definition.family(metrics)).into()
 }

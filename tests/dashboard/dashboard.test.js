@@ -519,6 +519,12 @@ test("the ticks of a loop add up", async (t) => {
   await page.waitForFunction(() => Number(document.querySelector("[data-tick=ran] td")?.textContent) > 2);
   const [due, ...ends] = await page.$eval(".equation", (line) => line.textContent.replaceAll(",", "").match(/\d+/g).map(Number));
   assert.equal(due, ends.reduce((sum, end) => sum + end, 0));
+  await service.call("PauseIntervalLoops", { all: true });
+  await says(page, "#paused", "All loops are paused");
+  await says(page, "article .state", "paused");
+  await service.call("ResumeIntervalLoops", { all: true });
+  await says(page, "article .state", "on");
+  await page.waitForFunction(() => document.querySelector("#paused").hidden);
   await service.call("StopIntervalLoop", { name: "quick" });
   assert.deepEqual(page.problems, []);
 });

@@ -329,7 +329,7 @@ impl Process {
         contents: Contents,
     ) -> Result<(Orchestrator, OrchestratorTasks), Refusal> {
         let Self { settings, declared, host, memory, fleet } = self;
-        let (store, spans) = (TakenOver { store, contents, signer: signer(), began: None }, Arc::new(Untraced));
+        let (store, spans) = (TakenOver::new(store, contents, signer()), Arc::new(Untraced));
         Orchestrator::start(settings, &memory, host, fleet, store, declared, spans).await
     }
 }

@@ -14,6 +14,7 @@ use ratatui::{
 };
 
 use super::{
+    super::loops::no_ticks,
     super::output::{
         clean, coarse, colour, count, duration, grouped, milliseconds, short, subsystem_state, timestamp, trigger,
         waits_for, word,
@@ -134,6 +135,10 @@ impl Look {
         if !status.store_error.is_empty() {
             let error = clean(&status.store_error);
             header.push(self.loud(format!("STORE ERROR: {error}; no cycle starts until it can be written")).into());
+        }
+        if status.loops_paused {
+            let why = "no loop starts a cycle until `orchestrator loops resume --all`";
+            header.push(self.loud(format!("PAUSED: {why}")).into());
         }
         if status.insecure {
             let why = "other machines may need no right: access.mode is not enforce";
@@ -353,7 +358,7 @@ impl Look {
             let mut text = format!(
                 "  every {}, {}{}: {} ran",
                 duration(settings.interval.as_ref()),
-                if status.stopped { "" } else { "next " },
+                if no_ticks(status).is_some() { "" } else { "next " },
                 self.next_tick(status),
                 grouped(ticks.ran)
             );
@@ -378,9 +383,10 @@ impl Look {
     }
 
     fn next_tick(self, status: &pb::IntervalLoopStatus) -> String {
-        let Some(due) = status.next_due_at.as_ref().and_then(timestamp).filter(|_| !status.stopped) else {
-            return "stopped".to_owned();
-        };
+        if let Some(why) = no_ticks(status) {
+            return why.to_owned();
+        }
+        let Some(due) = status.next_due_at.as_ref().and_then(timestamp) else { return "-".to_owned() };
         let left = due.duration_since(self.now);
         // The lease lasts at least as long as shown.
         let left = coarse(left.unsigned_abs().saturating_add(Duration::from_millis(999)));
@@ -1106,6 +1112,19 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
         let lines = shown(&model, &mut View::default(), 100, 24);
         assert!(lines[1].ends_with("access dry_run jwt:ab"), "{}", lines[1]);
         assert_eq!(lines[2], "INSECURE: other machines may need no right: access.mode is not enforce");
+    }
+
+    #[test]
+    fn a_pause_of_all_loops_is_shown() {
+        let News::Status(mut status) = status() else { panic!("no status") };
+        status.loops_paused = true;
+        status.loops.iter_mut().for_each(|it| it.paused = true);
+        let mut model = house();
+        model.learn(News::Status(status), at(9));
+        let lines = shown(&model, &mut View::default(), 100, 24);
+        assert_eq!(lines[2], "PAUSED: no loop starts a cycle until `orchestrator loops resume --all`");
+        let text = lines.join("\n");
+        assert!(text.contains(", paused: "), "{text}");
     }
 
     #[test]

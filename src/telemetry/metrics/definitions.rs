@@ -77,6 +77,8 @@ definitions! {
         "When the last cycle of a loop ended, as Unix time. Missing before the first in this process.";
     LOOP_STOPPED: Gauge "orchestrator_loop_stopped" ["loop"]
         "1 while a loop is stopped and has no ticks, else 0.";
+    LOOP_PAUSED: Gauge "orchestrator_loop_paused" ["loop"]
+        "1 while a loop is paused, by its name or with all loops, and has no ticks, else 0.";
 
     SUBSYSTEMS: Gauge "orchestrator_subsystems" ["origin"]
         "Registered subsystems: declared in the configuration file, or registered by RPC.";

@@ -139,6 +139,7 @@ function showStatus() {
   const id = status.orchestratorId === "orchestrator" ? "" : status.orchestratorId;
   setText(element("orchestrator-id", HTMLElement), visible(id, 100));
   element("insecure", HTMLElement).hidden = !status.insecure;
+  element("paused", HTMLElement).hidden = !status.loopsPaused;
   const problem = element("store-error", HTMLElement);
   problem.hidden = !status.storeError;
   if (status.storeError) {

@@ -141,7 +141,7 @@ export function mount(main, route, scope) {
       ["Cycles", count(status.totalCycles), href("cycles")],
       ["Running", inShort(running), href("live")],
       ["Waiting", count(status.queuedCycles), href("live")],
-      ["Loops", loops.length ? `${count(loops.filter((loop) => !loop.stopped).length)} of ${count(loops.length)} running` : "none", href("loops")],
+      ["Loops", loops.length ? `${count(loops.filter((loop) => !loop.stopped && !loop.paused).length)} of ${count(loops.length)} running` : "none", href("loops")],
       ["Watchers", count(status.watchers)],
       ["Up", whole(now() - instant(status.startedAt))],
       ["Epoch", status.epoch],

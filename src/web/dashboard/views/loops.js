@@ -34,7 +34,7 @@ export function mount(main, _, scope) {
   const read = throttled(500, () => scope.attempt(async () => {
     loops = await getLoops();
     if (scope.signal.aborted) return;
-    const on = loops.filter((loop) => !loop.stopped).length;
+    const on = loops.filter((loop) => !offWord(loop)).length;
     setText(note, loops.length ? `${counted(loops.length, "loop")}, ${count(on)} on.` : "No loops: cycles run only on request.");
     draw();
   }, note));
@@ -45,6 +45,11 @@ export function mount(main, _, scope) {
   scope.every(1000, draw);
   scope.every(5000, () => model.connection === "open" && read());
   if (model.connection === "open") read();
+}
+
+/** Why a loop has no ticks; empty if it has. */
+function offWord({ stopped, paused }) {
+  return stopped ? "stopped" : paused ? "paused" : "";
 }
 
 function card({ loop }) {
@@ -62,18 +67,20 @@ function card({ loop }) {
 }
 
 function update(element, status) {
-  const { loop, ticks = {}, notRun = [], stopped } = status;
+  const { loop, ticks = {}, notRun = [] } = status;
   const [headline, facts, account, columns] = element.children;
   const [table, ranges] = columns.children;
   const [, state, next] = headline.children;
-  const word = stopped ? "SUSPENDED" : "SUCCEEDED";
-  if (state.dataset.state !== word) {
+  const off = offWord(status);
+  if (state.dataset.off !== off) {
+    const word = off ? "SUSPENDED" : "SUCCEEDED";
+    state.dataset.off = off;
     state.dataset.state = word;
-    replace(state, sign(word), h("span", {}, stopped ? "stopped" : "on"));
+    replace(state, sign(word), h("span", {}, off || "on"));
   }
   const left = instant(status.nextDueAt) - now();
-  setText(next, stopped ? "no tick is due" : left > 0 ? `next tick in ${whole(left)}` : "a tick is due");
-  element.classList.toggle("stopped", Boolean(stopped));
+  setText(next, off ? "no tick is due" : left > 0 ? `next tick in ${whole(left)}` : "a tick is due");
+  element.classList.toggle("stopped", Boolean(off));
 
   const settings = JSON.stringify([loop, status.lastCycleId, status.origin]);
   if (facts.dataset.settings !== settings) {

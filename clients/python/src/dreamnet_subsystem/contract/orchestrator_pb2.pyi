@@ -482,7 +482,7 @@ class TickRange(_message.Message):
     def __init__(self, first_due_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_due_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., count: _Optional[int] = ..., disposition: _Optional[_Union[TickDisposition, str]] = ...) -> None: ...
 
 class IntervalLoopStatus(_message.Message):
-    __slots__ = ("loop", "origin", "stopped", "next_due_at", "ticks", "not_run", "last_cycle_id", "redacted")
+    __slots__ = ("loop", "origin", "stopped", "next_due_at", "ticks", "not_run", "last_cycle_id", "redacted", "paused")
     LOOP_FIELD_NUMBER: _ClassVar[int]
     ORIGIN_FIELD_NUMBER: _ClassVar[int]
     STOPPED_FIELD_NUMBER: _ClassVar[int]
@@ -491,6 +491,7 @@ class IntervalLoopStatus(_message.Message):
     NOT_RUN_FIELD_NUMBER: _ClassVar[int]
     LAST_CYCLE_ID_FIELD_NUMBER: _ClassVar[int]
     REDACTED_FIELD_NUMBER: _ClassVar[int]
+    PAUSED_FIELD_NUMBER: _ClassVar[int]
     loop: IntervalLoop
     origin: Origin
     stopped: bool
@@ -499,7 +500,8 @@ class IntervalLoopStatus(_message.Message):
     not_run: _containers.RepeatedCompositeFieldContainer[TickRange]
     last_cycle_id: int
     redacted: bool
-    def __init__(self, loop: _Optional[_Union[IntervalLoop, _Mapping]] = ..., origin: _Optional[_Union[Origin, str]] = ..., stopped: bool = ..., next_due_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ticks: _Optional[_Union[TickCounts, _Mapping]] = ..., not_run: _Optional[_Iterable[_Union[TickRange, _Mapping]]] = ..., last_cycle_id: _Optional[int] = ..., redacted: bool = ...) -> None: ...
+    paused: bool
+    def __init__(self, loop: _Optional[_Union[IntervalLoop, _Mapping]] = ..., origin: _Optional[_Union[Origin, str]] = ..., stopped: bool = ..., next_due_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ticks: _Optional[_Union[TickCounts, _Mapping]] = ..., not_run: _Optional[_Iterable[_Union[TickRange, _Mapping]]] = ..., last_cycle_id: _Optional[int] = ..., redacted: bool = ..., paused: bool = ...) -> None: ...
 
 class RunningCycle(_message.Message):
     __slots__ = ("cycle_id", "started_at", "trigger", "loop", "total", "ended", "running")
@@ -536,7 +538,7 @@ class WaitingCycle(_message.Message):
     def __init__(self, cycle_id: _Optional[int] = ..., trigger: _Optional[_Union[Trigger, str]] = ..., loop: _Optional[str] = ..., scheduled_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., waits_for_cycle_id: _Optional[int] = ..., waits_for_subsystem: _Optional[str] = ...) -> None: ...
 
 class OrchestratorStatus(_message.Message):
-    __slots__ = ("last_cycle", "total_cycles", "running_cycle", "queued_cycles", "loops", "epoch", "started_at", "uptime", "version", "orchestrator_id", "subsystem_count", "subsystems", "oldest_revision", "newest_revision", "store_error", "watchers", "running_cycles", "waiting_cycles", "insecure", "commit")
+    __slots__ = ("last_cycle", "total_cycles", "running_cycle", "queued_cycles", "loops", "epoch", "started_at", "uptime", "version", "orchestrator_id", "subsystem_count", "subsystems", "oldest_revision", "newest_revision", "store_error", "watchers", "running_cycles", "waiting_cycles", "insecure", "commit", "loops_paused")
     LAST_CYCLE_FIELD_NUMBER: _ClassVar[int]
     TOTAL_CYCLES_FIELD_NUMBER: _ClassVar[int]
     RUNNING_CYCLE_FIELD_NUMBER: _ClassVar[int]
@@ -557,6 +559,7 @@ class OrchestratorStatus(_message.Message):
     WAITING_CYCLES_FIELD_NUMBER: _ClassVar[int]
     INSECURE_FIELD_NUMBER: _ClassVar[int]
     COMMIT_FIELD_NUMBER: _ClassVar[int]
+    LOOPS_PAUSED_FIELD_NUMBER: _ClassVar[int]
     last_cycle: CycleTelemetry
     total_cycles: int
     running_cycle: RunningCycle
@@ -577,7 +580,8 @@ class OrchestratorStatus(_message.Message):
     waiting_cycles: _containers.RepeatedCompositeFieldContainer[WaitingCycle]
     insecure: bool
     commit: str
-    def __init__(self, last_cycle: _Optional[_Union[CycleTelemetry, _Mapping]] = ..., total_cycles: _Optional[int] = ..., running_cycle: _Optional[_Union[RunningCycle, _Mapping]] = ..., queued_cycles: _Optional[int] = ..., loops: _Optional[_Iterable[_Union[IntervalLoopStatus, _Mapping]]] = ..., epoch: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., version: _Optional[str] = ..., orchestrator_id: _Optional[str] = ..., subsystem_count: _Optional[int] = ..., subsystems: _Optional[_Iterable[_Union[SubsystemStatus, _Mapping]]] = ..., oldest_revision: _Optional[int] = ..., newest_revision: _Optional[int] = ..., store_error: _Optional[str] = ..., watchers: _Optional[int] = ..., running_cycles: _Optional[_Iterable[_Union[RunningCycle, _Mapping]]] = ..., waiting_cycles: _Optional[_Iterable[_Union[WaitingCycle, _Mapping]]] = ..., insecure: bool = ..., commit: _Optional[str] = ...) -> None: ...
+    loops_paused: bool
+    def __init__(self, last_cycle: _Optional[_Union[CycleTelemetry, _Mapping]] = ..., total_cycles: _Optional[int] = ..., running_cycle: _Optional[_Union[RunningCycle, _Mapping]] = ..., queued_cycles: _Optional[int] = ..., loops: _Optional[_Iterable[_Union[IntervalLoopStatus, _Mapping]]] = ..., epoch: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., version: _Optional[str] = ..., orchestrator_id: _Optional[str] = ..., subsystem_count: _Optional[int] = ..., subsystems: _Optional[_Iterable[_Union[SubsystemStatus, _Mapping]]] = ..., oldest_revision: _Optional[int] = ..., newest_revision: _Optional[int] = ..., store_error: _Optional[str] = ..., watchers: _Optional[int] = ..., running_cycles: _Optional[_Iterable[_Union[RunningCycle, _Mapping]]] = ..., waiting_cycles: _Optional[_Iterable[_Union[WaitingCycle, _Mapping]]] = ..., insecure: bool = ..., commit: _Optional[str] = ..., loops_paused: bool = ...) -> None: ...
 
 class RunCycleRequest(_message.Message):
     __slots__ = ("subsystems", "parameters", "request_id", "overlap_policy", "validate_only", "deadline", "record_outputs")
@@ -853,6 +857,34 @@ class StopIntervalLoopResponse(_message.Message):
     LOOP_FIELD_NUMBER: _ClassVar[int]
     loop: IntervalLoopStatus
     def __init__(self, loop: _Optional[_Union[IntervalLoopStatus, _Mapping]] = ...) -> None: ...
+
+class PauseIntervalLoopsRequest(_message.Message):
+    __slots__ = ("name", "all")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ALL_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    all: bool
+    def __init__(self, name: _Optional[str] = ..., all: bool = ...) -> None: ...
+
+class PauseIntervalLoopsResponse(_message.Message):
+    __slots__ = ("loops",)
+    LOOPS_FIELD_NUMBER: _ClassVar[int]
+    loops: _containers.RepeatedCompositeFieldContainer[IntervalLoopStatus]
+    def __init__(self, loops: _Optional[_Iterable[_Union[IntervalLoopStatus, _Mapping]]] = ...) -> None: ...
+
+class ResumeIntervalLoopsRequest(_message.Message):
+    __slots__ = ("name", "all")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ALL_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    all: bool
+    def __init__(self, name: _Optional[str] = ..., all: bool = ...) -> None: ...
+
+class ResumeIntervalLoopsResponse(_message.Message):
+    __slots__ = ("loops",)
+    LOOPS_FIELD_NUMBER: _ClassVar[int]
+    loops: _containers.RepeatedCompositeFieldContainer[IntervalLoopStatus]
+    def __init__(self, loops: _Optional[_Iterable[_Union[IntervalLoopStatus, _Mapping]]] = ...) -> None: ...
 
 class ListIntervalLoopsRequest(_message.Message):
     __slots__ = ("page_size", "page_token")
