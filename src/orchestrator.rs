@@ -96,6 +96,8 @@ struct Shared {
     started_at: Timestamp,
     started: Instant,
     engine: Engine,
+    /// True if the store is only looked at.
+    is_read_only: bool,
     store: Arc<dyn Store>,
     /// Memory for records that are read, or are in unread responses.
     history: Memory,

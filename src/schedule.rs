@@ -29,6 +29,8 @@ pub struct Loops {
     empty: BTreeSet<Name>,
     /// True while all loops are paused. The stored state of each loop has it, too.
     all_paused: bool,
+    /// True if no loop has ticks, and all are as they were left.
+    are_still: bool,
     random: Random,
 }
 
@@ -85,6 +87,7 @@ impl Loops {
             warned_at: BTreeMap::new(),
             empty: BTreeSet::new(),
             all_paused: false,
+            are_still: false,
             random,
         }
     }
@@ -93,6 +96,13 @@ impl Loops {
     #[must_use]
     pub fn all_paused_if(self, all_paused: bool) -> Self {
         Self { all_paused, ..self }
+    }
+
+    /// The same loops, without ticks and as they were left, also those that are restored or started later, if this is
+    /// true.
+    #[must_use]
+    pub fn still_if(self, are_still: bool) -> Self {
+        Self { are_still, ..self }
     }
 
     /// True while all loops are paused.
@@ -131,7 +141,7 @@ impl Loops {
     ) {
         let state = LoopState { paused_with_all: self.all_paused, ..state };
         let mut entry = LoopEntry { _held: held.map(Arc::new), ..LoopEntry::new(settings, origin, state) };
-        if entry.state.has_ticks() {
+        if entry.state.has_ticks() && !self.are_still {
             entry.catch_up(now, &self.random);
         }
         self.put(entry);
@@ -144,7 +154,9 @@ impl Loops {
         let Some(earlier) = self.entries.get(&settings.name) else {
             let state = LoopState { paused_with_all: self.all_paused, ..LoopState::default() };
             let mut entry = LoopEntry::new(settings, origin, state);
-            entry.begin_at(now, &self.random);
+            if !self.are_still {
+                entry.begin_at(now, &self.random);
+            }
             return entry;
         };
         let has_same_ticks =

@@ -26,7 +26,8 @@ use crate::{
     host::Host,
     listen::{self, Connections, Entrance, Limits, Peer},
     memory::{self, Memory, Shares},
-    orchestrator::{Declared, Orchestrator, OrchestratorTasks, Refusal, Settings, Stopped, TakenOver},
+    model::Begin,
+    orchestrator::{Declared, Orchestrator, OrchestratorTasks, Refusal, Settings, Stopped},
     ports::{Retention, Spans, StoreError, Untraced},
     record,
     store::{self, KeyFileError, OpenError, StoreUrl},
@@ -107,16 +108,6 @@ pub enum StartError {
     /// Spans can't be exported.
     #[error("can't export spans to tracing.otlp_endpoint: {0}")]
     Otlp(#[from] otlp::ExporterError),
-}
-
-/// How a service begins.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Begin {
-    /// Where an earlier process ended.
-    #[default]
-    Again,
-    /// With all loops paused, until an operator resumes them.
-    Paused,
 }
 
 /// How the service ended. The number is the exit code of the process.
@@ -214,9 +205,12 @@ impl Service {
         let (connect_timeout, tls) = (config.dial.connect_timeout, certificates.dial());
         let dialer = Arc::new(Dialer::with(transport, connect_timeout, replies, tls, config.reach()));
         dialer.revoke(config.access.revoked.clone());
-        let store = store::open(&config.store.url, record::CHECKS, host.clock).await?;
-        let taken_over = log::take_over(config, host.random.id128(), store).await?;
-        let taken_over = TakenOver { pauses_loops: begin == Begin::Paused, ..taken_over };
+        let taken_over = if begin == Begin::ReadOnly {
+            log::look(config, store::look(&config.store.url, record::CHECKS, host.clock).await?).await?
+        } else {
+            let store = store::open(&config.store.url, record::CHECKS, host.clock).await?;
+            log::take_over(config, begin, host.random.id128(), store).await?
+        };
         let (mut exporting, stop_exporting) = (Tasks::default(), CancellationToken::new());
         let (mut exporter, mut spans): (_, Arc<dyn Spans>) = (None, Arc::new(Untraced));
         if let Some(endpoint) = &config.tracing.otlp_endpoint {

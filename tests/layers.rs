@@ -71,6 +71,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "ledger",
             "listen",
             "memory",
+            "model",
             "orchestrator",
             "pem",
             "ports",

@@ -31,7 +31,7 @@ use common::{
     service::{Home, Service, because, decode, invalid, next_event, reason},
 };
 #[cfg(target_os = "linux")]
-use orchestrator_core::{config::Config, host::Host, serve, transport::Sockets};
+use orchestrator_core::{config::Config, host::Host, model::Begin, serve, transport::Sockets};
 use orchestrator_core::{
     ledger::{
         BundleError, Checkpoint, Consistency, Content, Entry, Frontier, Hash, Inclusion, LogVerifier, Node, Part, Pin,
@@ -526,7 +526,7 @@ fn after_a_power_failure_the_log_extends_the_last_checkpoint() {
 
         let served = async {
             let service =
-                serve::Service::start(&config, serve::Begin::Again, Host::system(), Arc::new(Sockets::default())).await;
+                serve::Service::start(&config, Begin::Again, Host::system(), Arc::new(Sockets::default())).await;
             service.map_err(|error| error.to_string())?.run(ready(()), async || pending().await).await;
             Ok::<_, String>(())
         };

@@ -19,8 +19,9 @@ use hyper_util::rt::TokioIo;
 use orchestrator_core::{
     config::Config,
     host::Host,
+    model::Begin,
     proto::orchestrator::v1::{CycleState, CycleTelemetry, RunCycleRequest, orchestrator_client::OrchestratorClient},
-    serve::{Begin, Exit, Service},
+    serve::{Exit, Service},
     subsystem::{Answer, Code, Cycle, Failure, Server},
     transport::{Admit, Connected, Destination, Listener, Origin, Transport},
 };

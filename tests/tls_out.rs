@@ -17,8 +17,9 @@ use orchestrator_core::{
     access::key_of,
     config::Config,
     host::Host,
+    model::Begin,
     proto::orchestrator::v1::{CycleState, CycleTelemetry, Registration, RunCycleRequest, SubsystemState, Tls},
-    serve::{self, Begin},
+    serve,
     transport::Sockets,
 };
 use rcgen::{CertificateParams, CustomExtension, SanType, date_time_ymd};

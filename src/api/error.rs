@@ -97,6 +97,7 @@ pub(super) fn status(refusal: impl Into<Refusal>) -> Status {
             (Code::ResourceExhausted, "MEMORY_LIMIT", vec![("cycle_id", id.to_string())])
         }
         Refusal::MemoryFull(_) => (Code::ResourceExhausted, "MEMORY_LIMIT", vec![]),
+        Refusal::ReadOnly => (Code::FailedPrecondition, "READ_ONLY", vec![]),
         Refusal::Draining => (Code::Unavailable, "DRAINING", vec![]),
     };
     with_reason(code, message, reason, metadata)

@@ -206,8 +206,9 @@ impl Gate {
     /// Admits a call, or refuses it.
     ///
     /// # Errors
-    /// The identity of its caller is not known, has no right to this call, or has reached one of its limits. Or there
-    /// is no memory for the decoded request, or it has no caller, which is a defect.
+    /// The identity of its caller is not known, has no right to this call, or has reached one of its limits. It would
+    /// change something, and the store is only looked at. Or there is no memory for the decoded request, or it has no
+    /// caller, which is a defect.
     pub(super) fn enter<Q: Asks>(&self, request: Request<Q>) -> Result<Entered<Q>, Status> {
         let (_, mut extensions, request) = request.into_parts();
         let caller = extensions.remove::<Caller>().ok_or_else(|| Status::internal("the caller is not known"))?;
@@ -218,6 +219,9 @@ impl Gate {
         };
         self.has_arrived(&begun, &caller, Q::RPC.name())?;
         let judged = self.judge.check(&caller, Q::RPC, &self.calls, || request.targets())?;
+        if Q::RPC.changes() && self.orchestrator.is_read_only() {
+            return Err(status(Refusal::ReadOnly));
+        }
         let room = self.room_of(&request)?;
         Ok(Entered {
             orchestrator: self.orchestrator.clone(),

@@ -40,6 +40,7 @@ pub(super) fn status(status: Status, insecure: bool) -> pb::OrchestratorStatus {
         waiting,
         loops: _,
         loops_paused,
+        read_only,
         epoch,
         started_at,
         uptime,
@@ -73,6 +74,7 @@ pub(super) fn status(status: Status, insecure: bool) -> pb::OrchestratorStatus {
         watchers: count(watchers),
         insecure,
         loops_paused,
+        read_only,
     }
 }
 

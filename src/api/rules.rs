@@ -31,6 +31,40 @@ pub(super) const REFLECTION: Rule = Rule::Authenticated;
 pub(super) const DASHBOARD: Rule = READERS;
 
 impl Rpc {
+    /// True if this call runs or changes something, or may do so.
+    pub(super) fn changes(self) -> bool {
+        match self {
+            Self::RunCycle
+            | Self::CancelCycle
+            | Self::RegisterSubsystem
+            | Self::RegisterSubsystems
+            | Self::UnregisterSubsystem
+            | Self::RenewLease
+            | Self::SuspendSubsystem
+            | Self::ResumeSubsystem
+            | Self::StartIntervalLoop
+            | Self::StopIntervalLoop
+            | Self::PauseIntervalLoops
+            | Self::ResumeIntervalLoops => true,
+            Self::GetStatus
+            | Self::WatchCycles
+            | Self::GetCycle
+            | Self::ListCycles
+            | Self::PlanCycle
+            | Self::GetSubsystem
+            | Self::ListSubsystems
+            | Self::ListIntervalLoops
+            | Self::WhoAmI
+            | Self::GetCheckpoint
+            | Self::GetInclusionProof
+            | Self::GetConsistencyProof
+            | Self::ReadEntries
+            | Self::ListAuditEvents
+            | Self::Metrics
+            | Self::Login => false,
+        }
+    }
+
     /// The callers that may make this call.
     pub(super) fn rule(self) -> Rule {
         match self {

@@ -28,8 +28,9 @@ use super::{
 };
 use crate::{
     config::{Config, LogFormat, LogSettings},
+    model::Begin,
     proto::orchestrator::v1::{self as pb, cycle_event::Event},
-    serve::{self, Begin, Service, StartError},
+    serve::{self, Service, StartError},
     store::StoreUrl,
     tasks::joined,
     telemetry,

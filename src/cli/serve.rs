@@ -10,7 +10,8 @@ use super::{
 };
 use crate::{
     config::{Config, Overrides},
-    serve::{self, Begin, Exit, Operator, Service, StartError},
+    model::Begin,
+    serve::{self, Exit, Operator, Service, StartError},
     telemetry,
 };
 
@@ -42,6 +43,8 @@ Examples:
   orchestrator serve
   orchestrator serve --config orchestrator.toml
   orchestrator serve --config orchestrator.toml --paused
+  orchestrator serve --read-only --store sqlite:backup.db --listen 127.0.0.1:7701 \\
+      --admin-listen 127.0.0.1:7781
   orchestrator serve --listen 127.0.0.1:7701 --store sqlite:/var/lib/fleet.db
   orchestrator serve --set cycle.deadline=30s --log-format json
   orchestrator serve --set tracing.otlp_endpoint=http://127.0.0.1:4317")]
@@ -49,6 +52,9 @@ pub(super) struct Serve {
     /// Begin with all loops paused: no cycle starts by itself until `orchestrator loops resume --all`; RunCycle works
     #[arg(long)]
     paused: bool,
+    /// Look at a copy of a database, such as a backup: nothing is run, changed or written, and nothing is taken over
+    #[arg(long, conflicts_with = "paused")]
+    read_only: bool,
     #[command(flatten)]
     overrides: Overrides,
 }
@@ -56,7 +62,11 @@ pub(super) struct Serve {
 impl Serve {
     /// Serves until a signal stops it.
     pub(super) async fn run(self) -> ExitCode {
-        let begin = if self.paused { Begin::Paused } else { Begin::Again };
+        let begin = match (self.read_only, self.paused) {
+            (true, _) => Begin::ReadOnly,
+            (false, true) => Begin::Paused,
+            (false, false) => Begin::Again,
+        };
         let file = self.overrides.config.clone();
         let load = move || Config::load(&self.overrides, env::vars_os());
         let mut operator = match Operator::of(file, load).await {

@@ -108,6 +108,9 @@ fn shown(status: &pb::OrchestratorStatus, last: Option<&pb::CycleTelemetry>) -> 
     if status.insecure {
         facts.fact("INSECURE", "other machines may need no right: access.mode is not enforce");
     }
+    if status.read_only {
+        facts.fact("READ ONLY", "it looks at a copy: no cycle runs, and nothing can be changed");
+    }
     if status.loops_paused {
         facts.fact("PAUSED", "no loop starts a cycle until `orchestrator loops resume --all`");
     }

@@ -40,7 +40,7 @@ everything that is in it. First make sure that no process serves the original an
 A new log begins: its first entry says so, and contains the earlier checkpoint, which is kept in a file with the suffix \
 .checkpoint.lost. A key that is missing is created.
 
-To look into a copy, serve nothing: read it with sqlite3.
+To look at a copy, see `orchestrator serve --read-only`.
 
 Exit codes:
   0    it may be served

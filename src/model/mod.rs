@@ -2,6 +2,7 @@
 //! payload, no tonic.
 
 mod audit;
+mod begin;
 mod code;
 mod cycle;
 mod histogram;
@@ -16,6 +17,7 @@ mod violation;
 mod wire;
 
 pub use audit::{AuditEvent, AuditTargets, Cause, Decision, EventKind, OwnEvent};
+pub use begin::Begin;
 pub use code::Code;
 pub use cycle::{
     CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, RequestKey, Revision, SkipReason, SubsystemReport,

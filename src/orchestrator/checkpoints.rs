@@ -66,13 +66,13 @@ pub(super) struct Checkpoints {
 }
 
 impl Checkpoints {
-    pub(super) fn new(signer: Signer) -> Self {
+    /// Signs with this, after the checkpoint that was published already, if any.
+    pub(super) fn new(signer: Signer, published: Published) -> Self {
         let digests = DigestKey::of(&signer);
-        Self { signer, newest: latest::Sender::default(), appended: Notify::new(), digests, turn: Mutex::default() }
+        let newest = latest::Sender::new(published);
+        Self { signer, newest, appended: Notify::new(), digests, turn: Mutex::default() }
     }
-}
 
-impl Checkpoints {
     /// The newest published one; the first one of a process may not be there yet, and has no text then.
     pub(super) fn newest(&self) -> Published {
         self.newest.borrow().clone()
@@ -207,17 +207,20 @@ impl Shared {
 
     /// The newest checkpoint, once there is one of this many entries.
     pub(super) async fn published(&self, entries: u64) -> Result<Published, Refusal> {
+        // No newer one comes if the store is only looked at.
+        let patience = if self.is_read_only { Duration::ZERO } else { PATIENCE };
         let mut newest = self.checkpoints.newest.subscribe();
         let covers = |published: &Published| published.size >= entries && !published.note.is_empty();
-        match timeout(PATIENCE, newest.wait_for(covers)).await {
+        match timeout(patience, newest.wait_for(covers)).await {
             Ok(Ok(published)) => Ok(published.clone()),
             _ => Err(Refusal::NoCheckpoint),
         }
     }
 
-    /// The newest checkpoint, once there is one of all entries that are in the log now.
-    async fn published_all(&self) -> Result<Published, Refusal> {
-        self.published(self.store.log().frontier.size()).await
+    /// The newest checkpoint, once there is one of all entries that are in the log now. If the store is only looked at,
+    /// later entries may be in no checkpoint.
+    pub(super) async fn published_all(&self) -> Result<Published, Refusal> {
+        self.published(if self.is_read_only { 0 } else { self.store.log().frontier.size() }).await
     }
 
     /// Publishes the last checkpoint of this process, after its last write.

@@ -51,6 +51,15 @@ impl Shared {
         ended
     }
 
+    /// Waits until the process drains. Nothing is run or written.
+    pub(super) async fn only_read(self: Arc<Self>) -> Result<(), StoreError> {
+        while !self.state().draining {
+            self.queue_changed.notified().await;
+        }
+        self.give_up(None);
+        Ok(())
+    }
+
     async fn run_cycles(self: &Arc<Self>) -> Result<(), StoreError> {
         let mut running = JoinSet::new();
         loop {

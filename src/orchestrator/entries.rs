@@ -18,7 +18,7 @@ impl Orchestrator {
     /// # Errors
     /// None can be published.
     pub async fn whole_log(&self) -> Result<Published, Refusal> {
-        self.0.published(self.0.store.log().frontier.size()).await
+        self.0.published_all().await
     }
 
     /// The hashes of the complete subtrees before this leaf, in a log of `size` leaves.

@@ -14,7 +14,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
-    Declared, Orchestrator, OrchestratorTasks, Refusal, Settings, Shared, State, Sums,
+    Declared, Orchestrator, OrchestratorTasks, Published, Refusal, Settings, Shared, State, Sums,
     admission::Admitted,
     checkpoints::Checkpoints,
     figures::{Counts, Watchers},
@@ -29,8 +29,8 @@ use crate::{
     ledger::Signer,
     memory::{Memory, Shares},
     model::{
-        AuditEvent, Cause, Code, CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, Identity, IntervalLoop,
-        LoopChoice, Name, Subsystem, Trigger,
+        AuditEvent, Begin, Cause, Code, CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, Identity,
+        IntervalLoop, LoopChoice, Name, Subsystem, Trigger,
     },
     ports::{
         Contents, Lost, OpenCycle, Spans, Stage, Store, StoredOutput, StoredSubsystem, Subsystems, UnreadableRow, Write,
@@ -49,19 +49,21 @@ pub struct TakenOver {
     pub signer: Signer,
     /// The encoded `ControlEntry` of a new log, if one begins.
     pub began: Option<Bytes>,
-    /// True if all loops are paused from the start on.
-    pub pauses_loops: bool,
+    /// The checkpoint that was published last, if the store is only looked at.
+    pub published: Published,
+    /// How the process begins.
+    pub begin: Begin,
 }
 
 impl TakenOver {
-    /// A store whose log goes on, with loops as they were.
+    /// A store whose log goes on, for a process that begins where the earlier one ended.
     pub fn new(store: Arc<dyn Store>, contents: Contents, signer: Signer) -> Self {
-        Self { store, contents, signer, began: None, pauses_loops: false }
+        Self { store, contents, signer, began: None, published: Published::default(), begin: Begin::Again }
     }
 }
 
 impl Orchestrator {
-    /// Restores the state of the earlier process, and starts running cycles.
+    /// Restores the state of the earlier process, and starts running cycles, unless the store is only looked at.
     ///
     /// # Errors
     /// The declared and stored subsystems have a circular dependency, there is no memory for them, or the store can't
@@ -75,7 +77,8 @@ impl Orchestrator {
         declared: Declared,
         spans: Arc<dyn Spans>,
     ) -> Result<(Self, OrchestratorTasks), Refusal> {
-        let TakenOver { store, mut contents, signer, began, pauses_loops } = taken_over;
+        let TakenOver { store, mut contents, signer, began, published, begin: how } = taken_over;
+        let is_read_only = how == Begin::ReadOnly;
         let Host { clock, random } = host;
         let (now, begin) = (clock.now(), Instant::now());
         memory.outputs.set_max(settings.max_outputs_bytes);
@@ -85,6 +88,7 @@ impl Orchestrator {
         let mut state = State {
             registry: Registry::default(),
             loops: Loops::new(random.clone())
+                .still_if(is_read_only)
                 .all_paused_if(contents.loops.iter().any(|stored| stored.state.paused_with_all)),
             line: Line::default(),
             live: BTreeMap::new(),
@@ -195,25 +199,27 @@ impl Orchestrator {
         }
 
         // Ticks that were due before count as missed or dropped.
-        if pauses_loops && !state.loops.are_all_paused() {
+        if how == Begin::Paused && !state.loops.are_all_paused() {
             state.loops.set_paused(&LoopChoice::All, true, now);
             write.audit.push(record::encode_event(&Cause::of_service("serve --paused").event(now)));
         }
-        if state.loops.are_all_paused() {
+        if state.loops.are_all_paused() && !is_read_only {
             tracing::warn!("all loops are paused: `orchestrator loops resume --all` resumes them");
         }
 
-        state.recover(&contents, &mut write, settings.max_record_bytes, &memory.requests, now);
-        let (loops, mark) = state.loops.unwritten();
-        for (name, stored) in loops {
-            write.loops.entry(name).or_insert(stored);
+        if !is_read_only {
+            state.recover(&contents, &mut write, settings.max_record_bytes, &memory.requests, now);
+            let (loops, mark) = state.loops.unwritten();
+            for (name, stored) in loops {
+                write.loops.entry(name).or_insert(stored);
+            }
+            write.last_cycle_id = state.last_admitted;
+            (state.noted, state.noted_durably) = (state.last_admitted, state.last_admitted);
+            let write = Arc::new(write);
+            store.commit(write.clone()).await?;
+            write.audit.iter().for_each(record::copy_event);
+            state.loops.written(mark);
         }
-        write.last_cycle_id = state.last_admitted;
-        (state.noted, state.noted_durably) = (state.last_admitted, state.last_admitted);
-        let write = Arc::new(write);
-        store.commit(write.clone()).await?;
-        write.audit.iter().for_each(record::copy_event);
-        state.loops.written(mark);
 
         let reading_log = memory.history.part("entries of the log that are read", memory.history.max() / 4);
         let watching = memory.history.part("filters and records of watchers", memory.history.max() / 4);
@@ -233,7 +239,8 @@ impl Orchestrator {
             },
             newest: latest::Sender::new(state.last_revision),
             live: Live::new(watching.clone()),
-            checkpoints: Checkpoints::new(signer),
+            is_read_only,
+            checkpoints: Checkpoints::new(signer, published),
             sums: Sums::new(clock, settings.audit_reads),
             watching,
             reading_log,
@@ -259,7 +266,8 @@ impl Orchestrator {
             store_has_ended: CancellationToken::new(),
             closed: CancellationToken::new(),
         });
-        let tasks = OrchestratorTasks::start(&shared, asked);
+        let tasks =
+            if is_read_only { OrchestratorTasks::only_read(&shared) } else { OrchestratorTasks::start(&shared, asked) };
         Ok((Self(shared), tasks))
     }
 }

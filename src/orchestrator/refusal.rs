@@ -86,7 +86,8 @@ pub enum Refusal {
     EventUnreadable(UnreadableEvent),
     /// No checkpoint was published.
     #[error(
-        "no checkpoint of the log covers it yet: the file beside the store can't be written; see the log of the service"
+        "no checkpoint of the log covers it yet: the file beside the store can't be written, or, of a copy, is older or \
+         missing; see the log of the service"
     )]
     NoCheckpoint,
     /// The limit of watchers is reached.
@@ -155,6 +156,12 @@ pub enum Refusal {
     /// The memory for data of clients is used up.
     #[error("{0}; {remedy}", remedy = .0.remedy())]
     MemoryFull(#[from] Full),
+    /// The store is only looked at.
+    #[error(
+        "this orchestrator only looks at a copy (serve --read-only): nothing can be run or changed here; ask the service \
+         that serves the fleet"
+    )]
+    ReadOnly,
     /// The process is shutting down.
     #[error("this orchestrator is shutting down; try again later")]
     Draining,

@@ -64,6 +64,11 @@ impl Orchestrator {
     pub async fn reload(&self, settings: Settings, declared: Declared) -> Result<(), Refusal> {
         // First, so that a revocation does not wait for the store.
         self.0.engine.revoked.set(settings.revoked.clone());
+        if self.0.is_read_only {
+            // What the file declares is changed by a restart only.
+            *self.0.settings.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(settings);
+            return Ok(());
+        }
         let cause = Cause::of_service("reload");
         self.change(cause, |shared, turn| async move { shared.reload(turn, settings, declared).await }).await
     }

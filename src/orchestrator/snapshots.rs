@@ -21,6 +21,10 @@ impl Orchestrator {
         let ask = |registered: &Arc<Registered>| {
             let member = registered.member.clone();
             async move {
+                if self.0.is_read_only {
+                    let message = "it was not called: this orchestrator only looks at a copy (serve --read-only)";
+                    return Err(CallError { code: Code::FailedPrecondition, message: message.into() });
+                }
                 if let Some(owner) = self.0.engine.revoked.owner_of(&member) {
                     let message = format!("it was not called: its owner {owner} is revoked");
                     return Err(CallError { code: Code::PermissionDenied, message });

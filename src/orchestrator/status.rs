@@ -27,6 +27,8 @@ pub struct Status {
     pub loops: Vec<LoopEntry>,
     /// True while all loops are paused.
     pub loops_paused: bool,
+    /// True if the store is only looked at.
+    pub read_only: bool,
     /// The term of this process.
     pub epoch: Epoch,
     /// When this process started.
@@ -84,7 +86,12 @@ impl Orchestrator {
         self.0.state().store_error.borrow().clone()
     }
 
-    /// Checks that cycles and changes are accepted.
+    /// True if the store is only looked at, so that nothing can be run or changed.
+    pub fn is_read_only(&self) -> bool {
+        self.0.is_read_only
+    }
+
+    /// Checks that cycles and changes are accepted, or reads if the store is only looked at.
     ///
     /// # Errors
     /// The reason why not.
@@ -129,6 +136,7 @@ impl Orchestrator {
             waiting,
             loops: state.loops.iter().cloned().collect(),
             loops_paused: state.loops.are_all_paused(),
+            read_only: self.0.is_read_only,
             epoch: self.0.engine.epoch,
             started_at: self.0.started_at,
             uptime: self.0.started.elapsed(),

@@ -90,6 +90,11 @@ impl OrchestratorTasks {
         finished
     }
 
+    /// Starts no task that could change something: the store is only looked at.
+    pub(super) fn only_read(shared: &Arc<Shared>) -> Self {
+        Self { conductor: tokio::spawn(shared.clone().only_read()), others: Tasks::default() }
+    }
+
     /// Starts all tasks. Each except the conductor runs until it is dropped, and sleeps while there is nothing to do.
     pub(super) fn start(shared: &Arc<Shared>, asked: mpsc::Receiver<Box<dyn ToWrite>>) -> Self {
         let mut others = Tasks::default();

@@ -8,8 +8,9 @@ use super::StartError;
 use crate::{
     access::Mode,
     config::{Config, LedgerSettings},
-    ledger::{Frontier, LogBegan, LogBeganReason, SealKeys, Signer, SigningKey},
-    orchestrator::TakenOver,
+    ledger::{Checkpoint, Frontier, LogBegan, LogBeganReason, SealKeys, Signer, SigningKey},
+    model::Begin,
+    orchestrator::{Published, TakenOver},
     ports::{Contents, Seals, Store, StoreError, UnreadableRow},
     record,
     store::{self, KeyFileError, LogKeys},
@@ -67,7 +68,12 @@ pub enum LogBreak {
 ///
 /// # Errors
 /// The store or a key can't be used, or the store is not what was signed last.
-pub(super) async fn take_over(config: &Config, random: u128, store: Arc<dyn Store>) -> Result<TakenOver, StartError> {
+pub(super) async fn take_over(
+    config: &Config,
+    begin: Begin,
+    random: u128,
+    store: Arc<dyn Store>,
+) -> Result<TakenOver, StartError> {
     let url = &config.store.url;
     let keys = read_keys(config, random).await?;
     let are_new = keys.are_new();
@@ -121,7 +127,31 @@ pub(super) async fn take_over(config: &Config, random: u128, store: Arc<dyn Stor
              can't be seen. It is sealed from now on"
         );
     }
-    Ok(TakenOver { began: began.as_ref().map(record::encode_began), ..TakenOver::new(store, contents, signer) })
+    let began = began.as_ref().map(record::encode_began);
+    Ok(TakenOver { began, begin, ..TakenOver::new(store, contents, signer) })
+}
+
+/// Reads a store that is only looked at, and the checkpoint beside it. Its seals are not checked, since a copy has no
+/// key beside it: `orchestrator verify` checks them.
+///
+/// # Errors
+/// The store can't be read.
+pub(super) async fn look(config: &Config, store: Arc<dyn Store>) -> Result<TakenOver, StartError> {
+    // It signs nothing.
+    let signer = Signer::of(None, Vec::new());
+    let contents = store.take_over(Seals::Renewed(SealKeys::of(&signer))).await?;
+    let url = config.store.url.clone();
+    let (epoch, last_cycle) = (contents.epoch.0, contents.last_cycle_id.0);
+    tracing::info!(store = %url, epoch, last_cycle, "looking at a copy: nothing is run, changed or written");
+    let note = spawn_blocking(move || store::published(&url)).await.unwrap_or_default().unwrap_or_default();
+    let published = match Checkpoint::unverified(&note) {
+        Ok(Checkpoint { size, .. }) if size <= store.log().frontier.size() => Published { size, note: note.into() },
+        _ => {
+            tracing::warn!("beside it is no checkpoint of its log, so nothing can be proved by one");
+            Published::default()
+        }
+    };
+    Ok(TakenOver { published, begin: Begin::ReadOnly, ..TakenOver::new(store, contents, signer) })
 }
 
 /// Compares a store with the checkpoint that was published last.

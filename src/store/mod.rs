@@ -83,6 +83,19 @@ pub async fn open(url: &StoreUrl, checks: Checks, clock: Clock) -> Result<Arc<dy
     }
 }
 
+/// Opens a store to look at it: it is only read, no file is written or made, and [`Store::take_over`] takes nothing
+/// over, with the epoch of the last process that wrote. It takes no writes. Other processes can look at it as well, and
+/// none can serve it meanwhile.
+///
+/// # Errors
+/// A process serves it, or it can't be read without a change.
+pub async fn look(url: &StoreUrl, checks: Checks, clock: Clock) -> Result<Arc<dyn Store>, OpenError> {
+    match url {
+        StoreUrl::Memory => Err(DatabaseFileError::Missing { database: url.to_string() }.into()),
+        StoreUrl::Sqlite(path) => Ok(Arc::new(sqlite::SqliteStore::look(path.clone(), checks, clock).await?)),
+    }
+}
+
 /// The error for a write to a store that was not taken over.
 fn not_taken_over() -> StoreError {
     StoreError::Defect { problem: "a write came before the store was taken over".into() }
@@ -118,6 +131,19 @@ pub enum OpenError {
     /// An earlier version of this software has written it last.
     #[error("{store} has schema version {found}, and no log before version {known}; serve it once")]
     TooOld {
+        /// The location of the store.
+        store: String,
+        /// Its version.
+        found: i64,
+        /// The latest version.
+        known: i64,
+    },
+    /// An earlier version of this software has written it last, and it is only looked at.
+    #[error(
+        "{store} has schema version {found}, and can't be read without migrating it to version {known}: look at it with \
+         the version of this software that wrote it, or at a copy that this version has served"
+    )]
+    NotMigrated {
         /// The location of the store.
         store: String,
         /// Its version.

@@ -56,6 +56,7 @@ use futures_util::{
     stream::{self, BoxStream},
 };
 use jiff::Timestamp;
+use rusqlite::Connection;
 use tokio::{
     sync::{mpsc, oneshot, watch},
     time::timeout,
@@ -71,9 +72,9 @@ use self::{
     error::{explain, unavailable, unwritable},
     log::SharedLog,
     note::{Mark, Note, is_of_this_database, refuse_older_copy},
-    opening::Opened,
+    opening::{Opened, connect, immutable, look},
     place::LockedDatabase,
-    reading::Readers,
+    reading::{ReadError, Readers},
     writer::{Job, Writer},
 };
 use super::{OpenError, keys::checkpoint_of};
@@ -99,6 +100,8 @@ const LATE: Duration = Duration::from_secs(5);
 pub(super) struct SqliteStore {
     path: Arc<PathBuf>,
     checks: Checks,
+    clock: Clock,
+    /// `None` while it is dropped, and if the database is only looked at.
     jobs: Option<mpsc::Sender<Job>>,
     writer: Option<thread::JoinHandle<()>>,
     readers: Readers,
@@ -122,7 +125,7 @@ impl SqliteStore {
         let noted = noted.filter(|noted| is_of_this_database(&place.path, &mark, noted));
         refuse_older_copy(&place.path, &mark, noted.as_ref())?;
         let path = Arc::new(place.path.clone());
-        let readers = Readers::connect(&path).map_err(|error| explain(&path, &error))?;
+        let readers = Readers::of(&path, connect).map_err(|error| explain(&path, &error))?;
         let (jobs, incoming) = mpsc::channel(QUEUE);
         let log = SharedLog::default();
         let writer = Writer::new((path.clone(), here), connection, log.clone(), (note, noted), checks, clock);
@@ -132,6 +135,7 @@ impl SqliteStore {
         Ok(Self {
             path,
             checks,
+            clock,
             jobs: Some(jobs),
             writer: Some(writer),
             readers,
@@ -141,8 +145,33 @@ impl SqliteStore {
         })
     }
 
+    /// Opens a database to look at it: nothing is written, no file is made beside it, and [`Store::take_over`] only
+    /// reads, with the epoch of the last process that wrote.
+    pub(super) async fn look(path: PathBuf, checks: Checks, clock: Clock) -> Result<Self, OpenError> {
+        let store = path.display().to_string();
+        let opened = tokio::task::spawn_blocking(move || {
+            let place = look(&path)?;
+            let path = Arc::new(place.path.clone());
+            let readers = Readers::of(&path, immutable).map_err(|error| explain(&path, &error))?;
+            let (log, trouble) = (SharedLog::default(), watch::Sender::new(None));
+            Ok(Self { path, checks, clock, jobs: None, writer: None, readers, log, trouble, _place: place })
+        });
+        opened.await.unwrap_or_else(|error| Err(StoreError::Unavailable { store, problem: error.to_string() }.into()))
+    }
+
+    /// Reads the state that a process would take over.
+    async fn read_contents(&self, seals: Seals) -> Result<Contents, StoreError> {
+        let (path, checks, clock, log) = (self.path.clone(), self.checks, self.clock, self.log.clone());
+        let read = move |connection: &mut Connection| {
+            let read = contents::read_contents(connection, &path, checks, clock, seals).map_err(ReadError::Refused)?;
+            log.set(&read.log);
+            Ok(Contents { epoch: read.current, ..read.contents })
+        };
+        self.readers.read(read).await
+    }
+
     async fn ask<T>(&self, job: impl FnOnce(oneshot::Sender<Result<T, StoreError>>) -> Job) -> Result<T, StoreError> {
-        let gone = || StoreError::Defect { problem: "its writer has ended".into() };
+        let gone = || StoreError::Defect { problem: "it is only looked at, or its writer has ended".into() };
         let (reply, answer) = oneshot::channel();
         let jobs = self.jobs.as_ref().ok_or_else(gone)?;
         jobs.send(job(reply)).await.map_err(|_| gone())?;
@@ -162,6 +191,9 @@ impl Drop for SqliteStore {
 
 impl Store for SqliteStore {
     fn take_over(&self, seals: Seals) -> BoxFuture<'_, Result<Contents, StoreError>> {
+        if self.jobs.is_none() {
+            return Box::pin(self.read_contents(seals));
+        }
         Box::pin(self.ask(|reply| Job::TakeOver(seals, reply)))
     }
 

@@ -136,6 +136,11 @@ impl Look {
             let error = clean(&status.store_error);
             header.push(self.loud(format!("STORE ERROR: {error}; no cycle starts until it can be written")).into());
         }
+        if status.read_only {
+            header.push(
+                self.loud("READ ONLY: it looks at a copy: no cycle runs, and nothing can be changed".into()).into(),
+            );
+        }
         if status.loops_paused {
             let why = "no loop starts a cycle until `orchestrator loops resume --all`";
             header.push(self.loud(format!("PAUSED: {why}")).into());
@@ -1115,7 +1120,7 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
     }
 
     #[test]
-    fn a_pause_of_all_loops_is_shown() {
+    fn a_pause_of_all_loops_and_a_look_at_a_copy_are_shown() {
         let News::Status(mut status) = status() else { panic!("no status") };
         status.loops_paused = true;
         status.loops.iter_mut().for_each(|it| it.paused = true);
@@ -1125,6 +1130,10 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
         assert_eq!(lines[2], "PAUSED: no loop starts a cycle until `orchestrator loops resume --all`");
         let text = lines.join("\n");
         assert!(text.contains(", paused: "), "{text}");
+        let looks = pb::OrchestratorStatus { read_only: true, ..pb::OrchestratorStatus::default() };
+        model.learn(News::Status(Box::new(looks)), at(9));
+        let lines = shown(&model, &mut View::default(), 100, 24);
+        assert_eq!(lines[2], "READ ONLY: it looks at a copy: no cycle runs, and nothing can be changed");
     }
 
     #[test]

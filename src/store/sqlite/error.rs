@@ -76,6 +76,10 @@ pub(super) fn unavailable(path: &Path, problem: String) -> StoreError {
     StoreError::Unavailable { store: path.display().to_string(), problem }
 }
 
+pub(super) fn unreadable(path: &Path, error: &io::Error) -> StoreError {
+    unavailable(path, format!("it can't be read: {error}"))
+}
+
 pub(super) fn unwritable(path: &Path, error: &io::Error) -> OpenError {
     let (store, problem) = (path.display().to_string(), error.to_string());
     match error.kind() {

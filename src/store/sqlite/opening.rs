@@ -1,6 +1,6 @@
-//! Opens a database: takes its locks, sees whether it may be served, and migrates it.
+//! Opens a database: takes its locks, sees whether it may be served, and migrates it. Or opens it to look at it.
 
-use std::path::Path;
+use std::{fmt::Write as _, os::unix::ffi::OsStrExt, path::Path};
 
 use bytes::Bytes;
 use rusqlite::{Connection, OpenFlags, TransactionBehavior, config::DbConfig};
@@ -16,7 +16,7 @@ use super::{
     note::{Mark, Note},
     place::{DatabaseFileError, LockedDatabase, note_of},
     rows::{integer, number},
-    schema::{check_version, migrate},
+    schema::{check_version, latest, migrate},
     seal::Sealer,
 };
 use crate::{
@@ -128,6 +128,36 @@ pub(super) fn read_only(path: &Path) -> rusqlite::Result<Connection> {
     let connection = Connection::open_with_flags(path, flags)?;
     connection.busy_timeout(BUSY)?;
     harden(&connection)?;
+    Ok(connection)
+}
+
+/// Opens a database of the current schema that is only looked at.
+pub(super) fn look(given: &Path) -> Result<LockedDatabase, OpenError> {
+    let place = LockedDatabase::look(given)?;
+    let path = &place.path;
+    let connection = immutable(path).map_err(|error| explain(path, &error))?;
+    let (found, known) = (check_version(&connection, path)?, latest());
+    if found < known {
+        return Err(OpenError::NotMigrated { store: path.display().to_string(), found, known });
+    }
+    Ok(place)
+}
+
+/// Opens a database that no process changes: SQLite neither locks it nor makes a file beside it.
+pub(super) fn immutable(path: &Path) -> rusqlite::Result<Connection> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_URI;
+    let mut uri = "file:".to_owned();
+    for byte in path.as_os_str().as_bytes() {
+        match byte {
+            b'/' | b'.' | b'-' | b'_' | b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' => uri.push(char::from(*byte)),
+            byte => {
+                let _ = write!(uri, "%{byte:02X}");
+            }
+        }
+    }
+    let connection = Connection::open_with_flags(uri + "?immutable=1", flags)?;
+    harden(&connection)?;
+    connection.set_prepared_statement_cache_capacity(64);
     Ok(connection)
 }
 

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::error::{not_created, unwritable};
+use super::error::{not_created, unreadable, unwritable};
 use crate::{file::irregular, store::OpenError};
 
 /// The problem with the files of a database.
@@ -49,14 +49,25 @@ pub enum DatabaseFileError {
         /// The kind of the file.
         found: &'static str,
     },
-    /// Another process has it open under another name, such as a hard link.
+    /// Another process has it open under another name, such as a hard link, or looks at it.
     #[error(
-        "{database} is in use by another process, which has it open by another name; stop that process first, or name \
-         another store"
+        "{database} is in use by another process, which has it open by another name, or looks at it (serve --read-only); \
+         stop that process first, or name another store"
     )]
     InUseByAnotherName {
         /// The database.
         database: String,
+    },
+    /// It was not closed, or copied while a process wrote to it.
+    #[error(
+        "{database} is not whole: {log} has changes that are not in it, and can't be read without writing; look at a \
+         backup instead, which `orchestrator backup` makes of it"
+    )]
+    Unfinished {
+        /// The database.
+        database: String,
+        /// The file with the changes.
+        log: String,
     },
     /// It has more than one name.
     #[error(
@@ -104,12 +115,13 @@ pub enum DatabaseFileError {
     },
 }
 
-/// A locked database, which only this process can open until it is dropped.
+/// A locked database, which no other process can serve until it is dropped.
 pub(super) struct LockedDatabase {
     /// The path of the file itself, absolute and without links.
     pub(super) path: PathBuf,
-    /// The lock file beside the database, for processes that use the same path. It contains the pid.
-    _lock: File,
+    /// The lock file beside the database, for processes that use the same path. It contains the pid. `None` if the
+    /// database is only looked at.
+    _lock: Option<File>,
     /// There was no such file before.
     made_lock: bool,
     /// The lock on the database itself, for processes that use another path. Closing the file would release SQLite's
@@ -138,7 +150,7 @@ impl LockedDatabase {
         }
         let (lock, made_lock) = lock_beside(&path)?;
         let database = private().open(&path).map_err(|error| unwritable(&path, &error))?;
-        if !lock_file(&database) {
+        if !lock_file(&database, Lock::Exclusive) {
             return Err(DatabaseFileError::InUseByAnotherName { database: path.display().to_string() }.into());
         }
         report_exposed(&path, &database);
@@ -149,7 +161,31 @@ impl LockedDatabase {
             let (database, log) = (path.display().to_string(), log.display().to_string());
             return Err(DatabaseFileError::LogAlone { database, log }.into());
         }
-        Ok(Self { path, _lock: lock, made_lock, _database: database })
+        Ok(Self { path, _lock: Some(lock), made_lock, _database: database })
+    }
+
+    /// Finds a database to look at, and locks it in a way that leaves no trace: others can look at it as well, and no
+    /// process can serve it.
+    pub(super) fn look(given: &Path) -> Result<Self, OpenError> {
+        let missing = |_| DatabaseFileError::Missing { database: given.display().to_string() };
+        let path = given.canonicalize().map_err(missing)?;
+        check_regular(&path)?;
+        let database = File::open(&path).map_err(|error| unreadable(&path, &error))?;
+        // The lock on the database does not exist on all file systems.
+        let beside = File::open(lock_of(&path)).ok();
+        let is_served =
+            beside.as_ref().is_some_and(|lock| matches!(lock.try_lock_shared(), Err(TryLockError::WouldBlock)));
+        if is_served || !lock_file(&database, Lock::Shared) {
+            return Err(OpenError::InUse { store: path.display().to_string(), by: beside.and_then(holder_of) });
+        }
+        // What is in these files belongs to the database, and can't be read without writing beside it.
+        for log in [log_of(&path), self::beside(&path, "-journal")] {
+            if fs::metadata(&log).is_ok_and(|log| log.len() > 0) {
+                let (database, log) = (path.display().to_string(), log.display().to_string());
+                return Err(DatabaseFileError::Unfinished { database, log }.into());
+            }
+        }
+        Ok(Self { path, _lock: None, made_lock: false, _database: database })
     }
 
     /// Removes the file beside a database that turns out not to be ours, unless it was there before.
@@ -206,9 +242,7 @@ fn lock_beside(path: &Path) -> Result<(File, bool), OpenError> {
     match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
-            let mut holder = String::new();
-            let _ = file.read_to_string(&mut holder);
-            return Err(OpenError::InUse { store: path.display().to_string(), by: holder.trim().parse().ok() });
+            return Err(OpenError::InUse { store: path.display().to_string(), by: holder_of(file) });
         }
         Err(TryLockError::Error(error)) => return Err(failed(error)),
     }
@@ -218,15 +252,35 @@ fn lock_beside(path: &Path) -> Result<(File, bool), OpenError> {
     Ok((file, is_new))
 }
 
-/// True if only this process has this file open, under any name: a hard link, or a mount of the file itself, has
-/// another lock file beside it. Also true on file systems without such locks.
+/// The pid in a lock file.
+fn holder_of(mut lock: File) -> Option<u32> {
+    let mut holder = String::new();
+    let _ = lock.read_to_string(&mut holder);
+    holder.trim().parse().ok()
+}
+
+/// A lock on the database itself.
+#[derive(Clone, Copy, Debug)]
+enum Lock {
+    /// Of the process that serves it.
+    Exclusive,
+    /// Of processes that look at it.
+    Shared,
+}
+
+/// True if no other process has a lock on this file that excludes this one, under any name: a hard link, or a mount of
+/// the file itself, has another lock file beside it. Also true on file systems without such locks.
 #[cfg(target_os = "linux")]
-fn lock_file(file: &File) -> bool {
+fn lock_file(file: &File, lock: Lock) -> bool {
     use nix::{errno::Errno, fcntl, libc};
+    let kind = match lock {
+        Lock::Exclusive => libc::F_WRLCK,
+        Lock::Shared => libc::F_RDLCK,
+    };
     // The last byte that can be locked: SQLite locks bytes at 1 GiB. The lock belongs to the open file, not to the
     // process, so closing another descriptor of the database does not release it.
     let byte = libc::flock {
-        l_type: libc::c_short::try_from(libc::F_WRLCK).unwrap_or_default(),
+        l_type: libc::c_short::try_from(kind).unwrap_or_default(),
         l_whence: libc::c_short::try_from(libc::SEEK_SET).unwrap_or_default(),
         l_start: libc::off_t::MAX,
         l_len: 1,
@@ -236,7 +290,7 @@ fn lock_file(file: &File) -> bool {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn lock_file(_: &File) -> bool {
+fn lock_file(_: &File, _: Lock) -> bool {
     true
 }
 

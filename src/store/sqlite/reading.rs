@@ -12,7 +12,6 @@ use tokio::sync::Semaphore;
 use super::{
     error::{explain, unavailable},
     log,
-    opening::connect,
     place::log_of,
     rows::{COLUMNS, HAS_REVISION, event, found, integer, number, read},
 };
@@ -31,15 +30,19 @@ const READERS: usize = 2;
 /// The connections that read.
 pub(super) struct Readers {
     path: Arc<PathBuf>,
+    connect: Connect,
     idle: Arc<Mutex<Vec<Connection>>>,
     permits: Arc<Semaphore>,
 }
 
+/// Opens a connection to the database at this path.
+pub(super) type Connect = fn(&Path) -> rusqlite::Result<Connection>;
+
 impl Readers {
-    pub(super) fn connect(path: &Arc<PathBuf>) -> rusqlite::Result<Self> {
+    pub(super) fn of(path: &Arc<PathBuf>, connect: Connect) -> rusqlite::Result<Self> {
         let connections = (0..READERS).map(|_| connect(path)).collect::<Result<_, _>>()?;
         let (idle, permits) = (Arc::new(Mutex::new(connections)), Arc::new(Semaphore::new(READERS)));
-        Ok(Self { path: path.clone(), idle, permits })
+        Ok(Self { path: path.clone(), connect, idle, permits })
     }
 
     /// Reads on a blocking thread.
@@ -54,7 +57,7 @@ impl Readers {
         let path = self.path.clone();
         let permit = self.permits.clone().acquire_owned().await;
         let permit = permit.map_err(|error| unavailable(&path, error.to_string()))?;
-        let idle = self.idle.clone();
+        let (idle, connect) = (self.idle.clone(), self.connect);
         let task = tokio::task::spawn_blocking(move || {
             let _permit = permit;
             let pooled = idle.lock().unwrap_or_else(PoisonError::into_inner).pop();

@@ -18,6 +18,11 @@ fn migrations() -> impl Iterator<Item = &'static str> {
     SCHEMA.split(MIGRATION).skip(1).map(|migration| migration.split_once('\n').unwrap_or_default().1)
 }
 
+/// The schema version of this software.
+pub(super) fn latest() -> i64 {
+    i64::try_from(migrations().count()).unwrap_or(i64::MAX)
+}
+
 /// The schema version of a database, if this software can use it.
 pub(super) fn check_version(connection: &Connection, path: &Path) -> Result<i64, OpenError> {
     let pragma = |name| connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
@@ -30,7 +35,7 @@ pub(super) fn check_version(connection: &Connection, path: &Path) -> Result<i64,
     if application_id != APPLICATION_ID && (tables > 0 || found > 0) {
         return Err(OpenError::Foreign { store: path.display().to_string() });
     }
-    let known = i64::try_from(migrations().count()).unwrap_or(i64::MAX);
+    let known = latest();
     if found > known {
         return Err(OpenError::TooNew { store: path.display().to_string(), found, known });
     }
@@ -106,7 +111,7 @@ pub(super) fn migrate(connection: &mut Connection, found: i64) -> rusqlite::Resu
 }
 
 /// Applies the migrations after this version, up to that of `last`.
-fn migrate_to(connection: &mut Connection, found: i64, last: i64) -> rusqlite::Result<()> {
+pub(super) fn migrate_to(connection: &mut Connection, found: i64, last: i64) -> rusqlite::Result<()> {
     let versions = (1_i64..).zip(migrations());
     for (version, statements) in versions.filter(|(version, _)| *version > found && *version <= last) {
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;

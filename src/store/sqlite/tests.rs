@@ -6,7 +6,11 @@ use bytes::Bytes;
 use futures_util::StreamExt;
 use jiff::Timestamp;
 
-use super::{DatabaseFileError, accept, writer::limit_pages};
+use super::{
+    DatabaseFileError, accept,
+    schema::{latest, migrate_to},
+    writer::limit_pages,
+};
 use crate::{
     clock::Clock,
     ledger::{SealKeys, Signer, SigningKey},
@@ -16,7 +20,7 @@ use crate::{
         Seals, Stage, Store, StoreError, StoredLoop, StoredOutput, Write,
     },
     store::{
-        Accepted, NewKeys, OpenError, StoreUrl, open,
+        Accepted, NewKeys, OpenError, StoreUrl, look, open,
         suite::{
             ALL, CHECKS, at, commit, cycle_of, event, filled, keys, name, open_cycle, output, pruned, record,
             record_of, recorded, refuses, request, seals, stored_subsystem, waiting_cycle,
@@ -369,6 +373,26 @@ async fn an_epoch_begins_with_the_first_commit() {
     assert_eq!(epoch(), 0);
     filled(&*store, contents.epoch, 1).await;
     assert_eq!(epoch(), i64::try_from(contents.epoch.0).unwrap());
+}
+
+#[tokio::test]
+async fn a_database_of_an_earlier_version_is_not_looked_at_and_not_changed() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("o 100%.db");
+    let url = StoreUrl::Sqlite(path.clone());
+    let earlier = latest() - 1;
+    migrate_to(&mut rusqlite::Connection::open(&path).unwrap(), 0, earlier).unwrap();
+    let before = std::fs::read(&path).unwrap();
+    let refused = look(&url, CHECKS, Clock::system()).await.err().unwrap();
+    assert!(matches!(refused, OpenError::NotMigrated { found, known, .. } if (found, known) == (earlier, latest())));
+    assert_eq!(std::fs::read(&path).unwrap(), before);
+    let (store, contents) = opened(&path).await;
+    filled(&*store, contents.epoch, 1).await;
+    drop(store);
+    let store = look(&url, CHECKS, Clock::system()).await.unwrap();
+    assert_eq!(store.take_over(seals()).await.unwrap().epoch, contents.epoch);
+    let write = Write { epoch: contents.epoch, ..Write::default() };
+    assert!(matches!(store.commit(Arc::new(write)).await, Err(StoreError::Defect { .. })), "it takes no writes");
 }
 
 #[tokio::test]

@@ -140,6 +140,7 @@ function showStatus() {
   setText(element("orchestrator-id", HTMLElement), visible(id, 100));
   element("insecure", HTMLElement).hidden = !status.insecure;
   element("paused", HTMLElement).hidden = !status.loopsPaused;
+  element("read-only", HTMLElement).hidden = !status.readOnly;
   const problem = element("store-error", HTMLElement);
   problem.hidden = !status.storeError;
   if (status.storeError) {
