@@ -76,6 +76,7 @@ pub use self::{
     registration::{Change, Registrar},
     registry::{Lease, Origin, Registered},
     reload::{Declared, Settings},
+    retention::{PruneLimit, Pruned},
     status::{NotReady, Status, StoreEnded, WaitingCycle},
     tasks::{OrchestratorTasks, Stopped},
     watch::{Event, From, WatchFilter, Watcher},
@@ -115,6 +116,8 @@ struct Shared {
     to_write: mpsc::Sender<Box<dyn ToWrite>>,
     /// Held while the plan is computed, so that it is computed once for all requests.
     planning: tokio::sync::Mutex<()>,
+    /// Held while records are found and removed, so that none is removed twice.
+    removing: tokio::sync::Mutex<()>,
     /// Durable changes of callers. The last write waits for them.
     changes: TaskTracker,
     queue_changed: Notify,

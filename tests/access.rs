@@ -37,6 +37,7 @@ const GOLDEN: &[(&str, &[&str])] = &[
     ("WatchCycles", &["viewer", "operator", "auditor", "admin"]),
     ("GetCycle", &["viewer", "operator", "auditor", "admin"]),
     ("ListCycles", &["viewer", "operator", "auditor", "admin"]),
+    ("PruneCycles", &["admin"]),
     ("PlanCycle", &["viewer", "operator", "auditor", "admin"]),
     ("RegisterSubsystem", &["registrar", "admin"]),
     ("RegisterSubsystems", &["registrar", "admin"]),

@@ -1428,6 +1428,7 @@ async fn help_needs_no_other_page() {
         "watch",
         "cycles list",
         "cycles show",
+        "cycles prune",
         "subsystems list",
         "subsystems show",
         "subsystems register",

@@ -207,6 +207,8 @@ fn lines(command: &str) -> &'static [&'static str] {
         "report" => &["report", "report --output csv", "report --subsystem a --loop l"],
         "plan" => &["plan", "plan --subsystem a"],
         "store accept" => &["store accept sqlite:FILE"],
+        "store compact" => &["store compact sqlite:FILE"],
+        "cycles prune" => &["cycles prune --keep-newest 1", "cycles prune --finished-before 1h --dry-run"],
         "backup" => &["backup sqlite:FILE --to FILE.backup"],
         "restore" => &["restore FILE sqlite:FILE.restored"],
         "whoami" => &["whoami"],

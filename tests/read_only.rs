@@ -52,6 +52,10 @@ async fn changes(client: &mut Client) -> Vec<(&'static str, Option<Status>)> {
     vec![
         ("RunCycle", client.run().await.err()),
         ("CancelCycle", client.cancel(1).await.err()),
+        (
+            "PruneCycles",
+            client.prune_cycles(pb::PruneCyclesRequest { keep_newest: 1, ..Default::default() }).await.err(),
+        ),
         ("RegisterSubsystem", client.register(common::service::registration("b", "http://127.0.0.1:1")).await.err()),
         ("RegisterSubsystems", client.register_subsystems(none).await.err()),
         (

@@ -14,12 +14,28 @@ use super::{
 use crate::{
     engine::Schedule,
     model::{CycleRequest, Name},
-    orchestrator::Orchestrator,
+    orchestrator::{Orchestrator, Pruned},
     ports::Page,
     proto::orchestrator::v1 as pb,
 };
 
 impl Handlers {
+    pub(super) async fn prune_cycles(
+        &self,
+        mut call: Entered<pb::PruneCyclesRequest>,
+    ) -> Result<pb::PruneCyclesResponse, Status> {
+        let (request, by) = call.take_change();
+        let limit = request::prune_limit(&request, self.clock.now()).map_err(invalid)?;
+        let Pruned { removed, kept } = if request.dry_run {
+            Pruned { removed: call.orchestrator().count_prunable(limit).await.map_err(status)?, kept: None }
+        } else {
+            call.orchestrator().prune(limit, by).await.map_err(status)?
+        };
+        let oldest_revision = call.orchestrator().status().oldest_revision.0;
+        let kept = kept.map(|error| error.to_string()).unwrap_or_default();
+        Ok(pb::PruneCyclesResponse { removed, oldest_revision, kept })
+    }
+
     pub(super) async fn run_cycle(
         &self,
         mut call: Entered<pb::RunCycleRequest>,

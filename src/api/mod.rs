@@ -212,6 +212,10 @@ impl Service for Api {
         self.gate.answer(request, cycles::list_cycles).await
     }
 
+    async fn prune_cycles(&self, request: Request<pb::PruneCyclesRequest>) -> Answer<pb::PruneCyclesResponse> {
+        self.gate.answer(request, |call| self.handlers.prune_cycles(call)).await
+    }
+
     async fn plan_cycle(&self, request: Request<pb::PlanCycleRequest>) -> Answer<pb::PlanCycleResponse> {
         self.gate.answer(request, |call| self.handlers.plan_cycle(call)).await
     }

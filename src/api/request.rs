@@ -18,7 +18,7 @@ use crate::{
         LoopStart, Name, OverlapPolicy, Payload, RetrySpec, Revision, SpanContext, Subsystem, SubsystemSpec, TlsSpec,
         Trigger, Violations,
     },
-    orchestrator::{From as WatchFrom, Logged, WatchFilter},
+    orchestrator::{From as WatchFrom, Logged, PruneLimit, WatchFilter},
     ports::{EventFilter, Filter, TriggerKind},
     proto::{bounds::MAX_REGISTRATIONS, orchestrator::v1 as pb},
     record::PartFilter,
@@ -89,6 +89,30 @@ pub(super) fn name(field: &str, name: &str) -> Result<Name, Violations> {
     let mut bad = Violations::default();
     let name = bad.name(field, name);
     bad.into_result(name)
+}
+
+/// The limit of a request to remove records.
+pub(super) fn prune_limit(request: &pb::PruneCyclesRequest, now: Timestamp) -> Result<PruneLimit, Violations> {
+    let mut bad = Violations::default();
+    let limit = match (request.keep_newest, request.finished_before) {
+        (0, None) => {
+            bad.add("keep_newest", "is missing; give this or `finished_before`");
+            return Err(bad);
+        }
+        (number, None) => PruneLimit::KeepNewest(number),
+        (0, before) => {
+            let before = before.and_then(|time| timestamp(&mut bad, "finished_before", time)).unwrap_or(now);
+            if before > now {
+                bad.add("finished_before", format!("is {before}, which is in the future"));
+            }
+            PruneLimit::FinishedBefore(before)
+        }
+        (_, Some(_)) => {
+            bad.add("finished_before", "is given in addition to `keep_newest`; give one of them");
+            return Err(bad);
+        }
+    };
+    bad.into_result(limit)
 }
 
 /// The loops that a request to pause or resume names.

@@ -62,6 +62,7 @@ rpcs! {
     WatchCycles: pb::WatchCyclesRequest,
     GetCycle: pb::GetCycleRequest,
     ListCycles: pb::ListCyclesRequest,
+    PruneCycles: pb::PruneCyclesRequest,
     PlanCycle: pb::PlanCycleRequest,
     RegisterSubsystem: pb::RegisterSubsystemRequest,
     RegisterSubsystems: pb::RegisterSubsystemsRequest,

@@ -36,6 +36,7 @@ impl Rpc {
         match self {
             Self::RunCycle
             | Self::CancelCycle
+            | Self::PruneCycles
             | Self::RegisterSubsystem
             | Self::RegisterSubsystems
             | Self::UnregisterSubsystem
@@ -95,6 +96,8 @@ impl Rpc {
             Self::RegisterSubsystem | Self::RegisterSubsystems | Self::UnregisterSubsystem | Self::RenewLease => {
                 REGISTRARS
             }
+            // It is final.
+            Self::PruneCycles => Rule::Roles(&[Role::Admin]),
         }
     }
 }
@@ -182,6 +185,12 @@ impl Concerns for pb::GetCycleRequest {
 }
 
 impl Concerns for pb::ListCyclesRequest {
+    fn targets(&self) -> Targets<'_> {
+        Targets::ALL
+    }
+}
+
+impl Concerns for pb::PruneCyclesRequest {
     fn targets(&self) -> Targets<'_> {
         Targets::ALL
     }

@@ -79,6 +79,7 @@ impl Rpc {
                 Load::HistoryRead
             }
             Self::CancelCycle
+            | Self::PruneCycles
             | Self::RegisterSubsystem
             | Self::RegisterSubsystems
             | Self::UnregisterSubsystem

@@ -6,7 +6,7 @@ use clap::Subcommand;
 use super::{
     Exit, Failure, known,
     output::{
-        JsonList, Table, age, clean, cycle_state, grouped, is_narrow, milliseconds, names, note, number, one_of,
+        JsonList, Table, age, clean, count, cycle_state, grouped, is_narrow, milliseconds, names, note, number, one_of,
         parse_positive, parse_time, payload, print, sections, skip_reason, state, subsystem_state, telemetry, text,
         time, trigger, word,
     },
@@ -15,7 +15,7 @@ use super::{
 };
 use crate::proto::{orchestrator::v1 as pb, subsystem::v1 as pbs};
 
-/// Show the history of cycles
+/// Show the history of cycles, or remove the oldest part of it
 #[derive(Debug, clap::Args)]
 pub(super) struct Cycles {
     #[command(subcommand)]
@@ -28,6 +28,34 @@ pub(super) struct Cycles {
 enum Command {
     List(List),
     Show(Show),
+    Prune(Prune),
+}
+
+/// Remove the oldest records for good, beyond what retention removes
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Records are removed in steps, oldest first, up to the first one that is within the limit; the newest one stays. Cycles \
+go on meanwhile. The log of the history tells which entries were removed, and the audit who asked for it. To interrupt \
+it is safe. It needs the role admin. `orchestrator backup` and `orchestrator export` keep what is removed.
+
+The file of the database keeps its size, and new records use the free pages; `orchestrator store compact` makes it \
+smaller.
+
+Examples:
+  orchestrator cycles prune --finished-before 2160h --dry-run
+  orchestrator cycles prune --finished-before 2026-01-01T00:00:00Z
+  orchestrator cycles prune --keep-newest 10000")]
+struct Prune {
+    /// Keep this number of the newest records
+    #[arg(long, value_name = "NUMBER", value_parser = parse_positive::<u64>, required_unless_present = "finished_before",
+          conflicts_with = "finished_before")]
+    keep_newest: Option<u64>,
+    /// Remove cycles that finished before this time (RFC 3339), or longer ago than this, such as 2160h
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    finished_before: Option<prost_types::Timestamp>,
+    /// Remove nothing, and tell the number of records that would be removed
+    #[arg(long)]
+    dry_run: bool,
 }
 
 /// List recorded cycles, newest first
@@ -117,7 +145,25 @@ impl Cycles {
         match self.command {
             Command::List(list) => list.run(&self.remote).await,
             Command::Show(show) => show.run(&self.remote).await,
+            Command::Prune(prune) => prune.run(&self.remote).await,
         }
+    }
+}
+
+impl Prune {
+    async fn run(self, remote: &Remote) -> Result<Exit, Failure> {
+        let Self { keep_newest, finished_before, dry_run } = self;
+        let request = pb::PruneCyclesRequest { keep_newest: keep_newest.unwrap_or(0), finished_before, dry_run };
+        let (mut client, health) = remote.connect_for_long().await?;
+        let answer = remote.patiently(&health, client.prune_cycles(request)).await?.into_inner();
+        remote.format.show("PruneCyclesResponse", &answer, |answer| {
+            let (verb, removed) = (if dry_run { "would remove" } else { "removed" }, count(answer.removed, "record"));
+            format!("{verb} {removed}; the oldest revision is {}\n", answer.oldest_revision)
+        })?;
+        if !answer.kept.is_empty() {
+            note(&clean(&answer.kept));
+        }
+        Ok(Exit::Done)
     }
 }
 

@@ -7,13 +7,13 @@ use clap::Subcommand;
 
 use super::{
     Exit, Failure,
-    output::{clean, print},
+    output::{clean, grouped, print},
 };
 use crate::{
     host::Host,
     ledger::{LogBegan, LogBeganReason},
     record,
-    store::{self, Accepted, KeyFileError, LogKeys, StoreUrl},
+    store::{self, Accepted, Compacted, KeyFileError, LogKeys, StoreUrl},
 };
 
 /// Work on a store that no process has open
@@ -26,6 +26,29 @@ pub(super) struct Store {
 #[derive(Debug, Subcommand)]
 enum Command {
     Accept(Accept),
+    Compact(Compact),
+}
+
+/// Make the file of a store smaller, after records were removed
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Retention and `orchestrator cycles prune` leave the file as large as it was, and new records use its free pages. This \
+command removes them: it writes the database anew, which takes up to half a minute for 500 MB that are left, and twice as \
+much room on the disk. No service may have the store open, since none of its commits could be made meanwhile. The history \
+and its log stay as they are.
+
+Exit codes:
+  0    it is compact
+  1    the database does not exist, a process has it open, or it can't be used
+  2    wrong usage
+
+Examples:
+  orchestrator store compact
+  orchestrator store compact sqlite:/var/lib/orchestrator/orchestrator.db")]
+struct Compact {
+    /// The store, as in store.url
+    #[arg(value_name = "URL", value_parser = StoreUrl::parse, default_value = "sqlite:orchestrator.db")]
+    url: StoreUrl,
 }
 
 /// Accept a store as it is, although it is a copy, or not what was signed last
@@ -82,8 +105,16 @@ impl LogArgs {
 impl Store {
     /// Runs the subcommand.
     pub(super) fn run(self) -> Result<Exit, Failure> {
-        let Command::Accept(Accept { url, log }) = self.command;
         let refused = |error: &dyn Error| Failure::new(Exit::Refused, clean(&error.to_string()));
+        let Accept { url, log } = match self.command {
+            Command::Accept(accept) => accept,
+            Command::Compact(Compact { url }) => {
+                let Compacted { before, after } = store::compact(&url).map_err(|error| refused(&error))?;
+                let (before, after) = (grouped(before), grouped(after));
+                print(&(clean(&format!("{url} has {after} bytes now; it had {before}")) + "\n"))?;
+                return Ok(Exit::Done);
+            }
+        };
         let keys = log.keys(&url).map_err(|error| refused(&error))?;
         let accepted = store::accept(&url, keys, log.origin, began).map_err(|error| refused(&error))?;
         print(&told(&accepted))?;

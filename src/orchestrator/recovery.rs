@@ -258,6 +258,7 @@ impl Orchestrator {
             order: Arc::new(tokio::sync::Mutex::new(order)),
             to_write,
             planning: tokio::sync::Mutex::new(()),
+            removing: tokio::sync::Mutex::new(()),
             changes: TaskTracker::new(),
             queue_changed: Notify::new(),
             loops_changed: Notify::new(),

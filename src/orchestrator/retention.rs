@@ -1,4 +1,5 @@
-//! Removes old records and audit events, and checks the clock before it removes many for their age.
+//! Removes old records and audit events, and checks the clock before it removes many for their age. Also removes the
+//! oldest records when a caller asks for it.
 
 use std::{sync::Arc, time::Duration};
 
@@ -9,16 +10,115 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-use super::{Shared, State, writing::ToWrite};
+use super::{Orchestrator, Refusal, Shared, State, writing::ToWrite};
 use crate::{
     ledger::RecordsPruned,
-    ports::{Durability, Excess, Removal, Retention, StoreError, Write},
+    model::{Cause, Revision},
+    ports::{
+        AuditEntry, Durability, Excess, PageLimits, Removal, ResumeError, Retention, RetentionRule, StoreError, Write,
+    },
     record,
 };
 
 /// Most records and audit events that one pass removes, so that a commit hardly waits for it. More than become too old
 /// between two passes.
 const BATCH: usize = 256;
+
+/// Which of the oldest records a caller has removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PruneLimit {
+    /// All but this number of the newest ones, at least 1.
+    KeepNewest(u64),
+    /// Those that finished before this time.
+    FinishedBefore(Timestamp),
+}
+
+/// The result of [`Orchestrator::prune`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pruned {
+    /// Number of removed records.
+    pub removed: u64,
+    /// The first record that stays because it is not what was written.
+    pub kept: Option<StoreError>,
+}
+
+impl PruneLimit {
+    /// The limit as one of all records, at a time that makes it so.
+    fn retention(self) -> (Retention, Timestamp) {
+        let (default, now) = match self {
+            Self::KeepNewest(number) => {
+                (RetentionRule { max_cycles: Some(number), max_age: None }, Timestamp::UNIX_EPOCH)
+            }
+            // A record of exactly this age is too old.
+            Self::FinishedBefore(time) => (
+                RetentionRule { max_cycles: None, max_age: Some(Duration::ZERO) },
+                time.saturating_sub(Duration::from_nanos(1)).unwrap_or(Timestamp::MIN),
+            ),
+        };
+        (Retention { default, ..Retention::default() }, now)
+    }
+}
+
+impl Orchestrator {
+    /// Removes the oldest records that exceed this limit, step by step, up to the first one that does not. The newest
+    /// one stays. Steps that were made stay so if a later one fails, or if the future is dropped.
+    ///
+    /// # Errors
+    /// The store can't be read or written, or the process drains.
+    pub async fn prune(&self, limit: PruneLimit, by: Cause) -> Result<Pruned, Refusal> {
+        let (retention, now) = limit.retention();
+        let mut pruned = Pruned { removed: 0, kept: None };
+        loop {
+            if self.0.state().draining {
+                return Err(Refusal::Draining);
+            }
+            let cause = (pruned.removed == 0).then(|| by.clone());
+            let removed = self.0.remove(retention.clone(), now, BATCH, cause, &mut pruned.kept).await?;
+            pruned.removed += removed.count as u64;
+            if !removed.goes_on {
+                return Ok(pruned);
+            }
+        }
+    }
+
+    /// The number of records that [`Orchestrator::prune`] would remove, including those that can't be verified.
+    ///
+    /// # Errors
+    /// The store can't be read, or too much is being read.
+    pub async fn count_prunable(&self, limit: PruneLimit) -> Result<u64, Refusal> {
+        const PAGE: PageLimits = PageLimits { records: 1000, bytes: 256 << 10 };
+        let before = match limit {
+            PruneLimit::KeepNewest(number) => {
+                return Ok(self.0.store.size().await?.records.saturating_sub(number));
+            }
+            PruneLimit::FinishedBefore(time) => time,
+        };
+        let mut count = 0;
+        let mut after = self.0.state().pruned_to;
+        loop {
+            let newest = self.0.state().last_revision;
+            let _room = self.0.room(self.0.max_record().max(PAGE.bytes)).await?;
+            let page = match self.0.store.cycles_after(after, PAGE).await {
+                Ok(page) => page,
+                Err(ResumeError::NotRetained { oldest, newest }) => {
+                    return Err(Refusal::RevisionNotRetained { after, oldest, newest });
+                }
+                Err(ResumeError::Store(error)) => return Err(error.into()),
+            };
+            if page.is_empty() {
+                return Ok(count);
+            }
+            for found in page {
+                after = after.next();
+                let is_older = found.as_ref().map_or(true, |record| record.finished_at < before);
+                if !is_older || after >= newest {
+                    return Ok(count);
+                }
+                count += 1;
+            }
+        }
+    }
+}
 
 impl Shared {
     /// Removes records that exceed the limits.
@@ -75,14 +175,14 @@ impl Shared {
         let retention = self.settings().retention.clone();
         let by_number = without_ages(&retention);
         let mut damaged = None;
-        while self.remove(by_number.clone(), now, BATCH, &mut damaged).await?.goes_on {}
+        while self.remove(by_number.clone(), now, BATCH, None, &mut damaged).await?.goes_on {}
         let mut removed_for_age = 0;
         if let Some(shortest) = shortest_age(&retention)
             && !doubt.doubts(now, shortest)
         {
             while removed_for_age < BATCH {
                 let limit = BATCH - removed_for_age;
-                let Removed { count, goes_on } = self.remove(retention.clone(), now, limit, &mut damaged).await?;
+                let Removed { count, goes_on } = self.remove(retention.clone(), now, limit, None, &mut damaged).await?;
                 removed_for_age += count;
                 if !goes_on {
                     break;
@@ -103,8 +203,10 @@ impl Shared {
         retention: Retention,
         now: Timestamp,
         limit: usize,
+        cause: Option<Cause>,
         damaged: &mut Option<StoreError>,
     ) -> Result<Removed, StoreError> {
+        let _turn = self.removing.lock().await;
         let mut excess = self.store.excess(retention, now, limit).await?;
         *damaged = damaged.take().or(excess.damaged.take());
         if excess.end() > self.checkpoints.newest().size {
@@ -124,7 +226,7 @@ impl Shared {
         if count > 0 {
             let (removed, written) = oneshot::channel();
             let write = async {
-                self.ask_to_write(Box::new(Removing { removal: removal(excess), removed })).await?;
+                self.ask_to_write(Box::new(Removing { removal: removal(excess), cause, event: None, removed })).await?;
                 written.await.unwrap_or_else(|_| Err(self.store_ended()))
             };
             select! {
@@ -158,15 +260,22 @@ fn removal(Excess { records, events, first_kept, .. }: Excess) -> Removal {
     }
 }
 
-/// The removal of old records. Its entry in the log takes the place of an audit event.
+/// The removal of old records. Its entry in the log takes the place of an audit event, unless it has a cause.
 struct Removing {
     removal: Removal,
+    cause: Option<Cause>,
+    event: Option<AuditEntry>,
     removed: oneshot::Sender<Result<(), StoreError>>,
 }
 
 impl ToWrite for Removing {
+    fn prepare(&mut self, _: &mut Revision, now: Timestamp) {
+        self.event = self.cause.as_ref().map(|cause| record::encode_event(&cause.event(now)));
+    }
+
     fn add_to(&mut self, write: &mut Write, _: &State) {
         write.removal = self.removal.clone();
+        write.audit.extend(self.event.clone());
         write.durability = Durability::Durable;
     }
 
@@ -179,6 +288,9 @@ impl ToWrite for Removing {
     }
 
     fn apply(&mut self, state: &mut State) {
+        if let Some(cause) = &self.cause {
+            cause.own_event.set();
+        }
         state.pruned_to = state.pruned_to.max(self.removal.revisions.last().copied().unwrap_or_default());
     }
 

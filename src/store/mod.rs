@@ -264,6 +264,27 @@ pub enum AcceptError {
     },
 }
 
+/// The result of [`compact`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Compacted {
+    /// Size of the database before, in bytes.
+    pub before: u64,
+    /// Its size now.
+    pub after: u64,
+}
+
+/// Makes a database smaller that no process has open: removes its free pages, which removed records have left. Needs as
+/// much room beside it as it has afterwards, twice. Waits for the disk.
+///
+/// # Errors
+/// It does not exist, another process has it open, it must not be served, or it can't be written.
+pub fn compact(url: &StoreUrl) -> Result<Compacted, OpenError> {
+    match url {
+        StoreUrl::Memory => Err(DatabaseFileError::Missing { database: url.to_string() }.into()),
+        StoreUrl::Sqlite(path) => sqlite::compact(path),
+    }
+}
+
 /// What is expected of the entries of a log.
 #[derive(Clone, Copy, Debug)]
 pub struct Rules {

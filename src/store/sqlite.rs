@@ -65,7 +65,7 @@ use tokio::{
 pub use self::place::DatabaseFileError;
 pub(super) use self::{
     backup::{copy, put},
-    opening::accept,
+    opening::{accept, compact},
     verify::verify,
 };
 use self::{

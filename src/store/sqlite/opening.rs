@@ -1,6 +1,6 @@
 //! Opens a database: takes its locks, sees whether it may be served, and migrates it. Or opens it to look at it.
 
-use std::{fmt::Write as _, os::unix::ffi::OsStrExt, path::Path};
+use std::{fmt::Write as _, fs, os::unix::ffi::OsStrExt, path::Path};
 
 use bytes::Bytes;
 use rusqlite::{Connection, OpenFlags, TransactionBehavior, config::DbConfig};
@@ -23,7 +23,7 @@ use crate::{
     ledger::{Frontier, SealKeys},
     model::Epoch,
     ports::{StoreError, Write},
-    store::{AcceptError, Accepted, NewKeys, OpenError, frontier::Appended},
+    store::{AcceptError, Accepted, Compacted, NewKeys, OpenError, frontier::Appended},
 };
 
 /// A database of this software with the current schema.
@@ -108,6 +108,24 @@ pub(in crate::store) fn accept(
             .map_or(mark.last_cycle_id, |known| known.last_cycle_id),
     };
     Ok((accepted, appended.log.frontier))
+}
+
+/// Removes the free pages of a database.
+pub(in crate::store) fn compact(path: &Path) -> Result<Compacted, OpenError> {
+    if !path.exists() {
+        return Err(DatabaseFileError::Missing { database: path.display().to_string() }.into());
+    }
+    let Opened { place, connection, .. } = Opened::at(path, false)?;
+    let size = || fs::metadata(&place.path).map_or(0, |file| file.len());
+    let truncate = || connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()));
+    let compacted = (|| {
+        truncate()?;
+        let before = size();
+        connection.execute_batch("VACUUM")?;
+        truncate()?;
+        Ok(Compacted { before, after: size() })
+    })();
+    compacted.map_err(|error: rusqlite::Error| explain(&place.path, &error).into())
 }
 
 pub(super) fn connect(path: &Path) -> rusqlite::Result<Connection> {

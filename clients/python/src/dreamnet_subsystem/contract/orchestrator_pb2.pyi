@@ -836,6 +836,26 @@ class ResumeSubsystemResponse(_message.Message):
     subsystem: SubsystemStatus
     def __init__(self, subsystem: _Optional[_Union[SubsystemStatus, _Mapping]] = ...) -> None: ...
 
+class PruneCyclesRequest(_message.Message):
+    __slots__ = ("keep_newest", "finished_before", "dry_run")
+    KEEP_NEWEST_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    keep_newest: int
+    finished_before: _timestamp_pb2.Timestamp
+    dry_run: bool
+    def __init__(self, keep_newest: _Optional[int] = ..., finished_before: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., dry_run: bool = ...) -> None: ...
+
+class PruneCyclesResponse(_message.Message):
+    __slots__ = ("removed", "oldest_revision", "kept")
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_REVISION_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    removed: int
+    oldest_revision: int
+    kept: str
+    def __init__(self, removed: _Optional[int] = ..., oldest_revision: _Optional[int] = ..., kept: _Optional[str] = ...) -> None: ...
+
 class StartIntervalLoopRequest(_message.Message):
     __slots__ = ("loop",)
     LOOP_FIELD_NUMBER: _ClassVar[int]
