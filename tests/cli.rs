@@ -78,7 +78,8 @@ fn orchestrator() -> Command {
     for variable in ["ADDRESS", "TIMEOUT", "OUTPUT", "CONFIG"] {
         command.env_remove(format!("ORCHESTRATOR_{variable}"));
     }
-    command.env_remove("NO_COLOR").stdin(Stdio::null()).kill_on_drop(true);
+    command.env_remove("NO_COLOR").env_remove("COLUMNS").env("LC_ALL", "C.UTF-8");
+    command.stdin(Stdio::null()).kill_on_drop(true);
     command
 }
 
@@ -1267,15 +1268,20 @@ async fn on_a_terminal_a_cycle_shows_its_progress_and_tables_fit() {
     assert!(shown.contains("1 failure"), "{shown:?}");
     // The bar is gone before the table comes.
     let table = shown.rsplit("\x1b[2K").next().unwrap();
-    assert!(table.contains("\x1b[38;5;3mDEGRADED"), "{table:?}");
+    assert!(table.contains("\x1b[33mDEGRADED"), "{table:?}");
 
     let (code, list) = on_a_terminal(&mut cli.command("cycles list"), 90).await;
     assert_eq!(code, 0);
     let widths: Vec<_> = list.lines().map(|line| plain(line).chars().count()).collect();
-    assert!(widths.len() == 2 && widths.iter().all(|width| *width <= 90), "{list}");
-    assert!(list.contains('…'), "{list}");
-    // Narrow lists leave out other columns for the error, and truncate it, not at a word.
-    assert!(!list.contains("TRIGGER") && widths[1] == 90, "{list}");
+    // The error is below its row, in two lines, and no word is broken.
+    assert!(widths.len() == 4 && widths.iter().all(|width| *width <= 90), "{list}");
+    assert!(list.contains("  error: 1 of 2 failed") && list.trim_end().ends_with(" long …"), "{list}");
+    let (_, wide) = on_a_terminal(&mut cli.command("cycles list --wide"), 90).await;
+    assert!(wide.matches("long").count() >= 20 && !wide.contains('…'), "{wide}");
+    let (_, ascii) = on_a_terminal(cli.command("cycles list").env("LC_ALL", "C"), 90).await;
+    assert!(ascii.trim_end().ends_with(" long ...") && ascii.is_ascii(), "{ascii}");
+    let (_, asked) = on_a_terminal(cli.command("cycles list").env("COLUMNS", "60"), 90).await;
+    assert!(asked.lines().all(|line| plain(line).chars().count() <= 60), "{asked}");
     let watch = terminal_of_one_record(&cli, 90).await;
     assert!(watch.ends_with('…') && watch.chars().count() == 90, "{watch:?}");
     let (_, list) = on_a_terminal(cli.command("cycles list").env("NO_COLOR", "1"), 90).await;

@@ -4,8 +4,9 @@ use prost::Message;
 
 use super::{
     Exit, Failure,
-    output::{JsonList, Table, clean, count, names, note, parse_positive, parse_time, print, text, time},
+    output::{JsonList, clean, grouped, names, note, parse_positive, parse_time, print, time},
     remote::Remote,
+    table::{Cell, Table, left, long, right, text},
 };
 use crate::proto::orchestrator::v1 as pb;
 
@@ -67,8 +68,7 @@ impl Audit {
         };
         let mut client = remote.connect_to_ledger().await?.0;
         let mut list = if remote.format.is_json() { Some(JsonList::begin("events")?) } else { None };
-        let columns = ["TIME", "CALLER", "RPC", "TARGETS", "CYCLE", "CALLS", "RESULT", "FROM"];
-        let mut table = Table::list(columns).right(4).right(5);
+        let mut table = table();
         let mut found = 0;
         let has_more = loop {
             request.page_size = u32::try_from(max.saturating_sub(found).min(PAGE)).unwrap_or(u32::MAX);
@@ -90,7 +90,7 @@ impl Audit {
         };
         match list {
             Some(list) => list.end()?,
-            None => print(&table.or("no events"))?,
+            None => print(&table.or("no events", remote.format.page()))?,
         }
         if has_more && !all && limit.is_none() {
             note(&format!("There are more than these {LIMIT}: use --limit or --all."));
@@ -99,15 +99,31 @@ impl Audit {
     }
 }
 
-fn row(logged: &pb::LoggedAuditEvent) -> Result<Vec<comfy_table::Cell>, Failure> {
+/// A table for [`row`]s.
+fn table() -> Table {
+    Table::new([
+        left("TIME"),
+        left("CALLER"),
+        left("RPC"),
+        long("TARGETS"),
+        right("CYCLE").minor(),
+        right("CALLS").minor(),
+        long("RESULT"),
+        left("FROM").minor(),
+    ])
+}
+
+fn row(logged: &pb::LoggedAuditEvent) -> Result<[Cell; 8], Failure> {
     /// Targets that are named; others are counted.
     const NAMED: usize = 3;
     let event = pb::AuditEvent::decode(logged.event.clone()).map_err(|error| {
         Failure::new(Exit::Refused, format!("the service has sent an event that can't be read: {error}"))
     })?;
-    let mut targets = names(&event.targets, NAMED);
-    if event.targets_left_out > 0 {
-        targets = format!("{targets} and {}", count(event.targets_left_out, "other"));
+    let (named, others) = event.targets.split_at(event.targets.len().min(NAMED));
+    let mut targets = names(named, NAMED);
+    let others = others.len() as u64 + event.targets_left_out;
+    if others > 0 {
+        targets = format!("{targets} and {} more", grouped(others));
     }
     let result = match event.decision() {
         pb::Decision::WouldBeDenied => format!("{} (would be denied)", event.code),
@@ -117,7 +133,7 @@ fn row(logged: &pb::LoggedAuditEvent) -> Result<Vec<comfy_table::Cell>, Failure>
     };
     let or_dash = |value: String| text(if value.is_empty() { "-".to_owned() } else { value });
     let cycle = if event.cycle_id == 0 { String::new() } else { event.cycle_id.to_string() };
-    Ok(vec![
+    Ok([
         text(time(event.time.as_ref())),
         or_dash(event.caller),
         text(event.rpc),
@@ -127,4 +143,45 @@ fn row(logged: &pb::LoggedAuditEvent) -> Result<Vec<comfy_table::Cell>, Failure>
         text(result),
         or_dash(event.peer),
     ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::table::tests::assert_screens, *};
+
+    fn logged(event: &pb::AuditEvent) -> pb::LoggedAuditEvent {
+        pb::LoggedAuditEvent { event: event.encode_to_vec().into(), ..pb::LoggedAuditEvent::default() }
+    }
+
+    #[test]
+    fn a_list_fits_its_terminal() -> Result<(), Failure> {
+        let allowed = |rpc: &str, targets: &[&str]| pb::AuditEvent {
+            time: Some(prost_types::Timestamp { seconds: 1_795_860_000, nanos: 0 }),
+            caller: "token:ops".into(),
+            rpc: rpc.into(),
+            targets: targets.iter().map(ToString::to_string).collect(),
+            count: 1,
+            code: "OK".into(),
+            peer: "127.0.0.1:53712".into(),
+            decision: pb::Decision::Allowed.into(),
+            ..pb::AuditEvent::default()
+        };
+        let denied = pb::AuditEvent {
+            caller: "cert:spiffe://fleet.example.org/subsystems/prices".into(),
+            code: "PERMISSION_DENIED".into(),
+            decision: pb::Decision::Denied.into(),
+            reason: "no grant of cert:spiffe://fleet.example.org/subsystems/prices has the role operator for the \
+                     subsystem sentiment-of-the-market"
+                .into(),
+            count: 1_204,
+            ..allowed("RegisterSubsystem", &["sentiment-of-the-market"])
+        };
+        let mut table = table();
+        table.row(row(&logged(&pb::AuditEvent { cycle_id: 12_345, ..allowed("RunCycle", &["prices", "news"]) }))?);
+        table.row(row(&logged(&denied))?);
+        let many = pb::AuditEvent { targets_left_out: 24, ..allowed("RegisterSubsystems", &["a", "b", "c", "d"]) };
+        table.row(row(&logged(&many))?);
+        assert_screens("audit", |page| table.finish(page));
+        Ok(())
+    }
 }

@@ -52,7 +52,8 @@ impl Cancel {
             Err(failure) => return Err(failure),
         };
         let record = telemetry(&response.telemetry)?;
-        self.remote.format.show("CancelCycleResponse", &response, |_| cycle(&record, false))?;
+        let format = self.remote.format;
+        format.show("CancelCycleResponse", &response, |_| cycle(&record, false, format.page()))?;
         if record.state() == pb::CycleState::Cancelled {
             return Ok(Exit::Done);
         }

@@ -21,7 +21,8 @@ use x509_parser::{certificate::X509Certificate, extensions::GeneralName, pem::pa
 
 use super::{
     Exit, Failure, HOST,
-    output::{Table, length, note, print, text},
+    output::{length, note, print},
+    table::{Page, Table, left, long, text},
 };
 use crate::{
     config::secure::{AUTHORITY, CERTIFICATE, KEY, SERVICE},
@@ -329,14 +330,14 @@ fn renew(dir: &Path, names: &[Name], within: SignedDuration) -> Result<(), Failu
 }
 
 fn list(dir: &Path) -> Result<String, Failure> {
-    let mut table = Table::new(["NAME", "IDENTITY", "HOSTS", "EXPIRES"]);
+    let mut table = Table::new([left("NAME"), left("IDENTITY"), long("HOSTS").whole(), left("EXPIRES")]);
     let now = HOST.clock.now();
     for (name, Issued { owner, expires_at, .. }) in all(dir)? {
         let hosts = if owner.hosts.is_empty() { "-".to_owned() } else { owner.hosts.join(" ") };
         let expires = if expires_at <= now { format!("{expires_at} (expired)") } else { expires_at.to_string() };
         table.row([text(name), text(format!("cert:{}", owner.identity)), text(hosts), text(expires)]);
     }
-    Ok(table.or("no certificates"))
+    Ok(table.or("no certificates", Page::of_stdout(false)))
 }
 
 /// A certificate that was issued.

@@ -4,8 +4,9 @@ use std::{collections::HashSet, env, sync::Arc};
 
 use super::{
     Exit, Failure, HOST,
-    output::{Format, Table, count, names, note, sections, short, text},
+    output::{Format, count, names, note, sections, short},
     plan::plan,
+    table::{Facts, Page, Table, left, long, text},
 };
 use crate::{
     api,
@@ -52,13 +53,15 @@ impl Check {
         let plan_of_all = Some(api::plan(order.schedule(None, &RevokedOwners::default())));
         let response = pb::PlanCycleResponse { plan: plan_of_all, next_page_token: String::new() };
         self.format.show("PlanCycleResponse", &response, |response| {
-            sections([self.summary(&config), loops(&config), response.plan.as_ref().map(plan).unwrap_or_default()])
+            let page = self.format.page();
+            let plan = response.plan.as_ref().map(|it| plan(it, page)).unwrap_or_default();
+            sections([self.summary(&config, page), loops(&config).finish_unless_empty(page), plan])
         })?;
         Ok(Exit::Done)
     }
 
-    fn summary(&self, config: &Config) -> String {
-        let mut facts = Table::facts();
+    fn summary(&self, config: &Config, page: Page) -> String {
+        let mut facts = Facts::new();
         let path = self.overrides.config.as_ref().map(|path| format!("{} is valid", path.display()));
         facts.fact("configuration", path.unwrap_or_else(|| "the defaults".to_owned()));
         facts.fact("listens on", config.server.listen.to_string());
@@ -73,7 +76,7 @@ impl Check {
         if !elsewhere.is_empty() {
             facts.fact("not declared", names(&elsewhere, NAMES));
         }
-        facts.finish()
+        facts.finish(page)
     }
 }
 
@@ -93,9 +96,9 @@ fn undeclared(config: &Config) -> Vec<String> {
 /// Most names that are shown; more would hide the rest.
 const NAMES: usize = 8;
 
-fn loops(config: &Config) -> String {
+fn loops(config: &Config) -> Table {
     let declared = |name: &Name| config.subsystems.iter().any(|subsystem| subsystem.name == *name);
-    let mut table = Table::new(["LOOP", "INTERVAL", "SUBSYSTEMS"]);
+    let mut table = Table::new([left("LOOP"), left("INTERVAL"), long("SUBSYSTEMS")]);
     for IntervalLoop { name, interval, subset, .. } in &config.loops {
         let subset = match subset {
             None => "all".to_owned(),
@@ -108,5 +111,5 @@ fn loops(config: &Config) -> String {
         };
         table.row([text(name.as_str()), text(short(*interval)), text(subset)]);
     }
-    table.finish_unless_empty()
+    table
 }

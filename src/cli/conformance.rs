@@ -15,8 +15,9 @@ use self::{
 };
 use super::{
     Exit, Failure,
-    output::{Format, Table, clean, count, escape_json, print, sections, state, text},
+    output::{Format, clean, count, escape_json, print, sections},
     parameters::{self, Parameters},
+    table::{Page, Table, left, state, text},
 };
 use crate::model::{Code, Endpoint, Name, excerpt};
 
@@ -194,7 +195,7 @@ impl Conformance {
                 .map_err(|error| Failure::new(Exit::Refused, format!("can't write the report: {error}")))?;
             print(&format!("{}\n", escape_json(&json)))?;
         } else {
-            print(&report.text())?;
+            print(&report.text(format.page()))?;
         }
         written?;
         Ok(if passed { Exit::Done } else { Exit::Refused })
@@ -234,8 +235,8 @@ fn cause(findings: &[Finding]) -> Option<&str> {
 }
 
 impl Report {
-    fn text(&self) -> String {
-        let mut table = Table::new(["CHECK", "LEVEL", "OUTCOME"]);
+    fn text(&self, page: Page) -> String {
+        let mut table = Table::new([left("CHECK"), left("LEVEL"), left("OUTCOME")]);
         for finding in &self.checks {
             table.row([text(finding.name), text(finding.level.word()), state(finding.outcome.word())]);
         }
@@ -263,7 +264,7 @@ impl Report {
             number(Outcome::Failed),
             number(Outcome::NotApplicable)
         );
-        sections([table.finish(), details.join("\n"), summary + &self.advice()])
+        sections([table.finish(page), details.join("\n"), summary + &self.advice()])
     }
 
     /// Advice on the next step.

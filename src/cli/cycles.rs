@@ -1,16 +1,15 @@
 //! `orchestrator cycles`: the history.
 
-use bytes::Bytes;
 use clap::Subcommand;
 
 use super::{
     Exit, Failure, known,
     output::{
-        JsonList, Table, age, clean, count, cycle_state, grouped, is_narrow, milliseconds, names, note, number, one_of,
-        parse_positive, parse_time, payload, print, sections, skip_reason, state, subsystem_state, telemetry, text,
-        time, trigger, word,
+        JsonList, age, clean, count, cycle_state, grouped, milliseconds, names, note, one_of, parse_positive, parse_time,
+        payload, print, sections, skip_reason, subsystem_state, telemetry, time, trigger, word,
     },
     remote::Remote,
+    table::{Cell, Facts, Page, Table, left, long, number, right, state, text},
     watch::{CYCLE_STATES, unreadable},
 };
 use crate::proto::{orchestrator::v1 as pb, subsystem::v1 as pbs};
@@ -195,12 +194,7 @@ impl List {
         };
         let mut client = remote.connect().await?;
         let mut list = None;
-        let is_narrow = is_narrow();
-        let mut table = if is_narrow {
-            Table::list(["CYCLE", "STATE", "FINISHED", "DURATION", "SUCCEEDED", "ERROR"]).right(3).right(4)
-        } else {
-            Table::list(["CYCLE", "STATE", "TRIGGER", "FINISHED", "DURATION", "SUCCEEDED", "ERROR"]).right(4).right(5)
-        };
+        let mut table = table();
         let mut found = 0;
         let has_more;
         loop {
@@ -228,7 +222,7 @@ impl List {
                 }
             } else {
                 for cycle in &page.cycles {
-                    table.row(row(cycle, is_narrow)?);
+                    table.row(row(&telemetry(cycle)?));
                 }
             }
             if is_last {
@@ -239,7 +233,7 @@ impl List {
         }
         match list {
             Some(list) => list.end()?,
-            None => print(&table.or("no cycles"))?,
+            None => print(&table.or("no cycles", remote.format.page()))?,
         }
         if is_cut_unasked && has_more {
             note(&format!("There are more than these {LIMIT}: use --limit or --all."));
@@ -254,28 +248,36 @@ impl Show {
         let request = pb::GetCycleRequest { cycle_id: self.cycle_id };
         let response = remote.quickly(client.get_cycle(request)).await?.into_inner();
         let record = telemetry(&response.telemetry)?;
-        remote.format.show("GetCycleResponse", &response, |_| cycle(&record, self.details))?;
+        remote.format.show("GetCycleResponse", &response, |_| cycle(&record, self.details, remote.format.page()))?;
         Ok(Exit::Done)
     }
 }
 
-/// The row of a cycle. A narrow one has room for the error: it lacks the trigger, and its time is shorter.
-fn row(bytes: &Bytes, is_narrow: bool) -> Result<Vec<comfy_table::Cell>, Failure> {
-    let cycle = telemetry(bytes)?;
-    let finished = cycle.finished_at.as_ref();
-    let mut row = vec![
+/// A table for [`row`]s.
+fn table() -> Table {
+    Table::new([
+        left("CYCLE"),
+        left("STATE"),
+        left("TRIGGER").minor(),
+        left("FINISHED"),
+        right("DURATION"),
+        right("SUCCEEDED").minor(),
+        long("ERROR"),
+    ])
+}
+
+/// The row of a cycle.
+fn row(cycle: &pb::CycleTelemetry) -> [Cell; 7] {
+    [
         // Without thousands separators, so that it can be copied.
         text(cycle.cycle_id.to_string()),
         state(cycle_state(cycle.state())),
-    ];
-    row.extend((!is_narrow).then(|| text(trigger(cycle.trigger(), &cycle.r#loop))));
-    row.extend([
-        text(if is_narrow { age(finished) } else { time(finished) }),
+        text(trigger(cycle.trigger(), &cycle.r#loop)),
+        text(time(cycle.finished_at.as_ref())),
         text(milliseconds(cycle.duration_ms)),
-        text(succeeded(&cycle)),
+        text(succeeded(cycle)),
         text(&cycle.error),
-    ]);
-    Ok(row)
+    ]
 }
 
 /// Number of its subsystems that succeeded, of all; a dash if the record does not have them.
@@ -288,17 +290,18 @@ pub(super) fn succeeded(cycle: &pb::CycleTelemetry) -> String {
 }
 
 /// A recorded cycle, with all its subsystems.
-pub(super) fn cycle(cycle: &pb::CycleTelemetry, details: bool) -> String {
-    let mut facts = Table::facts();
-    facts.row([text("cycle"), text(cycle.cycle_id.to_string())]);
-    facts.row([text("state"), state(cycle_state(cycle.state()))]);
+pub(super) fn cycle(cycle: &pb::CycleTelemetry, details: bool, page: Page) -> String {
+    let mut facts = Facts::new();
+    facts.fact("cycle", cycle.cycle_id.to_string());
+    facts.state("state", cycle_state(cycle.state()));
     facts.fact("error", &cycle.error);
     facts.fact("trigger", trigger(cycle.trigger(), &cycle.r#loop));
     facts.fact("triggered by", &cycle.triggered_by);
     facts.fact("request id", &cycle.request_id);
     facts.fact("trace", &cycle.trace_id);
     facts.fact("started", time(cycle.started_at.as_ref()));
-    facts.fact("finished", format!("{} ({})", time(cycle.finished_at.as_ref()), age(cycle.finished_at.as_ref())));
+    let finished = cycle.finished_at.as_ref().map(|at| format!("{} ({})", time(Some(at)), age(Some(at))));
+    facts.fact("finished", finished.unwrap_or_default());
     facts.fact("duration", milliseconds(cycle.duration_ms));
     facts.fact("succeeded", succeeded(cycle));
     facts.fact("critical path", chain(&cycle.critical_path));
@@ -306,14 +309,23 @@ pub(super) fn cycle(cycle: &pb::CycleTelemetry, details: bool) -> String {
     if cycle.truncated {
         facts.fact("truncated", "it was larger than the service's cycle.max_record_bytes");
     }
-    let detail = |show: fn(&[pb::SubsystemTelemetry]) -> String| {
-        if details { show(&cycle.subsystems) } else { String::new() }
+    let detail = |table: fn(&[pb::SubsystemTelemetry]) -> Table| {
+        if details { table(&cycle.subsystems).finish_unless_empty(page) } else { String::new() }
     };
-    sections([facts.finish(), parts(cycle), issues(&cycle.subsystems), detail(metrics), detail(outputs)])
+    let [parts, issues] = [parts(cycle), issues(&cycle.subsystems)].map(|table| table.finish_unless_empty(page));
+    sections([facts.finish(page), parts, issues, detail(metrics), detail(outputs)])
 }
 
-fn parts(cycle: &pb::CycleTelemetry) -> String {
-    let mut table = Table::new(["SUBSYSTEM", "STATE", "START", "DURATION", "QUEUED", "ATTEMPTS", "REASON"]);
+fn parts(cycle: &pb::CycleTelemetry) -> Table {
+    let mut table = Table::new([
+        left("SUBSYSTEM"),
+        left("STATE"),
+        right("START").minor(),
+        right("DURATION"),
+        right("QUEUED").minor(),
+        right("ATTEMPTS").minor(),
+        long("REASON"),
+    ]);
     for part in &cycle.subsystems {
         let called = part.started_at.is_some();
         let when_called = |shown: String| if called { text(shown) } else { text("-") };
@@ -327,7 +339,7 @@ fn parts(cycle: &pb::CycleTelemetry) -> String {
             text(why(part)),
         ]);
     }
-    (2..6).fold(table, Table::right).finish_unless_empty()
+    table
 }
 
 /// Why a subsystem did not succeed; empty if it succeeded.
@@ -347,12 +359,12 @@ fn since(cycle: &pb::CycleTelemetry, part: &pb::SubsystemTelemetry) -> f64 {
     (part.seconds - start.seconds) as f64 * 1e3 + f64::from(part.nanos - start.nanos) / 1e6
 }
 
-fn issues(parts: &[pb::SubsystemTelemetry]) -> String {
-    let mut table = Table::new(["SUBSYSTEM", "SEVERITY", "ISSUE", "MESSAGE"]);
+fn issues(parts: &[pb::SubsystemTelemetry]) -> Table {
+    let mut table = Table::new([left("SUBSYSTEM"), left("SEVERITY"), left("ISSUE"), long("MESSAGE")]);
     for (part, issue) in parts.iter().flat_map(|part| part.issues.iter().map(move |issue| (part, issue))) {
         table.row([text(&part.name), text(severity(issue)), text(&issue.code), text(&issue.message)]);
     }
-    table.finish_unless_empty()
+    table
 }
 
 /// The severity of an issue: WARNING if it is not set.
@@ -364,20 +376,20 @@ pub(super) fn severity(issue: &pbs::Issue) -> &'static str {
     word(severity.as_str_name(), "SEVERITY_")
 }
 
-fn metrics(parts: &[pb::SubsystemTelemetry]) -> String {
-    let mut table = Table::new(["SUBSYSTEM", "METRIC", "VALUE"]).right(2);
+fn metrics(parts: &[pb::SubsystemTelemetry]) -> Table {
+    let mut table = Table::new([left("SUBSYSTEM"), left("METRIC"), right("VALUE")]);
     for (part, (name, value)) in parts.iter().flat_map(|part| part.metrics.iter().map(move |metric| (part, metric))) {
         table.row([text(&part.name), text(name), text(value.to_string())]);
     }
-    table.finish_unless_empty()
+    table
 }
 
-fn outputs(parts: &[pb::SubsystemTelemetry]) -> String {
-    let mut table = Table::new(["SUBSYSTEM", "OUTPUT"]);
+fn outputs(parts: &[pb::SubsystemTelemetry]) -> Table {
+    let mut table = Table::new([left("SUBSYSTEM"), long("OUTPUT").whole()]);
     for part in parts.iter().filter(|part| !part.output.is_empty()) {
         table.row([text(&part.name), text(payload(&part.output))]);
     }
-    table.finish_unless_empty()
+    table
 }
 
 /// A cycle in one line, for use in a larger text.
@@ -409,4 +421,93 @@ pub(super) fn parse_cycle_id(text: &str) -> Result<u64, String> {
     let none =
         || "give the id of a cycle: see `orchestrator cycles list`, and `orchestrator status` for running cycles";
     text.parse().ok().filter(|id| *id > 0).ok_or_else(|| none().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::table::tests::assert_screens, *};
+    use pb::SubsystemState::{CircuitOpen, Failed, Skipped, Succeeded, TimedOut};
+
+    fn at(seconds: i64) -> Option<prost_types::Timestamp> {
+        Some(prost_types::Timestamp { seconds: 1_795_860_000 + seconds, nanos: 250_000_000 })
+    }
+
+    fn part(name: &str, state: pb::SubsystemState, ms: f64) -> pb::SubsystemTelemetry {
+        let started_at = (!matches!(state, Skipped | CircuitOpen)).then(|| at(1)).flatten();
+        pb::SubsystemTelemetry {
+            name: name.into(),
+            state: state.into(),
+            started_at,
+            duration_ms: ms,
+            attempts: u32::from(started_at.is_some()),
+            ..pb::SubsystemTelemetry::default()
+        }
+    }
+
+    fn failing(name: &str, state: pb::SubsystemState, code: &str, message: &str) -> pb::SubsystemTelemetry {
+        let (error_code, error_message) = (code.to_owned(), message.to_owned());
+        pb::SubsystemTelemetry { error_code, error_message, ..part(name, state, 10_000.0) }
+    }
+
+    fn recorded(cycle_id: u64, state: pb::CycleState, error: &str) -> pb::CycleTelemetry {
+        pb::CycleTelemetry {
+            cycle_id,
+            state: state.into(),
+            error: error.into(),
+            trigger: pb::Trigger::Loop.into(),
+            r#loop: "heartbeat".into(),
+            started_at: at(0),
+            finished_at: at(i64::try_from(cycle_id).unwrap_or_default()),
+            duration_ms: 1_234.5,
+            epoch: 3,
+            revision: cycle_id,
+            subsystems: vec![part("prices", Succeeded, 12.3), part("news", Succeeded, 0.5)],
+            ..pb::CycleTelemetry::default()
+        }
+    }
+
+    const ERROR: &str = "2 of 6 failed: prices UNAVAILABLE: connection refused by http://prices.example.org:50051, \
+                         sentiment DEADLINE_EXCEEDED: no answer within 10s; signals skipped: it requires prices, which \
+                         did not succeed";
+
+    #[test]
+    fn a_list_fits_its_terminal() {
+        let mut table = table();
+        table.row(row(&recorded(12_345, pb::CycleState::Degraded, ERROR)));
+        table.row(row(&recorded(12_344, pb::CycleState::Succeeded, "")));
+        let interrupted = recorded(12_343, pb::CycleState::Interrupted, "the service was stopped while it ran");
+        table.row(row(&pb::CycleTelemetry { subsystems: Vec::new(), ..interrupted }));
+        assert_screens("cycles-list", |page| table.finish(page));
+    }
+
+    #[test]
+    fn a_cycle_fits_its_terminal() {
+        let issue = pbs::Issue {
+            severity: pbs::Severity::Error.into(),
+            code: "STALE_FEED".into(),
+            message: "the feed of the exchange has not moved for 37 s, so that the last known prices are used".into(),
+        };
+        let subsystems = vec![
+            failing("prices", Failed, "UNAVAILABLE", "connection refused by http://prices.example.org:50051/"),
+            failing("sentiment-of-the-market", TimedOut, "DEADLINE_EXCEEDED", "no answer within 10s"),
+            pb::SubsystemTelemetry {
+                skip_reason: pb::SkipReason::RequirementFailed.into(),
+                ..failing("signals", Skipped, "", "it requires prices, which did not succeed")
+            },
+            pb::SubsystemTelemetry { issues: vec![issue], attempts: 2, ..part("exchange", Succeeded, 431.0) },
+            pb::SubsystemTelemetry { metrics: [("orders".into(), 17.5)].into(), ..part("orders", Succeeded, 2.0) },
+            part("news", Succeeded, 0.5),
+        ];
+        let cycle_of_six = pb::CycleTelemetry {
+            trigger: pb::Trigger::Manual.into(),
+            triggered_by: "cert:spiffe://fleet.example.org/operators/ops".into(),
+            request_id: "nightly-2026-11-28".into(),
+            critical_path: ["exchange", "prices", "sentiment-of-the-market", "signals"].map(String::from).to_vec(),
+            subsystems,
+            // An age would change with the time of the test.
+            finished_at: None,
+            ..recorded(12_345, pb::CycleState::Degraded, ERROR)
+        };
+        assert_screens("cycles-show", |page| cycle(&cycle_of_six, true, page));
+    }
 }

@@ -6,13 +6,13 @@ use prost::Message;
 use super::{
     Exit, Failure, known,
     output::{
-        JsonList, Table, age, count, duration, names, note, number, one_of, parse_duration, payload, print, sections,
-        text, time, word,
+        JsonList, age, count, duration, names, note, one_of, parse_duration, payload, print, sections, time, word,
     },
     parameters::Parameters,
     remote::{Client, Remote},
     run::{OVERLAP_POLICIES, overlap_policy},
     subsystems::origin,
+    table::{Facts, Page, Table, left, number, right, text},
 };
 use crate::proto::orchestrator::v1 as pb;
 
@@ -167,13 +167,17 @@ impl Command {
                 let subsystems = settings.subsystems.clone();
                 let request = pb::StartIntervalLoopRequest { r#loop: Some(settings) };
                 let response = remote.quickly(client.start_interval_loop(request)).await?.into_inner();
-                format.show("StartIntervalLoopResponse", &response, |response| one(response.r#loop.as_ref()))?;
+                format.show("StartIntervalLoopResponse", &response, |response| {
+                    one(response.r#loop.as_ref(), format.page())
+                })?;
                 known::note_missing(remote, client, &subsystems, "until it is, its part in these cycles fails").await;
             }
             Self::Stop { name } => {
                 let request = pb::StopIntervalLoopRequest { name };
                 let response = remote.quickly(client.stop_interval_loop(request)).await?.into_inner();
-                format.show("StopIntervalLoopResponse", &response, |response| one(response.r#loop.as_ref()))?;
+                format.show("StopIntervalLoopResponse", &response, |response| {
+                    one(response.r#loop.as_ref(), format.page())
+                })?;
             }
             Self::Pause(chosen) => {
                 let mut loops = Vec::new();
@@ -217,7 +221,7 @@ impl Chosen {
 /// Prints loops.
 fn show(remote: &Remote, loops: &[pb::IntervalLoopStatus]) -> Result<(), Failure> {
     if !remote.format.is_json() {
-        return print(&table(loops));
+        return print(&table(loops, remote.format.page()));
     }
     let mut list = JsonList::begin("loops")?;
     for status in loops {
@@ -265,11 +269,20 @@ impl Start {
 }
 
 /// The loops and their ticks, and below them the ticks that did not run.
-pub(super) fn table(loops: &[pb::IntervalLoopStatus]) -> String {
-    let headings =
-        ["LOOP", "INTERVAL", "NEXT", "LAST CYCLE", "DUE", "RAN", "SKIPPED", "MISSED", "COALESCED", "DROPPED"];
-    let mut table = Table::new(headings);
-    let mut not_run = Table::new(["LOOP", "TICKS NOT RUN", "FROM", "TO", "WHY"]);
+pub(super) fn table(loops: &[pb::IntervalLoopStatus], page: Page) -> String {
+    let mut table = Table::new([
+        left("LOOP"),
+        left("INTERVAL"),
+        left("NEXT"),
+        left("LAST CYCLE").minor(),
+        right("DUE"),
+        right("RAN"),
+        right("SKIPPED"),
+        right("MISSED"),
+        right("COALESCED").minor(),
+        right("DROPPED"),
+    ]);
+    let mut not_run = Table::new([left("LOOP"), left("TICKS NOT RUN"), left("FROM"), left("TO"), left("WHY")]);
     for status in loops {
         let settings = status.r#loop.clone().unwrap_or_default();
         let ticks = status.ticks.unwrap_or_default();
@@ -295,7 +308,7 @@ pub(super) fn table(loops: &[pb::IntervalLoopStatus]) -> String {
             ]);
         }
     }
-    sections([(4..10).fold(table, Table::right).or("no loops"), not_run.finish_unless_empty()])
+    sections([table.or("no loops", page), not_run.finish_unless_empty(page)])
 }
 
 /// Why a loop has no ticks, if it has none.
@@ -308,11 +321,11 @@ pub(super) fn no_ticks(status: &pb::IntervalLoopStatus) -> Option<&'static str> 
 }
 
 /// One loop with its settings.
-fn one(status: Option<&pb::IntervalLoopStatus>) -> String {
+fn one(status: Option<&pb::IntervalLoopStatus>, page: Page) -> String {
     let Some(status) = status else { return String::new() };
     let settings = status.r#loop.clone().unwrap_or_default();
     let ticks = status.ticks.unwrap_or_default();
-    let mut facts = Table::facts();
+    let mut facts = Facts::new();
     facts.fact("loop", &settings.name);
     facts.fact("declared by", origin(status.origin()));
     let next = || format!("{} ({})", time(status.next_due_at.as_ref()), age(status.next_due_at.as_ref()));
@@ -343,5 +356,36 @@ fn one(status: Option<&pb::IntervalLoopStatus>) -> String {
             ticks.due, ticks.ran, ticks.skipped, ticks.missed, ticks.coalesced, ticks.dropped
         ),
     );
-    facts.finish()
+    facts.finish(page)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::table::tests::assert_screens, *};
+
+    #[test]
+    fn a_list_fits_its_terminal() {
+        let status = |name: &str, due, skipped, last_cycle_id| pb::IntervalLoopStatus {
+            r#loop: Some(pb::IntervalLoop {
+                name: name.into(),
+                interval: Some(prost_types::Duration { seconds: 90, nanos: 0 }),
+                ..pb::IntervalLoop::default()
+            }),
+            ticks: Some(pb::TickCounts { due, ran: due - skipped, skipped, ..pb::TickCounts::default() }),
+            last_cycle_id,
+            // The time to the next tick would change with the time of the test.
+            stopped: true,
+            ..pb::IntervalLoopStatus::default()
+        };
+        let at = |seconds: i64| Some(prost_types::Timestamp { seconds: 1_795_860_000 + seconds, nanos: 0 });
+        let not_run = pb::TickRange {
+            count: 21,
+            first_due_at: at(0),
+            last_due_at: at(1_890),
+            disposition: pb::TickDisposition::Skipped.into(),
+        };
+        let heartbeat = pb::IntervalLoopStatus { not_run: vec![not_run], ..status("heartbeat", 1_204_331, 21, 12_345) };
+        let loops = [heartbeat, status("nightly-rebalancing", 4, 0, 0)];
+        assert_screens("loops-list", |page| table(&loops, page));
+    }
 }

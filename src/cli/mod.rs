@@ -29,6 +29,7 @@ mod serve;
 mod status;
 mod store;
 mod subsystems;
+mod table;
 mod token;
 mod top;
 mod verify;
@@ -85,6 +86,8 @@ Environment:
   ORCHESTRATOR_OUTPUT       default of --output
   ORCHESTRATOR_CONFIG       default of --config
   NO_COLOR                  no colours
+  COLUMNS                   the width of the terminal, if it is to be another
+  LC_ALL, LC_CTYPE, LANG    text is ASCII unless the first that is set has UTF-8
 
 Examples:
   orchestrator demo

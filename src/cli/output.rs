@@ -1,4 +1,4 @@
-//! Output of commands: tables for people, canonical proto JSON for programs.
+//! Output of commands: text for people, canonical proto JSON for programs.
 //!
 //! All text from subsystems and from the service passes [`clean`] before it is printed.
 
@@ -17,8 +17,6 @@ use clap::{
         styling::{AnsiColor, Style},
     },
 };
-use comfy_table::{Cell, CellAlignment, Color, ColumnConstraint, ContentArrangement, presets};
-use console::{Term, truncate_str};
 use jiff::{RoundMode, SignedDuration, Span, SpanRelativeTo, Timestamp, TimestampRound, Unit};
 use prost::Message;
 use tokio::{
@@ -26,7 +24,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{Exit, Failure, HOST};
+use super::{Exit, Failure, HOST, table::Page};
 pub(super) use crate::model::text::{clean, count, escape_json, grouped};
 use crate::{
     model::Payload,
@@ -39,6 +37,8 @@ pub(super) struct Format {
     /// Tables for people, or the service's answers as canonical proto JSON: one object, or one per line for streams
     #[arg(long, value_name = "FORMAT", env = "ORCHESTRATOR_OUTPUT", default_value = "table", global = true)]
     output: Output,
+    #[command(flatten)]
+    pub(super) breadth: Breadth,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -48,10 +48,30 @@ enum Output {
     Json,
 }
 
+/// How much of a table a terminal shows.
+#[derive(Clone, Copy, Debug, Default, clap::Args)]
+pub(super) struct Breadth {
+    /// On a terminal, leave out no column and cut no text, however narrow it is
+    #[arg(long, global = true)]
+    wide: bool,
+}
+
+impl Breadth {
+    /// Standard output.
+    pub(super) fn page(self) -> Page {
+        Page::of_stdout(self.wide)
+    }
+}
+
 impl Format {
     /// True if the output is for programs.
     pub(super) fn is_json(self) -> bool {
         self.output == Output::Json
+    }
+
+    /// Standard output, for text.
+    pub(super) fn page(self) -> Page {
+        self.breadth.page()
     }
 
     /// Prints a message of the contract: as JSON, or as the text that `text` makes.
@@ -101,20 +121,6 @@ pub(super) async fn last_words(text: String) {
 /// True if stdout is a terminal.
 pub(super) fn is_terminal() -> bool {
     io::stdout().is_terminal() && is_capable()
-}
-
-/// True if stdout is a terminal on which a line has no room for every column.
-pub(super) fn is_narrow() -> bool {
-    /// Columns of the longest list but for its last column, and room for that one.
-    const WIDE: u16 = 110;
-    is_terminal() && Term::stdout().size().1 < WIDE
-}
-
-/// Lines, each cut at the width of the terminal.
-pub(super) fn cut_to_width(lines: &str) -> String {
-    let width = Term::stdout().size().1.into();
-    let cut: Vec<_> = lines.split('\n').map(|line| truncate_str(line, width, "…")).collect();
-    cut.join("\n")
 }
 
 /// True if stderr is a terminal.
@@ -342,129 +348,7 @@ pub(super) fn timestamp(time: &prost_types::Timestamp) -> Option<Timestamp> {
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// Tables
-
-/// A table without borders. It fits the terminal; in a pipe, every row is one line.
-pub(super) struct Table {
-    table: comfy_table::Table,
-    /// True if each row is one line on a terminal as well, cut at its width.
-    is_list: bool,
-}
-
-impl Table {
-    /// A table with these headings.
-    pub(super) fn new<'a>(headings: impl IntoIterator<Item = &'a str>) -> Self {
-        let mut table = Self::bare();
-        table.table.set_header(headings.into_iter().map(Cell::new));
-        table
-    }
-
-    /// A table with these headings in which each row is one line.
-    pub(super) fn list<'a>(headings: impl IntoIterator<Item = &'a str>) -> Self {
-        let mut table = Self { is_list: true, ..Self::bare() };
-        let mut headings = comfy_table::Row::from(headings.into_iter().map(Cell::new).collect::<Vec<_>>());
-        headings.max_height(1);
-        table.table.set_header(headings);
-        table
-    }
-
-    /// A table of two columns: names and values.
-    pub(super) fn facts() -> Self {
-        Self::bare()
-    }
-
-    fn bare() -> Self {
-        let mut table = comfy_table::Table::new();
-        table.load_style(presets::NOTHING);
-        if is_terminal() {
-            table.set_content_arrangement(ContentArrangement::Dynamic);
-        } else {
-            table.set_content_arrangement(ContentArrangement::Disabled).force_no_tty();
-        }
-        Self { table, is_list: false }
-    }
-
-    /// Aligns a column to the right, for numbers.
-    pub(super) fn right(mut self, column: usize) -> Self {
-        if let Some(column) = self.table.column_mut(column) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-        self
-    }
-
-    /// Adds a row.
-    pub(super) fn row(&mut self, cells: impl IntoIterator<Item = Cell>) {
-        let mut row = comfy_table::Row::from(cells.into_iter().collect::<Vec<_>>());
-        if self.is_list {
-            row.max_height(1);
-        }
-        self.table.add_row(row);
-    }
-
-    /// Adds a row of two columns, unless the value is empty.
-    pub(super) fn fact(&mut self, what: &str, is: impl AsRef<str>) {
-        if !is.as_ref().is_empty() {
-            self.row([Cell::new(what), text(is)]);
-        }
-    }
-
-    /// The lines of the table; empty if it has no rows.
-    pub(super) fn finish_unless_empty(self) -> String {
-        if self.table.is_empty() { String::new() } else { self.finish() }
-    }
-
-    /// The lines of the table; if it has no rows, the line `none`.
-    pub(super) fn or(self, none: &str) -> String {
-        if self.table.is_empty() { format!("{none}\n") } else { self.finish() }
-    }
-
-    /// The lines of the table.
-    pub(super) fn finish(mut self) -> String {
-        /// Columns up to this wide are never broken: names, states, times.
-        const WHOLE: u16 = 26;
-        /// A character that [`clean`] leaves in no text: a line of a list is cut inside a word, not before it.
-        const NO_WORDS: char = '\0';
-        let columns = self.table.column_count();
-        let widths = self.table.column_max_content_widths();
-        for ((i, column), width) in self.table.column_iter_mut().enumerate().zip(widths) {
-            // Two blanks between columns, none before the first.
-            column.set_padding((0, if i + 1 == columns { 0 } else { 2 }));
-            if self.is_list {
-                column.set_delimiter(NO_WORDS);
-            }
-            if width <= WHOLE {
-                column.set_constraint(ColumnConstraint::ContentWidth);
-            }
-        }
-        let mut lines = String::new();
-        for line in self.table.lines() {
-            lines.push_str(line.trim_end());
-            lines.push('\n');
-        }
-        lines
-    }
-}
-
-/// A cell with text from outside.
-pub(super) fn text(text: impl AsRef<str>) -> Cell {
-    Cell::new(clean(text.as_ref()))
-}
-
-/// A cell with a number.
-pub(super) fn number(number: impl Into<u64>) -> Cell {
-    Cell::new(grouped(number.into()))
-}
-
-/// A cell with a state, in its colour.
-pub(super) fn state(word: &str) -> Cell {
-    let cell = Cell::new(word);
-    match colour(word) {
-        Some(AnsiColor::Green) if has_colours() => cell.fg(Color::DarkGreen),
-        Some(AnsiColor::Yellow) if has_colours() => cell.fg(Color::DarkYellow),
-        Some(AnsiColor::Red) if has_colours() => cell.fg(Color::DarkRed),
-        _ => cell,
-    }
-}
+// Colours
 
 /// A state in its colour, where there are colours.
 pub(super) fn painted(word: &str, width: usize) -> String {

@@ -6,8 +6,9 @@ use super::{
     Exit, Failure,
     cycles::chain,
     known::{self, Unknown},
-    output::{Table, grouped, milliseconds, names, number, sections, skip_reason, text},
+    output::{grouped, milliseconds, names, sections, skip_reason},
     remote::Remote,
+    table::{Facts, Page, Table, left, long, number, right, text},
 };
 use crate::proto::orchestrator::v1 as pb;
 
@@ -53,24 +54,25 @@ impl PlanCommand {
             let unknown = Failure::unknown(Unknown::Subsystem(none.name.clone()));
             return Err(known::explain(unknown, &self.remote, &mut client).await);
         }
-        self.remote
-            .format
-            .show("PlanCycleResponse", &response, |response| response.plan.as_ref().map(plan).unwrap_or_default())?;
+        let page = self.remote.format.page();
+        self.remote.format.show("PlanCycleResponse", &response, |response| {
+            response.plan.as_ref().map(|it| plan(it, page)).unwrap_or_default()
+        })?;
         Ok(Exit::Done)
     }
 }
 
 /// A plan: the subsystems by phase and level, and the critical path.
-pub(super) fn plan(plan: &pb::Plan) -> String {
+pub(super) fn plan(plan: &pb::Plan, page: Page) -> String {
     /// Most names in a cell; more would hide the rest of the table.
     const NAMES: usize = 6;
     let has_run = plan.expected_duration_ms > 0.0;
     let reasons: HashMap<_, _> = plan.subsystems.iter().map(|it| (it.name.as_str(), it.skip_reason())).collect();
     let skips = plan.subsystems.iter().any(|planned| !why_skipped(planned, &reasons).is_empty());
-    let mut headings = vec!["PHASE", "LEVEL", "SUBSYSTEM", "WAITS FOR"];
-    headings.extend(has_run.then_some("EXPECTED"));
-    headings.extend(skips.then_some("SKIPPED"));
-    let mut table = Table::new(headings).right(0).right(1);
+    let mut columns = vec![right("PHASE"), right("LEVEL"), left("SUBSYSTEM"), long("WAITS FOR")];
+    columns.extend(has_run.then(|| left("EXPECTED")));
+    columns.extend(skips.then(|| long("SKIPPED")));
+    let mut table = Table::new(columns);
     for planned in &plan.subsystems {
         let mut row = vec![
             text(planned.phase.to_string()),
@@ -86,16 +88,16 @@ pub(super) fn plan(plan: &pb::Plan) -> String {
         table.row(row);
     }
     if plan.subsystems.is_empty() {
-        return table.or("no subsystems");
+        return table.or("no subsystems", page);
     }
-    let mut summary = Table::facts();
+    let mut summary = Facts::new();
     summary.fact("subsystems", grouped(plan.subsystems.len() as u64));
     summary.fact("levels", grouped(plan.levels.into()));
     if has_run {
         summary.fact("expected", milliseconds(plan.expected_duration_ms));
         summary.fact("critical path", chain(&plan.critical_path));
     }
-    sections([table.finish(), summary.finish()])
+    sections([table.finish(page), summary.finish(page)])
 }
 
 /// Why it will not be called, where `reasons` has the whole plan; empty if it will be.

@@ -14,10 +14,11 @@ use self::figures::{CycleFigures, SubsystemFigures, Tally, compare};
 use super::{
     Exit, Failure, HOST, known,
     output::{
-        Table, coarse, count, escape_json, grouped, is_error_terminal, milliseconds, note, number, parse_positive,
-        parse_time, print, sections, short, telemetry, text, time, timestamp, trigger,
+        Breadth, coarse, count, escape_json, grouped, is_error_terminal, milliseconds, note, parse_positive,
+        parse_time, print, sections, short, telemetry, time, timestamp, trigger,
     },
     remote::{Client, Remote},
+    table::{Facts, Page, Table, left, long, number, right, text},
     watch::unreadable,
 };
 use crate::proto::{
@@ -128,6 +129,8 @@ struct Format {
     /// A table for people; one JSON object; or the subsystems as CSV
     #[arg(long, value_name = "FORMAT", env = "ORCHESTRATOR_OUTPUT", default_value = "table", global = true)]
     output: Output,
+    #[command(flatten)]
+    breadth: Breadth,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -185,7 +188,7 @@ impl Report {
             ));
         }
         print(&match self.remote.format.output {
-            Output::Table => figures.tables(),
+            Output::Table => figures.tables(self.remote.format.breadth.page()),
             Output::Json => figures.json()?,
             Output::Csv => figures.csv()?,
         })?;
@@ -401,14 +404,14 @@ impl Figures {
         String::from_utf8(bytes).map_err(|error| unwritable(&error))
     }
 
-    fn tables(&self) -> String {
-        sections([self.facts(), self.table()])
+    fn tables(&self, page: Page) -> String {
+        sections([self.facts().finish(page), self.table().finish_unless_empty(page)])
     }
 
-    fn facts(&self) -> String {
+    fn facts(&self) -> Facts {
         let cycles = &self.cycles;
         let length = short(coarse(self.until.duration_since(self.since).unsigned_abs()));
-        let mut facts = Table::facts();
+        let mut facts = Facts::new();
         facts.fact("period", format!("{} to {} ({length})", said(self.since), said(self.until)));
         let by_state = counts([
             (cycles.succeeded, "SUCCEEDED"),
@@ -442,26 +445,25 @@ impl Figures {
                 before => format!("{}; since then {}", count(before, "cycle"), trend()),
             },
         );
-        facts.finish()
+        facts
     }
 
-    fn table(&self) -> String {
-        let headings = [
-            "SUBSYSTEM",
-            "CYCLES",
-            "SUCCESS",
-            "P50",
-            "P95",
-            "P99",
-            "RETRIES",
-            "ON PATH",
-            "SHARE",
-            "±SUCCESS",
-            "±P50",
-            "±P95",
-            "OTHER ENDS",
-        ];
-        let mut table = (1..12).fold(Table::list(headings), Table::right);
+    fn table(&self) -> Table {
+        let mut table = Table::new([
+            left("SUBSYSTEM"),
+            right("CYCLES"),
+            right("SUCCESS"),
+            right("P50"),
+            right("P95"),
+            right("P99").minor(),
+            right("RETRIES").minor(),
+            right("ON PATH").minor(),
+            right("SHARE"),
+            right("±SUCCESS").minor(),
+            right("±P50").minor(),
+            right("±P95"),
+            long("OTHER ENDS"),
+        ]);
         for it in &self.subsystems {
             let shown = |figure: Option<f64>, show: fn(f64) -> String| text(figure.map_or_else(|| "-".into(), show));
             let is_new = it.previous_cycles == 0 && self.cycles.previous_cycles > 0;
@@ -492,7 +494,7 @@ impl Figures {
                 text(ended_else),
             ]);
         }
-        table.finish_unless_empty()
+        table
     }
 }
 
@@ -534,7 +536,56 @@ fn signed(number: f64, decimals: usize, unit: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::table::tests::assert_screens, *};
+    use pb::SubsystemState::{self, Failed, Skipped, Succeeded};
+
+    fn tally(cycles: u64, of: impl Fn(u64) -> Vec<(&'static str, SubsystemState, f64)>) -> Result<Tally, Failure> {
+        let mut tally = Tally::default();
+        for i in 0..cycles {
+            let parts = of(i).into_iter().map(|(name, state, duration_ms)| pb::SubsystemTelemetry {
+                name: name.into(),
+                state: state.into(),
+                started_at: (state != Skipped).then(prost_types::Timestamp::default),
+                duration_ms,
+                attempts: 1,
+                ..pb::SubsystemTelemetry::default()
+            });
+            let subsystems: Vec<_> = parts.collect();
+            let has_failed = subsystems.iter().any(|part| part.state() != Succeeded);
+            let state = if has_failed { pb::CycleState::Degraded } else { pb::CycleState::Succeeded };
+            let cycle = pb::CycleTelemetry {
+                state: state.into(),
+                trigger: pb::Trigger::Loop.into(),
+                r#loop: "heartbeat".into(),
+                duration_ms: 431.0,
+                critical_path: vec!["exchange".into(), "prices".into()],
+                subsystems,
+                ..pb::CycleTelemetry::default()
+            };
+            tally.add(&cycle).map_err(|error| Failure::new(Exit::Refused, error.to_string()))?;
+        }
+        Ok(tally)
+    }
+
+    #[test]
+    fn a_report_fits_its_terminal() -> Result<(), Failure> {
+        let parts = |i: u64| {
+            let prices = if i.is_multiple_of(7) { Failed } else { Succeeded };
+            let signals = if prices == Failed { Skipped } else { Succeeded };
+            vec![
+                ("exchange", Succeeded, 431.0),
+                ("prices", prices, 12.5),
+                ("sentiment-of-the-market", signals, 1_250.0),
+            ]
+        };
+        let before = tally(1_000, |_| vec![("exchange", Succeeded, 400.0), ("prices", Succeeded, 12.5)])?;
+        let (cycles, subsystems) = compare(&tally(1_400, parts)?, &before);
+        let since = Timestamp::UNIX_EPOCH;
+        let until = since.saturating_add(SignedDuration::from_hours(24)).unwrap_or(since);
+        let figures = Figures { since, until, previous_since: since, complete_since: None, cycles, subsystems };
+        assert_screens("report", |page| figures.tables(page));
+        Ok(())
+    }
 
     #[test]
     fn percentages_and_changes_are_rounded() {

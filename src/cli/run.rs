@@ -116,9 +116,9 @@ impl Run {
         let remote = &self.remote;
         if self.validate_only {
             let response = ask(remote, request).await?;
-            remote
-                .format
-                .show("RunCycleResponse", &response, |response| response.plan.as_ref().map(plan).unwrap_or_default())?;
+            remote.format.show("RunCycleResponse", &response, |response| {
+                response.plan.as_ref().map(|it| plan(it, remote.format.page())).unwrap_or_default()
+            })?;
             return Ok(Exit::Done);
         }
         if self.r#async {
@@ -156,7 +156,7 @@ impl Run {
         if remote.format.is_json() {
             print(&format!("{}\n", json("RunCycleResponse", &response)?))?;
         } else {
-            print(&cycle(&record, self.details))?;
+            print(&cycle(&record, self.details, remote.format.page()))?;
         }
         if let Some(why) = nobody_called(&record) {
             return Err(Failure::new(Exit::Refused, why));

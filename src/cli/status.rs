@@ -7,9 +7,10 @@ use super::{
     Exit, Failure,
     cycles::in_short,
     loops,
-    output::{Table, age, count, duration, grouped, number, payload, sections, telemetry, text, trigger, waits_for},
+    output::{age, count, duration, grouped, payload, sections, telemetry, trigger, waits_for},
     remote::{Client, Health, Remote},
     subsystems,
+    table::{Facts, Page, Table, left, long, number, right, text},
 };
 use crate::proto::orchestrator::v1 as pb;
 
@@ -55,8 +56,9 @@ impl StatusCommand {
         }
         let last = if status.last_cycle.is_empty() { None } else { Some(telemetry(&status.last_cycle)?) };
         let response = pb::GetStatusResponse { status: Some(status) };
+        let page = remote.format.page();
         remote.format.show("GetStatusResponse", &response, |response| {
-            response.status.as_ref().map(|status| shown(status, last.as_ref())).unwrap_or_default()
+            response.status.as_ref().map(|status| shown(status, last.as_ref(), page)).unwrap_or_default()
         })?;
         Ok(Exit::Done)
     }
@@ -87,8 +89,8 @@ async fn with_snapshots(
     found.into_iter().filter_map(Result::transpose).collect()
 }
 
-fn shown(status: &pb::OrchestratorStatus, last: Option<&pb::CycleTelemetry>) -> String {
-    let mut facts = Table::facts();
+fn shown(status: &pb::OrchestratorStatus, last: Option<&pb::CycleTelemetry>, page: Page) -> String {
+    let mut facts = Facts::new();
     let commit = if status.commit.is_empty() { String::new() } else { format!(" ({})", status.commit) };
     facts.fact("orchestrator", format!("{}, version {}{commit}", status.orchestrator_id, status.version));
     let uptime = status.uptime.as_ref().map(|uptime| prost_types::Duration { nanos: 0, ..*uptime });
@@ -117,10 +119,12 @@ fn shown(status: &pb::OrchestratorStatus, last: Option<&pb::CycleTelemetry>) -> 
     if !status.store_error.is_empty() {
         facts.fact("STORE ERROR", format!("{}; no cycle starts until it can be written", status.store_error));
     }
-    let loops = if status.loops.is_empty() { String::new() } else { loops::table(&status.loops) };
+    let loops = if status.loops.is_empty() { String::new() } else { loops::table(&status.loops, page) };
     let mut table = subsystems::table();
     status.subsystems.iter().for_each(|status| table.row(subsystems::row(status)));
-    sections([facts.finish(), waiting(status), loops, table.finish_unless_empty(), snapshots(&status.subsystems)])
+    let subsystems = table.finish_unless_empty(page);
+    let snapshots = snapshots(&status.subsystems).finish_unless_empty(page);
+    sections([facts.finish(page), waiting(status, page), loops, subsystems, snapshots])
 }
 
 fn running(running: &pb::RunningCycle) -> String {
@@ -135,8 +139,8 @@ fn running(running: &pb::RunningCycle) -> String {
     )
 }
 
-fn waiting(status: &pb::OrchestratorStatus) -> String {
-    let mut table = Table::new(["WAITING", "TRIGGER", "SINCE", "FOR"]).right(0);
+fn waiting(status: &pb::OrchestratorStatus, page: Page) -> String {
+    let mut table = Table::new([right("WAITING"), left("TRIGGER"), left("SINCE"), long("FOR")]);
     for waiting in &status.waiting_cycles {
         table.row([
             number(waiting.cycle_id),
@@ -146,12 +150,12 @@ fn waiting(status: &pb::OrchestratorStatus) -> String {
         ]);
     }
     let more = (status.queued_cycles as usize).saturating_sub(status.waiting_cycles.len());
-    let shown = table.finish_unless_empty();
+    let shown = table.finish_unless_empty(page);
     if shown.is_empty() || more == 0 { shown } else { format!("{shown}and {}\n", count(more as u64, "more cycle")) }
 }
 
-fn snapshots(subsystems: &[pb::SubsystemStatus]) -> String {
-    let mut table = Table::new(["SUBSYSTEM", "SNAPSHOT"]);
+fn snapshots(subsystems: &[pb::SubsystemStatus]) -> Table {
+    let mut table = Table::new([left("SUBSYSTEM"), long("SNAPSHOT").whole()]);
     for status in subsystems {
         let snapshot = match (status.snapshot.is_empty(), status.snapshot_error.as_str()) {
             (true, "") => continue,
@@ -160,7 +164,7 @@ fn snapshots(subsystems: &[pb::SubsystemStatus]) -> String {
         };
         table.row([text(subsystems::name(status)), text(snapshot)]);
     }
-    table.finish_unless_empty()
+    table
 }
 
 #[cfg(test)]
@@ -184,7 +188,7 @@ mod tests {
             ..pb::OrchestratorStatus::default()
         };
         let lines = |status: &pb::OrchestratorStatus| {
-            let shown = shown(status, None);
+            let shown = shown(status, None, Page::of_stdout(false));
             let lines =
                 shown.lines().filter_map(|line| line.strip_prefix("running")).map(|line| line.trim().to_owned());
             lines.collect::<Vec<_>>()

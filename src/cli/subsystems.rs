@@ -9,11 +9,12 @@ use super::{
     cycles::why,
     known,
     output::{
-        JsonList, Table, age, clean, count, duration, grouped, milliseconds, names, note, parse_duration,
-        parse_positive, payload, print, state, subsystem_state, text, time, word,
+        JsonList, age, clean, count, duration, grouped, milliseconds, names, note, parse_duration, parse_positive,
+        payload, print, subsystem_state, time, word,
     },
     parameters::Parameters,
     remote::{Client, Remote, has_timeout_by_environment},
+    table::{Cell, Facts, Page, Table, left, long, right, state, text},
 };
 use crate::{
     api::registration,
@@ -267,7 +268,9 @@ impl Command {
                 let request =
                     pb::GetSubsystemRequest { name, include_output: latest_output, include_snapshot: snapshot };
                 let response = remote.quickly(client.get_subsystem(request)).await?.into_inner();
-                format.show("GetSubsystemResponse", &response, |response| shown(response.subsystem.as_ref()))?;
+                format.show("GetSubsystemResponse", &response, |response| {
+                    shown(response.subsystem.as_ref(), format.page())
+                })?;
             }
             Self::Register(register) if register.file.is_some() => {
                 let registered = register_file(remote, client, *register).await?;
@@ -444,7 +447,7 @@ async fn list(remote: &Remote, client: &mut Client) -> Result<(), Failure> {
         Ok(())
     })
     .await?;
-    print(&table.or("no subsystems"))
+    print(&table.or("no subsystems", remote.format.page()))
 }
 
 /// The name of a subsystem.
@@ -454,11 +457,19 @@ pub(super) fn name(status: &pb::SubsystemStatus) -> String {
 
 /// A table for [`row`]s.
 pub(super) fn table() -> Table {
-    Table::list(["SUBSYSTEM", "PHASE", "STATUS", "LAST", "DURATION", "ENDPOINT", "REASON"]).right(1).right(4)
+    Table::new([
+        left("SUBSYSTEM"),
+        right("PHASE").minor(),
+        left("STATUS"),
+        left("LAST"),
+        right("DURATION").minor(),
+        left("ENDPOINT").minor(),
+        long("REASON"),
+    ])
 }
 
 /// The row of a subsystem.
-pub(super) fn row(status: &pb::SubsystemStatus) -> [comfy_table::Cell; 7] {
+pub(super) fn row(status: &pb::SubsystemStatus) -> [Cell; 7] {
     let registration = status.registration.clone().unwrap_or_default();
     let last = status.last.as_ref();
     let dash = || "-".to_owned();
@@ -499,22 +510,22 @@ pub(super) fn origin(origin: pb::Origin) -> &'static str {
 }
 
 /// One subsystem with its registration and state.
-fn shown(status: Option<&pb::SubsystemStatus>) -> String {
+fn shown(status: Option<&pb::SubsystemStatus>, page: Page) -> String {
     let Some(status) = status else { return String::new() };
-    let mut table = Table::facts();
+    let mut shown = Facts::new();
     for (what, is) in facts(status) {
-        if what == STATUS { table.row([text(what), state(&is)]) } else { table.fact(what, is) }
+        if what == STATUS { shown.state(what, &is) } else { shown.fact(what, is) }
     }
     if !status.output.is_empty() {
-        table.fact("output", payload(&status.output));
+        shown.fact("output", payload(&status.output));
     }
     if !status.snapshot.is_empty() {
-        table.fact("snapshot", payload(&status.snapshot));
+        shown.fact("snapshot", payload(&status.snapshot));
     }
     if !status.snapshot_error.is_empty() {
-        table.fact("snapshot", format!("none: {}", status.snapshot_error));
+        shown.fact("snapshot", format!("none: {}", status.snapshot_error));
     }
-    table.finish()
+    shown.finish(page)
 }
 
 /// Name of the fact that is a state.
@@ -600,4 +611,51 @@ pub(super) fn facts(status: &pb::SubsystemStatus) -> Vec<(&'static str, String)>
         fact("latest output", format!("of cycle {}", status.output_cycle_id));
     }
     facts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::table::tests::assert_screens, *};
+
+    #[test]
+    fn a_list_fits_its_terminal() {
+        let status = |name: &str, state: pb::SubsystemState, code: &str, message: &str| pb::SubsystemStatus {
+            registration: Some(pb::Registration {
+                name: name.into(),
+                endpoint: format!("http://{name}.fleet.example.org:50051"),
+                phase: 2,
+                ..pb::Registration::default()
+            }),
+            last: Some(pb::SubsystemTelemetry {
+                state: state.into(),
+                started_at: Some(prost_types::Timestamp::default()),
+                duration_ms: 12.3,
+                error_code: code.into(),
+                error_message: message.into(),
+                ..pb::SubsystemTelemetry::default()
+            }),
+            ..pb::SubsystemStatus::default()
+        };
+        let mut table = table();
+        for status in [
+            status("news", pb::SubsystemState::Succeeded, "", ""),
+            pb::SubsystemStatus {
+                breaker: pb::BreakerState::Open.into(),
+                ..status(
+                    "prices",
+                    pb::SubsystemState::Failed,
+                    "UNAVAILABLE",
+                    "the subsystem closed the connection before it answered, which is often a crash: see its log for \
+                     the reason, and restart it with the same name and endpoint once the reason is gone",
+                )
+            },
+            pb::SubsystemStatus {
+                last: None,
+                ..status("sentiment-of-the-market", pb::SubsystemState::Waiting, "", "")
+            },
+        ] {
+            table.row(row(&status));
+        }
+        assert_screens("subsystems-list", |page| table.finish(page));
+    }
 }

@@ -11,7 +11,8 @@ use jiff::Timestamp;
 
 use super::{
     Exit, Failure, HOST,
-    output::{Table, length, note, print, text},
+    output::{length, note, print},
+    table::{Page, Table, left, text},
 };
 use crate::{
     access::{Token, TokenId},
@@ -140,7 +141,7 @@ fn tokens(path: &Path) -> Result<Vec<Token>, Failure> {
 }
 
 fn list(tokens: &[Token]) -> String {
-    let mut table = Table::new(["ID", "IDENTITY", "EXPIRES"]);
+    let mut table = Table::new([left("ID"), left("IDENTITY"), left("EXPIRES")]);
     let now = HOST.clock.now();
     for Token { id, name, expires_at, .. } in tokens {
         let expires = match expires_at {
@@ -150,7 +151,7 @@ fn list(tokens: &[Token]) -> String {
         };
         table.row([text(id.to_string()), text(format!("token:{name}")), text(expires)]);
     }
-    table.or("no tokens")
+    table.or("no tokens", Page::of_stdout(false))
 }
 
 /// Waits until no other command changes files in this directory. Without a lock where the system has none.

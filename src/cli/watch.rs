@@ -8,8 +8,8 @@ use tonic::Streaming;
 use super::{
     Exit, Failure, HOST, known,
     output::{
-        Format, clean, clean_lines, coarse, count, cut_to_width, cycle_state, is_terminal, json, milliseconds, note,
-        one_of, painted, print, short, subsystem_state, telemetry, time, trigger,
+        Format, clean, clean_lines, coarse, count, cycle_state, is_terminal, json, milliseconds, note, one_of, painted,
+        print, short, subsystem_state, telemetry, time, trigger,
     },
     pin::{Opened, Witness},
     progress::Bar,
@@ -207,7 +207,7 @@ impl WatchView {
         };
         match &self.bar {
             None => print(&lines),
-            Some(bar) => bar.above(|| print(&cut_to_width(&lines))),
+            Some(bar) => bar.above(|| print(&self.format.page().cut_lines(&lines))),
         }
     }
 

@@ -2,8 +2,9 @@
 
 use super::{
     Exit, Failure,
-    output::{Table, duration, names, sections, text, time, word},
+    output::{duration, names, sections, time, word},
     remote::Remote,
+    table::{Facts, Page, Table, left, long, text},
 };
 use crate::proto::orchestrator::v1 as pb;
 
@@ -27,13 +28,14 @@ impl WhoAmI {
     pub(super) async fn run(self) -> Result<Exit, Failure> {
         let mut client = self.remote.connect_to_access().await?;
         let response = self.remote.quickly(client.who_am_i(pb::WhoAmIRequest {})).await?.into_inner();
-        self.remote.format.show("WhoAmIResponse", &response, show)?;
+        let format = self.remote.format;
+        format.show("WhoAmIResponse", &response, |response| show(response, format.page()))?;
         Ok(Exit::Done)
     }
 }
 
-fn show(response: &pb::WhoAmIResponse) -> String {
-    let mut facts = Table::facts();
+fn show(response: &pb::WhoAmIResponse, page: Page) -> String {
+    let mut facts = Facts::new();
     facts.fact("identity", &response.identity);
     facts.fact("mode", word(response.mode().as_str_name(), "ACCESS_MODE_"));
     if let Some(at) = &response.expires_at {
@@ -42,7 +44,15 @@ fn show(response: &pb::WhoAmIResponse) -> String {
     if !response.problem.is_empty() {
         facts.fact("problem", &response.problem);
     }
-    let mut rights = Table::new(["ROLE", "SUBSYSTEMS", "LOOPS", "READS", "PHASES", "ENDPOINTS", "MAX TIMEOUT"]);
+    let mut rights = Table::new([
+        left("ROLE"),
+        long("SUBSYSTEMS").whole(),
+        long("LOOPS").whole(),
+        long("READS").whole(),
+        left("PHASES"),
+        long("ENDPOINTS").whole(),
+        left("MAX TIMEOUT"),
+    ]);
     for right in &response.rights {
         let list = |patterns: &[String]| text(if patterns.is_empty() { "-".into() } else { names(patterns, 8) });
         let phases = match (right.lowest_phase, right.highest_phase) {
@@ -60,5 +70,5 @@ fn show(response: &pb::WhoAmIResponse) -> String {
             text(timeout),
         ]);
     }
-    sections([facts.finish(), rights.finish_unless_empty()])
+    sections([facts.finish(page), rights.finish_unless_empty(page)])
 }
