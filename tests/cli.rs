@@ -283,6 +283,10 @@ async fn a_cycle_is_planned_run_and_found_in_the_history() {
     let ids: Vec<_> = listed["cycles"].as_array().unwrap().iter().map(|cycle| cycle["cycleId"].clone()).collect();
     assert_eq!(ids, ["3", "2", "1"]);
     assert_eq!(cli.json("cycles list --state failed --all").await, json!({ "cycles": [] }));
+    let lines = cli.run("cycles list --finished-from yesterday --output ndjson").await.with(0);
+    let lines: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(json!(lines), listed["cycles"]);
+    assert_eq!(cli.run("cycles list --finished-before 2026-01-31 --output ndjson").await.with(0), "");
     assert_eq!(row(&cli.run("cycles show 2").await.with(0), "request")[2], "once");
     assert_eq!(cli.json("cycles show 2").await["telemetry"]["requestId"], "once");
 
@@ -546,6 +550,9 @@ async fn a_report_agrees_with_the_records() {
     let some = cli.json(&format!("{period} --subsystem e,d --limit 1 --sort retries")).await;
     assert_eq!(some["subsystems"], json!([subsystems[3]]), "shares are among all");
     assert_eq!(&some["cycles"], cycles);
+    let lines = cli.run(&format!("{period} --sort name --output ndjson")).await.with(0);
+    let lines: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(json!(lines), report["subsystems"]);
     let none = cli.json("report --since 2000-01-01T00:00:00Z --until 2000-01-02T00:00:00Z").await;
     assert_eq!((&none["cycles"]["cycles"], &none["subsystems"]), (&json!(0), &json!([])));
     let none = cli.run("report --since 2000-01-01T00:00:00Z --until 2000-01-02T00:00:00Z").await.with(0);
@@ -638,20 +645,20 @@ async fn a_report_explains_invalid_arguments() {
     for (line, code, expected) in [
         ("report --since 2100-01-01T00:00:00Z", 2, "--since is 2100-01-01 00:00:00Z, which is not in the past"),
         ("report --since 1h --until 2h", 2, "which is not after --since"),
-        ("report --since yesterday", 2, "such as 2h or 7d"),
-        ("report --output yaml", 2, "[possible values: table, json, csv]"),
+        ("report --since tomorrow", 2, "such as 2h or 7d"),
+        ("report --output yaml", 2, "[possible values: table, json, ndjson, csv]"),
         ("report --sort speed", 2, "critical-time"),
         ("report --limit 0", 2, "--limit"),
         ("report --subsystem a,nobody", 1, "subsystem nobody is not registered, and is in no cycle of the history"),
         ("report --subsystem a --loop l", 1, "loop l does not exist, and the history has no cycle of it"),
         ("report --subsystem b", 1, "b took part in no cycle that finished from "),
-        ("report --loop 1", 1, "loop \"1\" is not a name"),
+        ("report --loop 1", 2, "loop \"1\" is not a name"),
     ] {
         let wrong = cli.run(line).await.refused_with(code);
         assert!(wrong.contains(expected), "{line}: {wrong}");
     }
     // Other commands have no CSV output.
-    assert!(cli.run("status --output csv").await.refused_with(2).contains("[possible values: table, json]"));
+    assert!(cli.run("status --output csv").await.refused_with(2).contains("[possible values: table, json, ndjson]"));
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -734,18 +741,18 @@ async fn a_wrong_address_is_explained() {
 async fn a_refusal_names_the_invalid_fields() {
     let (_home, fleet, service, _client) = house(&[]).await;
     let cli = Cli::of(&service);
-    let wrong = cli.run("subsystems register 1a --endpoint nowhere --timeout-per-cycle 0s").await.refused_with(1);
+    let wrong = cli.run("subsystems register 1a --endpoint nowhere --timeout-per-cycle 0s").await.refused_with(2);
     for field in ["registration.name \"1a\"", "registration.endpoint", "registration.timeout"] {
         assert!(wrong.contains(&format!("\n  {field}")), "{wrong}");
     }
     assert!(wrong.ends_with("(INVALID_ARGUMENT, INVALID_FIELDS)\n"), "{wrong}");
     let endpoint = fleet.endpoint();
     cli.run(&format!("subsystems register a --endpoint {endpoint} --after b")).await.with(0);
-    let ring = cli.run(&format!("subsystems register b --endpoint {endpoint} --after a")).await.refused_with(1);
+    let ring = cli.run(&format!("subsystems register b --endpoint {endpoint} --after a")).await.refused_with(2);
     assert!(ring.contains("b is after a") && ring.contains("ORDER_RING"), "{ring}");
     assert!(cli.run("run --subsystem nobody").await.refused_with(1).contains("SUBSYSTEM_NOT_FOUND"));
     assert!(cli.run("cycles show 9").await.refused_with(1).contains("CYCLE_NOT_FOUND"));
-    assert!(cli.run("loops start l").await.refused_with(1).contains("interval"));
+    assert!(cli.run("loops start l").await.refused_with(2).contains("interval"));
     let gone = cli.run("watch --after 7").await.refused_with(1);
     assert!(gone.contains("REVISION_NOT_RETAINED") && gone.contains("--from-oldest"), "{gone}");
 }
@@ -920,7 +927,7 @@ async fn wrong_usage_and_an_unreachable_service_have_their_own_exit_codes() {
         "watch --after latest",
         "subsystems register a --endpoint http://127.0.0.1:1 --retry-max-attempts 0",
         "subsystems register a --endpoint http://127.0.0.1:1 --limits-max-issues 0",
-        "cycles list --finished-from yesterday",
+        "cycles list --finished-from tomorrow",
         "report --since soon",
         "watch --after 1 --from-oldest",
         "subsystems register a",

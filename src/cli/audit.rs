@@ -4,7 +4,7 @@ use prost::Message;
 
 use super::{
     Exit, Failure,
-    output::{JsonList, clean, grouped, names, note, parse_positive, parse_time, print, time},
+    output::{clean, grouped, names, note, parse_positive, parse_time, print, time},
     remote::Remote,
     table::{Cell, Table, left, long, right, text},
 };
@@ -16,12 +16,13 @@ use crate::proto::orchestrator::v1 as pb;
 Newest first. Needs the role auditor or admin. Each event is an entry of the log of the history, which `orchestrator \
 verify` proves.
 
-With --output json, one object: {\"events\":[…]} with a LoggedAuditEvent each, written page by page.
+With --output json, one object: {\"events\":[...]} with a LoggedAuditEvent each, written page by page; with ndjson, a \
+LoggedAuditEvent a line.
 
 Examples:
   orchestrator audit
   orchestrator audit --since 24h --caller token:ops
-  orchestrator audit --denied --output json | jq -r '.events[].event.rpc'")]
+  orchestrator audit --denied --output ndjson | jq -r .event.rpc")]
 pub(super) struct Audit {
     /// Most events to list [default: 20]
     #[arg(long, value_name = "NUMBER", value_parser = parse_positive::<u64>)]
@@ -29,7 +30,7 @@ pub(super) struct Audit {
     /// List all events that pass the filter
     #[arg(long, conflicts_with = "limit")]
     all: bool,
-    /// Only events at or after this time (RFC 3339), or at most this long ago, such as 2h
+    /// Only events at or after this time: 2026-01-31T12:00:00Z, 2026-01-31, yesterday, or 2h (ago)
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     since: Option<prost_types::Timestamp>,
     /// Only events of this caller, such as token:ops
@@ -67,7 +68,7 @@ impl Audit {
             kind: if changes { pb::AuditKind::Change } else { pb::AuditKind::Unspecified }.into(),
         };
         let mut client = remote.connect_to_ledger().await?.0;
-        let mut list = if remote.format.is_json() { Some(JsonList::begin("events")?) } else { None };
+        let mut list = remote.format.list("events")?;
         let mut table = table();
         let mut found = 0;
         let has_more = loop {

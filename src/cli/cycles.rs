@@ -5,8 +5,8 @@ use clap::Subcommand;
 use super::{
     Exit, Failure, known,
     output::{
-        JsonList, age, clean, count, cycle_state, grouped, milliseconds, names, note, one_of, parse_positive, parse_time,
-        payload, print, sections, skip_reason, subsystem_state, telemetry, time, trigger, word,
+        age, clean, count, cycle_state, grouped, milliseconds, names, note, one_of, parse_positive, parse_time, payload,
+        print, sections, skip_reason, subsystem_state, telemetry, time, trigger, word,
     },
     remote::Remote,
     table::{Cell, Facts, Page, Table, left, long, number, right, state, text},
@@ -62,13 +62,15 @@ struct Prune {
 #[command(
     visible_alias = "ls",
     after_help = "\
-With --output json, one object: {\"cycles\":[…]} with a CycleTelemetry each, written page by page.
+With --output json, one object: {\"cycles\":[...]} with a CycleTelemetry each, written page by page; with ndjson, a \
+CycleTelemetry a line.
 
 Examples:
   orchestrator cycles list
   orchestrator cycles list --state failed --state degraded --finished-from 24h
   orchestrator cycles list --subsystem prices --subsystem-state timed_out
-  orchestrator cycles list --all --output json | jq -r '.cycles[].durationMs'"
+  orchestrator cycles list --finished-from yesterday --finished-before today
+  orchestrator cycles list --all --output ndjson | jq -r .durationMs"
 )]
 struct List {
     /// Most cycles to list [default: 20]
@@ -98,10 +100,10 @@ struct List {
     #[arg(long = "subsystem-state", value_name = "STATE", value_delimiter = ',', requires = "subsystem",
           value_parser = one_of(ENDED, subsystem_state))]
     subsystem_states: Vec<pb::SubsystemState>,
-    /// Only cycles that finished at or after this time (RFC 3339), or at most this long ago, such as 2h
+    /// Only cycles that finished at or after this time: 2026-01-31T12:00:00Z, 2026-01-31, yesterday, or 2h (ago)
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     finished_from: Option<prost_types::Timestamp>,
-    /// Only cycles that finished before this time (RFC 3339), or longer ago than this, such as 30m
+    /// Only cycles that finished before this time, in the same forms
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     finished_before: Option<prost_types::Timestamp>,
 }
@@ -212,17 +214,15 @@ impl List {
             }
             if found == 0 && !is_last {
                 // The table is printed at the end.
-            } else if remote.format.is_json() {
-                let list = match &mut list {
-                    Some(list) => list,
-                    None => list.insert(JsonList::begin("cycles")?),
-                };
-                for cycle in &page.cycles {
-                    list.add("CycleTelemetry", cycle)?;
-                }
             } else {
+                if list.is_none() {
+                    list = remote.format.list("cycles")?;
+                }
                 for cycle in &page.cycles {
-                    table.row(row(&telemetry(cycle)?));
+                    match &mut list {
+                        Some(list) => list.add("CycleTelemetry", cycle)?,
+                        None => table.row(row(&telemetry(cycle)?)),
+                    }
                 }
             }
             if is_last {

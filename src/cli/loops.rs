@@ -5,9 +5,7 @@ use prost::Message;
 
 use super::{
     Exit, Failure, known,
-    output::{
-        JsonList, age, count, duration, names, note, one_of, parse_duration, payload, print, sections, time, word,
-    },
+    output::{age, count, duration, names, note, one_of, parse_duration, payload, print, sections, time, word},
     parameters::Parameters,
     remote::{Client, Remote},
     run::{OVERLAP_POLICIES, overlap_policy},
@@ -37,7 +35,7 @@ listed below the table.
 
 Examples:
   orchestrator loops list
-  orchestrator loops list --output json | jq '.loops[].ticks'"
+  orchestrator loops list --output ndjson | jq .ticks"
     )]
     List,
     Start(Box<Start>),
@@ -220,10 +218,9 @@ impl Chosen {
 
 /// Prints loops.
 fn show(remote: &Remote, loops: &[pb::IntervalLoopStatus]) -> Result<(), Failure> {
-    if !remote.format.is_json() {
+    let Some(mut list) = remote.format.list("loops")? else {
         return print(&table(loops, remote.format.page()));
-    }
-    let mut list = JsonList::begin("loops")?;
+    };
     for status in loops {
         list.add("IntervalLoopStatus", &status.encode_to_vec())?;
     }

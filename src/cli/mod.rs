@@ -69,7 +69,7 @@ static HOST: LazyLock<Host> = LazyLock::new(Host::system);
 Exit codes of all commands except serve, health and conformance, whose help lists theirs:
   0    done; for run: the cycle SUCCEEDED
   1    the service refused or failed; for run: no subsystem was called
-  2    wrong usage or a wrong configuration
+  2    wrong usage, an invalid value or a wrong configuration
   3    checkpoint, export and watch --pin: what the service says does not verify
   4    the service can't be reached, or did not answer within --timeout
   10   run: the cycle was DEGRADED

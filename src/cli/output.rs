@@ -17,7 +17,9 @@ use clap::{
         styling::{AnsiColor, Style},
     },
 };
-use jiff::{RoundMode, SignedDuration, Span, SpanRelativeTo, Timestamp, TimestampRound, Unit};
+use jiff::{
+    RoundMode, SignedDuration, Span, SpanRelativeTo, Timestamp, TimestampRound, Unit, civil::DateTime, tz::TimeZone,
+};
 use prost::Message;
 use tokio::{
     task::{block_in_place, spawn_blocking},
@@ -34,7 +36,8 @@ use crate::{
 /// The format of the output.
 #[derive(Clone, Copy, Debug, Default, clap::Args)]
 pub(super) struct Format {
-    /// Tables for people, or the service's answers as canonical proto JSON: one object, or one per line for streams
+    /// Tables for people, or the service's answers as canonical proto JSON: json is one object, also for a list, and
+    /// ndjson is one object a line; a stream has one a line with both
     #[arg(long, value_name = "FORMAT", env = "ORCHESTRATOR_OUTPUT", default_value = "table", global = true)]
     output: Output,
     #[command(flatten)]
@@ -46,6 +49,7 @@ enum Output {
     #[default]
     Table,
     Json,
+    Ndjson,
 }
 
 /// How much of a table a terminal shows.
@@ -66,7 +70,22 @@ impl Breadth {
 impl Format {
     /// True if the output is for programs.
     pub(super) fn is_json(self) -> bool {
-        self.output == Output::Json
+        self.output != Output::Table
+    }
+
+    /// Begins a list of this name, if the output is for programs.
+    ///
+    /// # Errors
+    /// As [`print`].
+    pub(super) fn list(self, name: &str) -> Result<Option<JsonList>, Failure> {
+        match self.output {
+            Output::Table => Ok(None),
+            Output::Json => {
+                print(&format!("{{\"{name}\":["))?;
+                Ok(Some(JsonList::Object { items: 0 }))
+            }
+            Output::Ndjson => Ok(Some(JsonList::Lines)),
+        }
     }
 
     /// Standard output, for text.
@@ -159,38 +178,40 @@ pub(super) fn encoded_json(kind: &'static str, bytes: &[u8]) -> Result<String, F
     Ok(escape_json(&text).into_owned())
 }
 
-/// A list that is printed as one JSON object, page by page: `{"cycles":[…]}`.
-pub(super) struct JsonList {
-    items: usize,
+/// A list for programs, printed page by page.
+pub(super) enum JsonList {
+    /// One object, as `{"cycles":[…]}`.
+    Object { items: usize },
+    /// An item a line.
+    Lines,
 }
 
 impl JsonList {
-    /// Begins the list of this name.
-    ///
-    /// # Errors
-    /// As [`print`].
-    pub(super) fn begin(name: &str) -> Result<Self, Failure> {
-        print(&format!("{{\"{name}\":["))?;
-        Ok(Self { items: 0 })
-    }
-
     /// Adds one encoded message.
     ///
     /// # Errors
     /// As [`json`] and [`print`].
     pub(super) fn add(&mut self, kind: &'static str, bytes: &[u8]) -> Result<(), Failure> {
-        let comma = if self.items == 0 { "" } else { "," };
-        self.items += 1;
-        print(&format!("{comma}{}", encoded_json(kind, bytes)?))
+        let item = encoded_json(kind, bytes)?;
+        match self {
+            Self::Object { items } => {
+                let comma = if *items == 0 { "" } else { "," };
+                *items += 1;
+                print(&format!("{comma}{item}"))
+            }
+            Self::Lines => print(&format!("{item}\n")),
+        }
     }
 
     /// Ends the list.
     ///
     /// # Errors
     /// As [`print`].
-    #[allow(clippy::unused_self, reason = "a list ends once")]
     pub(super) fn end(self) -> Result<(), Failure> {
-        print("]}\n")
+        match self {
+            Self::Object { .. } => print("]}\n"),
+            Self::Lines => Ok(()),
+        }
     }
 }
 
@@ -406,16 +427,27 @@ pub(super) fn parse_duration(text: &str) -> Result<prost_types::Duration, String
     Ok(prost_types::Duration { seconds: duration.as_secs(), nanos: duration.subsec_nanos() })
 }
 
-/// Reads a time: in RFC 3339, or as a duration before now, in which a day has 24 hours.
+/// Reads a time: in RFC 3339; as a day, which stands for its begin in UTC; or as a duration before now, in which a day
+/// has 24 hours.
 ///
 /// # Errors
 /// The text is invalid; the message says which form is valid.
 pub(super) fn parse_time(text: &str) -> Result<prost_types::Timestamp, String> {
+    let utc = |at: DateTime| at.to_zoned_datetime(TimeZone::UTC).ok().map(|at| at.timestamp());
+    let today = || HOST.clock.now().to_zoned_datetime(TimeZone::UTC).date();
+    let day = || match text {
+        "today" => Some(today().into()),
+        "yesterday" => Some(today().yesterday().ok()?.into()),
+        _ => text.parse().ok(),
+    };
     // "2h ago" is parsed as a negative duration.
     let ago = || HOST.clock.now().checked_sub(span(text)?.unsigned_abs()).ok();
-    let time = text.parse().ok().or_else(ago);
-    time.map(crate::proto::timestamp)
-        .ok_or_else(|| "give a time such as 2026-01-31T12:00:00Z, or how long ago, such as 2h or 7d".to_owned())
+    let time = text.parse().ok().or_else(|| utc(day()?)).or_else(ago);
+    time.map(crate::proto::timestamp).ok_or_else(|| {
+        "give a time such as 2026-01-31T12:00:00Z, a day such as 2026-01-31 or yesterday (UTC), or how long ago, such \
+         as 2h or 7d"
+            .to_owned()
+    })
 }
 
 /// Reads a duration above zero, in which a day has 24 hours. `None` if the text is no such duration.
@@ -446,8 +478,18 @@ mod tests {
         for (text, expected) in [("90m", 5_400), ("7d", 604_800), ("1w 1d", 691_200), ("2h ago", 7_200)] {
             assert!(seconds_ago(text).is_ok_and(|ago| (0..60).contains(&(ago - expected))), "{text}");
         }
-        assert_eq!(parse_time("1970-01-01T00:00:07Z").map(|time| time.seconds), Ok(7));
-        for text in ["", "yesterday", "7", "1mo", "99999999d"] {
+        let seconds = |text: &str| parse_time(text).map(|time| time.seconds);
+        for text in ["1970-01-01T00:00:07Z", "1970-01-01 00:00:07Z", "1970-01-01T02:00:07+02:00", "1970-01-01T00:00:07"]
+        {
+            assert_eq!(seconds(text), Ok(7), "{text}");
+        }
+        assert_eq!(seconds("1970-01-03"), Ok(172_800));
+        let (today, yesterday) = (seconds("today").unwrap_or_default(), seconds("yesterday").unwrap_or_default());
+        assert_eq!((today % 86_400, today - yesterday), (0, 86_400));
+        assert!(
+            seconds("2026-11-28").is_ok_and(|day| day < today || today == 0) && today <= Timestamp::now().as_second()
+        );
+        for text in ["", "tomorrow", "7", "1mo", "99999999d", "2026-02-30", "2026-13"] {
             assert!(parse_time(text).is_err(), "{text}");
         }
     }

@@ -469,7 +469,9 @@ impl<F: clap::Args> Remote<F> {
             message.push_str("\nThe service is a different version, or another server listens at this address.");
         }
         let unknown = details.error_info().and_then(unknown);
-        Failure { unknown, ..Failure::new(Exit::Refused, message) }
+        // As if this program had found the bad value.
+        let exit = if status.code() == Code::InvalidArgument { Exit::Usage } else { Exit::Refused };
+        Failure { unknown, ..Failure::new(exit, message) }
     }
 
     /// The problem and its remedy in terms of commands, for reasons whose message from the service names RPCs.

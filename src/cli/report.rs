@@ -70,20 +70,21 @@ With --output json, one object:
                  previousP95Ms, successRateChange (a difference), p50Change,
                  p95Change (relative)
 
-Rates and shares are 0 to 1, and null where there is nothing to say. --output csv has the subsystems, a column for \
-each of these; null is empty. Names begin with a letter and other values are numbers, so that no cell is a formula.
+Rates and shares are 0 to 1, and null where there is nothing to say. --output ndjson has the subsystems, a line each, \
+and --output csv has a column for each of these; null is empty. Names begin with a letter and other values are numbers, so that no cell is a formula.
 
 Examples:
   orchestrator report
   orchestrator report --since 7d --sort p95 --limit 10
-  orchestrator report --since 2026-01-31T00:00:00Z --until 2026-02-01T00:00:00Z
+  orchestrator report --since yesterday --until today
+  orchestrator report --since 2026-01-31 --until 2026-01-31T12:00:00Z
   orchestrator report --since 1h --output json | jq '.subsystems[].p95Ms'
   orchestrator report --since 30d --output csv > report.csv")]
 pub(super) struct Report {
-    /// Start of the period: a time (RFC 3339), or how long ago, such as 2h or 7d
+    /// Start of the period: 2026-01-31T12:00:00Z, 2026-01-31, yesterday, or how long ago, such as 2h or 7d
     #[arg(long, value_name = "TIME", default_value = "24h", value_parser = parse_time)]
     since: prost_types::Timestamp,
-    /// End of the period, in the same form [default: now]
+    /// End of the period, in the same forms [default: now]
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     until: Option<prost_types::Timestamp>,
     /// Only cycles of this loop
@@ -126,7 +127,7 @@ enum Sort {
 
 #[derive(Clone, Copy, Debug, clap::Args)]
 struct Format {
-    /// A table for people; one JSON object; or the subsystems as CSV
+    /// A table for people; one JSON object; or the subsystems, as JSON objects a line each or as CSV
     #[arg(long, value_name = "FORMAT", env = "ORCHESTRATOR_OUTPUT", default_value = "table", global = true)]
     output: Output,
     #[command(flatten)]
@@ -137,6 +138,7 @@ struct Format {
 enum Output {
     Table,
     Json,
+    Ndjson,
     Csv,
 }
 
@@ -189,7 +191,8 @@ impl Report {
         }
         print(&match self.remote.format.output {
             Output::Table => figures.tables(self.remote.format.breadth.page()),
-            Output::Json => figures.json()?,
+            Output::Json => line(&figures)?,
+            Output::Ndjson => figures.subsystems.iter().map(line).collect::<Result<_, _>>()?,
             Output::Csv => figures.csv()?,
         })?;
         Ok(Exit::Done)
@@ -390,11 +393,6 @@ impl Drop for Progress {
 // Showing
 
 impl Figures {
-    fn json(&self) -> Result<String, Failure> {
-        let json = serde_json::to_string(self).map_err(|error| unwritable(&error))?;
-        Ok(format!("{}\n", escape_json(&json)))
-    }
-
     /// The subsystems. A [`crate::model::Name`] begins with a letter, so that a spreadsheet treats no cell as a
     /// formula.
     fn csv(&self) -> Result<String, Failure> {
@@ -496,6 +494,12 @@ impl Figures {
         }
         table
     }
+}
+
+/// One line of JSON.
+fn line(of: &impl Serialize) -> Result<String, Failure> {
+    let json = serde_json::to_string(of).map_err(|error| unwritable(&error))?;
+    Ok(format!("{}\n", escape_json(&json)))
 }
 
 fn unwritable(error: &dyn std::error::Error) -> Failure {

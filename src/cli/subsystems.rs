@@ -9,8 +9,8 @@ use super::{
     cycles::why,
     known,
     output::{
-        JsonList, age, clean, count, duration, grouped, milliseconds, names, note, parse_duration, parse_positive,
-        payload, print, subsystem_state, time, word,
+        age, clean, count, duration, grouped, milliseconds, names, note, parse_duration, parse_positive, payload,
+        print, subsystem_state, time, word,
     },
     parameters::Parameters,
     remote::{Client, Remote, has_timeout_by_environment},
@@ -40,11 +40,12 @@ enum Command {
     #[command(
         visible_alias = "ls",
         after_help = "\
-With --output json, one object: {\"subsystems\":[…]} with a SubsystemStatus each, written page by page.
+With --output json, one object: {\"subsystems\":[...]} with a SubsystemStatus each, written page by page; with \
+ndjson, a SubsystemStatus a line.
 
 Examples:
   orchestrator subsystems list
-  orchestrator subsystems list --output json | jq '.subsystems[].registration'"
+  orchestrator subsystems list --output ndjson | jq .registration"
     )]
     List,
     /// Show one subsystem's registration and state
@@ -431,8 +432,7 @@ pub(super) async fn pages<F: clap::Args>(
 
 async fn list(remote: &Remote, client: &mut Client) -> Result<(), Failure> {
     use prost::Message as _;
-    if remote.format.is_json() {
-        let mut list = JsonList::begin("subsystems")?;
+    if let Some(mut list) = remote.format.list("subsystems")? {
         pages(remote, client, |page| {
             page.iter().try_for_each(|status| list.add("SubsystemStatus", &status.encode_to_vec()))
         })

@@ -278,8 +278,8 @@ impl Table {
         (0..height).map(line).collect()
     }
 
-    /// The cells of a row that are below its line, with their headings: side by side those that fit in a line, and below
-    /// them the longer ones, wrapped.
+    /// The cells of a row that are below its line, with their headings: side by side those that fit in a line, and
+    /// below them the longer ones, wrapped.
     fn lines_below(&self, row: &[Cell], below: &[usize], page: Page) -> Vec<String> {
         let Some(width) = page.width else { return Vec::new() };
         let cells = below.iter().filter_map(|&i| Some((self.columns[i], row.get(i)?)));
