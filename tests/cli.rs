@@ -271,6 +271,9 @@ async fn a_cycle_is_planned_run_and_found_in_the_history() {
     assert_eq!(ran["telemetry"]["state"], "CYCLE_STATE_SUCCEEDED");
     assert_eq!(ran["telemetry"]["subsystems"].as_array().unwrap().len(), 1);
     assert_eq!(ran, cli.json("run --request-id once").await, "the same id gets the same cycle");
+    let of_request = cli.json("cycles list --request-id once").await;
+    assert_eq!(of_request["cycles"].as_array().unwrap().iter().map(|it| &it["cycleId"]).collect::<Vec<_>>(), ["2"]);
+    assert_eq!(cli.json("cycles list --request-id twice").await, json!({ "cycles": [] }));
     assert_eq!(cli.run("run --async").await.with(0), "cycle 3 is admitted\n");
     let mut events = client.watch_after(2).await.unwrap();
     let recorded = async { while events.message().await.unwrap().unwrap().event.unwrap().revision < 3 {} };

@@ -49,14 +49,7 @@ pub(super) fn cycle(
         record_outputs,
     } = request;
     let mut bad = Violations::default();
-    if request_id.len() > CycleRequest::MAX_REQUEST_ID {
-        let problem =
-            format!("is {} bytes long; the limit is {} bytes", request_id.len(), CycleRequest::MAX_REQUEST_ID);
-        bad.add("request_id", problem);
-    }
-    if request_id.contains('\0') {
-        bad.add("request_id", "contains a NUL; remove it");
-    }
+    let request_id = self::request_id(&mut bad, request_id);
     let overlap = overlap(&mut bad, "overlap_policy", overlap_policy);
     let deadline = deadline.and_then(|deadline| {
         let range = Duration::from_millis(1)..=Duration::from_hours(24);
@@ -68,7 +61,7 @@ pub(super) fn cycle(
         scheduled_at: now,
         subset: subset(&mut bad, &subsystems),
         parameters: self::parameters(&mut bad, &parameters),
-        request_id: (!request_id.is_empty()).then_some(request_id),
+        request_id,
         triggered_by,
         overlap: overlap.unwrap_or(OverlapPolicy::BufferAll),
         deadline,
@@ -382,6 +375,19 @@ pub(super) fn events(request: pb::ListAuditEventsRequest) -> Result<Events, Viol
     bad.into_result(events)
 }
 
+/// The id of a request; `None` if it has none.
+fn request_id(bad: &mut Violations, request_id: String) -> Option<String> {
+    if request_id.len() > CycleRequest::MAX_REQUEST_ID {
+        let problem =
+            format!("is {} bytes long; the limit is {} bytes", request_id.len(), CycleRequest::MAX_REQUEST_ID);
+        bad.add("request_id", problem);
+    }
+    if request_id.contains('\0') {
+        bad.add("request_id", "contains a NUL; remove it");
+    }
+    (!request_id.is_empty()).then_some(request_id)
+}
+
 pub(super) fn list(request: pb::ListCyclesRequest) -> Result<List, Violations> {
     let pb::ListCyclesRequest {
         page_size,
@@ -393,6 +399,7 @@ pub(super) fn list(request: pb::ListCyclesRequest) -> Result<List, Violations> {
         subsystem_states,
         finished_from,
         finished_before,
+        request_id,
     } = request;
     let mut bad = Violations::default();
     let before = (!page_token.is_empty()).then(|| {
@@ -425,6 +432,7 @@ pub(super) fn list(request: pb::ListCyclesRequest) -> Result<List, Violations> {
             states: cycle_states(&mut bad, &states),
             trigger,
             loop_name: (!r#loop.is_empty()).then(|| bad.name("loop", &r#loop)),
+            request_id: self::request_id(&mut bad, request_id),
             finished_from: finished_from.and_then(|time| timestamp(&mut bad, "finished_from", time)),
             finished_before: finished_before.and_then(|time| timestamp(&mut bad, "finished_before", time)),
         },

@@ -69,6 +69,7 @@ Examples:
   orchestrator cycles list
   orchestrator cycles list --state failed --state degraded --finished-from 24h
   orchestrator cycles list --subsystem prices --subsystem-state timed_out
+  orchestrator cycles list --request-id nightly-2026-11-28
   orchestrator cycles list --finished-from yesterday --finished-before today
   orchestrator cycles list --all --output ndjson | jq -r .durationMs"
 )]
@@ -93,6 +94,9 @@ struct List {
     /// Only cycles of this loop
     #[arg(long = "loop", value_name = "NAME")]
     loop_name: Option<String>,
+    /// Only cycles that were run with this --request-id
+    #[arg(long, value_name = "ID")]
+    request_id: Option<String>,
     /// Only cycles in which this subsystem took part
     #[arg(long, value_name = "NAME")]
     subsystem: Option<String>,
@@ -193,6 +197,7 @@ impl List {
             subsystem_states: self.subsystem_states.into_iter().map(Into::into).collect(),
             finished_from: self.finished_from,
             finished_before: self.finished_before,
+            request_id: self.request_id.unwrap_or_default(),
         };
         let mut client = remote.connect().await?;
         let mut list = None;

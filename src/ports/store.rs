@@ -447,6 +447,8 @@ pub struct Filter {
     pub trigger: Option<TriggerKind>,
     /// Only cycles of this loop.
     pub loop_name: Option<Name>,
+    /// Only cycles that were requested with this id, by any caller.
+    pub request_id: Option<String>,
     /// Only cycles that finished at or after this time.
     pub finished_from: Option<Timestamp>,
     /// Only cycles that finished before this time.
@@ -460,6 +462,7 @@ impl Filter {
         (self.states.is_empty() || self.states.contains(&record.state))
             && self.trigger.is_none_or(|kind| kind == TriggerKind::of(&record.trigger))
             && self.loop_name.as_ref().is_none_or(|name| Some(name) == record.trigger.loop_name())
+            && self.request_id.as_ref().is_none_or(|id| Some(id) == record.request_id.as_ref())
             && self.finished_from.is_none_or(|from| record.finished_at >= from)
             && self.finished_before.is_none_or(|before| record.finished_at < before)
     }

@@ -417,6 +417,12 @@ async fn pages_go_from_the_newest_record_to_the_oldest(store: &dyn Store, epoch:
     assert_eq!(page(100, failed, PageLimits { records: 2, ..ALL }).await, (vec![12, 9], Some(7)));
     let of_loop = Filter { loop_name: Some(name("l")), trigger: Some(TriggerKind::Loop), ..Filter::default() };
     assert_eq!(page(7, of_loop, ALL).await, (vec![6, 4, 2], None));
+    let of_request = Filter { request_id: Some("five".into()), ..Filter::default() };
+    assert_eq!(page(100, of_request.clone(), ALL).await, (vec![10, 5], None));
+    assert_eq!(page(100, of_request.clone(), PageLimits { records: 1, ..ALL }).await, (vec![10], Some(6)));
+    assert_eq!(page(6, of_request.clone(), ALL).await, (vec![5], None));
+    let and_loop = Filter { loop_name: Some(name("l")), ..of_request };
+    assert_eq!(page(100, and_loop, ALL).await, (vec![10], None));
     let some_time = Filter { finished_from: Some(at(3)), finished_before: Some(at(5)), ..Filter::default() };
     assert_eq!(page(100, some_time, ALL).await, (vec![4, 3], None));
 }

@@ -119,17 +119,25 @@ pub(super) fn cycles_before(
     // One transaction, so that records that are pruned meanwhile don't look missing.
     let transaction = connection.transaction()?;
     let (pruned_to, newest) = range(&transaction)?;
+    // The records of a request are found by the index of its ids: the revisions between them are not missing.
+    let (of_request, complete_above) = match filter.request_id {
+        Some(_) => ("request_id = ?2 AND", before),
+        None => ("", pruned_to),
+    };
     let mut query = transaction.prepare_cached(&format!(
-        "SELECT {COLUMNS} FROM cycles WHERE {HAS_REVISION} AND revision < ?1 ORDER BY revision DESC"
+        "SELECT {COLUMNS} FROM cycles WHERE {of_request} {HAS_REVISION} AND revision < ?1 ORDER BY revision DESC"
     ))?;
-    let mut rows = query.query([integer(before.0)])?;
+    let mut rows = match &filter.request_id {
+        Some(request_id) => query.query((integer(before.0), request_id))?,
+        None => query.query([integer(before.0)])?,
+    };
     let mut page = Page::default();
     let (mut bytes, mut next) = (0, before.min(newest.next()));
     loop {
         let row = rows.next()?;
         let at = row.map(|row| number(row, "revision").map(Revision)).transpose()?;
         // Above the pruned revisions, every revision exists.
-        while next > at.unwrap_or_default().max(pruned_to).next() {
+        while next > at.unwrap_or_default().max(complete_above).next() {
             if page.scanned == SCAN_LIMIT || page.records.len() == limits.records {
                 return Ok(Page { next: Some(next), ..page });
             }

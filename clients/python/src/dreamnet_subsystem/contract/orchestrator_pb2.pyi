@@ -677,7 +677,7 @@ class GetCycleResponse(_message.Message):
     def __init__(self, telemetry: _Optional[_Union[CycleTelemetry, _Mapping]] = ...) -> None: ...
 
 class ListCyclesRequest(_message.Message):
-    __slots__ = ("page_size", "page_token", "states", "trigger", "loop", "subsystem", "subsystem_states", "finished_from", "finished_before")
+    __slots__ = ("page_size", "page_token", "states", "trigger", "loop", "subsystem", "subsystem_states", "finished_from", "finished_before", "request_id")
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     STATES_FIELD_NUMBER: _ClassVar[int]
@@ -687,6 +687,7 @@ class ListCyclesRequest(_message.Message):
     SUBSYSTEM_STATES_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FROM_FIELD_NUMBER: _ClassVar[int]
     FINISHED_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     page_size: int
     page_token: str
     states: _containers.RepeatedScalarFieldContainer[CycleState]
@@ -696,7 +697,8 @@ class ListCyclesRequest(_message.Message):
     subsystem_states: _containers.RepeatedScalarFieldContainer[SubsystemState]
     finished_from: _timestamp_pb2.Timestamp
     finished_before: _timestamp_pb2.Timestamp
-    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., states: _Optional[_Iterable[_Union[CycleState, str]]] = ..., trigger: _Optional[_Union[Trigger, str]] = ..., loop: _Optional[str] = ..., subsystem: _Optional[str] = ..., subsystem_states: _Optional[_Iterable[_Union[SubsystemState, str]]] = ..., finished_from: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., finished_before: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    request_id: str
+    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., states: _Optional[_Iterable[_Union[CycleState, str]]] = ..., trigger: _Optional[_Union[Trigger, str]] = ..., loop: _Optional[str] = ..., subsystem: _Optional[str] = ..., subsystem_states: _Optional[_Iterable[_Union[SubsystemState, str]]] = ..., finished_from: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., finished_before: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class ListCyclesResponse(_message.Message):
     __slots__ = ("cycles", "next_page_token", "unreadable")
