@@ -34,7 +34,11 @@ fn command(address: SocketAddr) -> Command {
     for variable in ["TIMEOUT", "OUTPUT", "CONFIG"] {
         command.env_remove(format!("ORCHESTRATOR_{variable}"));
     }
-    command.env("ORCHESTRATOR_ADDRESS", address.to_string()).env_remove("NO_COLOR").kill_on_drop(true);
+    command
+        .env("ORCHESTRATOR_ADDRESS", address.to_string())
+        .env_remove("NO_COLOR")
+        .env("LC_ALL", "C.UTF-8")
+        .kill_on_drop(true);
     command
 }
 
@@ -96,6 +100,35 @@ async fn it_shows_the_progress_of_a_cycle_and_its_failure() {
     top.row("ill", &["SUCCEEDED", "FRESH", "#2"]).await;
     top.terminal.until_shown("history: 2 cycles").await;
 
+    top.terminal.press("q");
+    assert_eq!(top.ended().await, 0);
+}
+
+#[tokio::test]
+async fn a_cycle_is_opened() {
+    let mut stage = Stage::new().await;
+    stage.register_all(&["calm", "ill"]).await;
+    stage.fleet.run("ill", Run::fail(Code::Internal));
+    stage.client.run().await.unwrap();
+    stage.fleet.run("ill", Run::Hold);
+    stage.client.admit().await.unwrap();
+    let mut top = Top::start(stage.service.address(), 100, 30);
+    top.terminal.until_shown("running: ill").await;
+    top.terminal.press("\t");
+    top.terminal.until_shown("1 running, 1 recorded").await;
+    top.terminal.press("\r");
+    top.row("ill", &["RUNNING"]).await;
+    stage.fleet.run("ill", Run::Echo);
+    // Its record replaces its progress.
+    top.row("ill", &["SUCCEEDED", " ms"]).await;
+    top.terminal.until_shown("critical path").await;
+    top.terminal.press("\x1b");
+    top.terminal.until_shown("2 recorded").await;
+    top.terminal.press("j\r");
+    top.row("ill", &["FAILED", "INTERNAL as scripted"]).await;
+    top.row("calm", &["SUCCEEDED"]).await;
+    top.terminal.press("q");
+    top.terminal.until_shown("2 recorded").await;
     top.terminal.press("q");
     assert_eq!(top.ended().await, 0);
 }

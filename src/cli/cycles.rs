@@ -296,29 +296,40 @@ pub(super) fn succeeded(cycle: &pb::CycleTelemetry) -> String {
 
 /// A recorded cycle, with all its subsystems.
 pub(super) fn cycle(cycle: &pb::CycleTelemetry, details: bool, page: Page) -> String {
-    let mut facts = Facts::new();
-    facts.fact("cycle", cycle.cycle_id.to_string());
-    facts.state("state", cycle_state(cycle.state()));
-    facts.fact("error", &cycle.error);
-    facts.fact("trigger", trigger(cycle.trigger(), &cycle.r#loop));
-    facts.fact("triggered by", &cycle.triggered_by);
-    facts.fact("request id", &cycle.request_id);
-    facts.fact("trace", &cycle.trace_id);
-    facts.fact("started", time(cycle.started_at.as_ref()));
-    let finished = cycle.finished_at.as_ref().map(|at| format!("{} ({})", time(Some(at)), age(Some(at))));
-    facts.fact("finished", finished.unwrap_or_default());
-    facts.fact("duration", milliseconds(cycle.duration_ms));
-    facts.fact("succeeded", succeeded(cycle));
-    facts.fact("critical path", chain(&cycle.critical_path));
-    facts.fact("epoch, revision", format!("{}, {}", cycle.epoch, cycle.revision));
-    if cycle.truncated {
-        facts.fact("truncated", "it was larger than the service's cycle.max_record_bytes");
+    let mut shown = Facts::new();
+    for (what, is) in facts(cycle) {
+        if what == STATE { shown.state(what, &is) } else { shown.fact(what, is) }
     }
     let detail = |table: fn(&[pb::SubsystemTelemetry]) -> Table| {
         if details { table(&cycle.subsystems).finish_unless_empty(page) } else { String::new() }
     };
     let [parts, issues] = [parts(cycle), issues(&cycle.subsystems)].map(|table| table.finish_unless_empty(page));
-    sections([facts.finish(page), parts, issues, detail(metrics), detail(outputs)])
+    sections([shown.finish(page), parts, issues, detail(metrics), detail(outputs)])
+}
+
+/// Name of the fact that is a state.
+pub(super) const STATE: &str = "state";
+
+/// The cycle as names and values, without its subsystems. A value is empty if it does not apply.
+pub(super) fn facts(cycle: &pb::CycleTelemetry) -> Vec<(&'static str, String)> {
+    let finished = cycle.finished_at.as_ref().map(|at| format!("{} ({})", time(Some(at)), age(Some(at))));
+    let truncated = "it was larger than the service's cycle.max_record_bytes";
+    vec![
+        ("cycle", cycle.cycle_id.to_string()),
+        (STATE, cycle_state(cycle.state()).to_owned()),
+        ("error", cycle.error.clone()),
+        ("trigger", trigger(cycle.trigger(), &cycle.r#loop)),
+        ("triggered by", cycle.triggered_by.clone()),
+        ("request id", cycle.request_id.clone()),
+        ("trace", cycle.trace_id.clone()),
+        ("started", time(cycle.started_at.as_ref())),
+        ("finished", finished.unwrap_or_default()),
+        ("duration", milliseconds(cycle.duration_ms)),
+        ("succeeded", succeeded(cycle)),
+        ("critical path", chain(&cycle.critical_path)),
+        ("epoch, revision", format!("{}, {}", cycle.epoch, cycle.revision)),
+        ("truncated", if cycle.truncated { truncated.to_owned() } else { String::new() }),
+    ]
 }
 
 fn parts(cycle: &pb::CycleTelemetry) -> Table {
@@ -433,12 +444,12 @@ mod tests {
     use super::{super::table::tests::assert_screens, *};
     use pb::SubsystemState::{CircuitOpen, Failed, Skipped, Succeeded, TimedOut};
 
-    fn at(seconds: i64) -> Option<prost_types::Timestamp> {
-        Some(prost_types::Timestamp { seconds: 1_795_860_000 + seconds, nanos: 250_000_000 })
+    fn at(seconds: i64) -> prost_types::Timestamp {
+        prost_types::Timestamp { seconds: 1_795_860_000 + seconds, nanos: 250_000_000 }
     }
 
     fn part(name: &str, state: pb::SubsystemState, ms: f64) -> pb::SubsystemTelemetry {
-        let started_at = (!matches!(state, Skipped | CircuitOpen)).then(|| at(1)).flatten();
+        let started_at = (!matches!(state, Skipped | CircuitOpen)).then(|| at(1));
         pb::SubsystemTelemetry {
             name: name.into(),
             state: state.into(),
@@ -461,8 +472,8 @@ mod tests {
             error: error.into(),
             trigger: pb::Trigger::Loop.into(),
             r#loop: "heartbeat".into(),
-            started_at: at(0),
-            finished_at: at(i64::try_from(cycle_id).unwrap_or_default()),
+            started_at: Some(at(0)),
+            finished_at: Some(at(i64::try_from(cycle_id).unwrap_or_default())),
             duration_ms: 1_234.5,
             epoch: 3,
             revision: cycle_id,

@@ -28,6 +28,7 @@ use super::{
     Exit, Failure, HOST,
     output::{has_colours, is_terminal},
     remote::Remote,
+    table::has_unicode,
 };
 
 /// Watch the fleet, the running cycles, the history and the loops live on the terminal
@@ -36,7 +37,7 @@ use super::{
 The view updates by itself: running and recorded cycles from the stream of the service, and the registry page by page \
 at a limited rate, so that it works with ten thousand subsystems as with ten. It is read-only.
 
-Keys: arrows move, Enter opens a subsystem with its latest output, / filters, s sorts by the next column, r reverses, \
+Keys: arrows move, Enter opens a subsystem with its latest output, or a cycle, / filters, s sorts by the next column, r reverses, \
 Tab shows the latest cycles and the loops, ? lists all keys, q quits.
 
 When the service restarts, or the connection breaks, what was known stays on the screen, dimmed, until the stream is \
@@ -110,6 +111,7 @@ impl Screen {
         colours: bool,
         mut signals: Signals,
     ) -> Result<Exit, Failure> {
+        let unicode = has_unicode();
         let mut view = View::default();
         let mut keys = EventStream::new();
         let mut last_drawn = Instant::now();
@@ -133,7 +135,7 @@ impl Screen {
                     next_drawing = Instant::now();
                 }
                 () = sleep_until(next_drawing) => {
-                    let look = Look { now: HOST.clock.now(), colours };
+                    let look = Look { now: HOST.clock.now(), colours, unicode };
                     self.terminal.draw(|frame| draw::draw(frame, &model, &mut view, look)).map_err(broken)?;
                     last_drawn = Instant::now();
                     next_drawing = last_drawn + Self::TICK;
@@ -141,6 +143,8 @@ impl Screen {
                 news = feed.next() => {
                     let news = news?;
                     view.learn(&news);
+                    // It may know all that it wants.
+                    feed.want(view.wants());
                     model.learn(news, HOST.clock.now());
                     next_drawing = next_drawing.min(last_drawn + Self::FRAME);
                 }

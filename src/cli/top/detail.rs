@@ -1,10 +1,11 @@
-//! The details of one subsystem, line by line.
+//! The details of one subsystem or cycle, line by line.
 
 use super::super::{
-    cycles::severity,
-    output::{clean, count, escape_json},
+    cycles::{self, STATE, severity, why},
+    output::{clean, count, escape_json, milliseconds, subsystem_state},
     subsystems::{STATUS, facts},
 };
+use super::model::Live;
 use crate::{model::Payload, proto::orchestrator::v1 as pb};
 
 /// Most columns of a line of the output; `subsystems show` prints longer lines.
@@ -19,18 +20,15 @@ pub(super) enum Entry {
     Heading(&'static str),
     /// A name and a value.
     Fact(String, String),
-    /// A name and a state.
-    State(&'static str, String),
+    /// A name and a state, and more about it.
+    State(String, String, String),
     /// Text including leading spaces.
     Text(String),
 }
 
 /// The lines about a subsystem, without control characters.
 pub(super) fn entries(status: &pb::SubsystemStatus) -> Vec<Entry> {
-    let mut entries = Vec::new();
-    for (what, is) in facts(status).into_iter().filter(|(_, is)| !is.is_empty()) {
-        entries.push(if what == STATUS { Entry::State(what, is) } else { Entry::Fact(what.into(), clean(&is)) });
-    }
+    let mut entries = facts_of(facts(status), STATUS);
     if let Some(last) = &status.last {
         if !last.issues.is_empty() {
             entries.push(Entry::Heading("ISSUES"));
@@ -65,6 +63,52 @@ pub(super) fn entries(status: &pb::SubsystemStatus) -> Vec<Entry> {
     entries
 }
 
+/// The lines about a recorded cycle, without control characters.
+pub(super) fn cycle(cycle: &pb::CycleTelemetry) -> Vec<Entry> {
+    let mut entries = facts_of(cycles::facts(cycle), STATE);
+    entries.push(Entry::Heading("SUBSYSTEMS"));
+    for part in &cycle.subsystems {
+        let duration = part.started_at.map(|_| milliseconds(part.duration_ms)).unwrap_or_default();
+        let more = clean(format!("{duration:>8}  {}", why(part)).trim_end());
+        entries.push(Entry::State(clean(&part.name), subsystem_state(part.state()).to_owned(), more));
+    }
+    let issues: Vec<_> =
+        cycle.subsystems.iter().flat_map(|part| part.issues.iter().map(move |it| (part, it))).collect();
+    if !issues.is_empty() {
+        entries.push(Entry::Heading("ISSUES"));
+    }
+    entries.extend(issues.into_iter().map(|(part, issue)| {
+        let what = format!("{} {}", severity(issue), clean(&issue.code));
+        Entry::Fact(clean(&part.name), format!("{what}: {}", clean(&issue.message)))
+    }));
+    entries
+}
+
+/// The lines about a running cycle.
+pub(super) fn running(live: &Live) -> Vec<Entry> {
+    let ended = format!("{} of {}", live.counts().ended(), live.stands.len());
+    let mut entries = vec![
+        Entry::Fact("cycle".into(), live.cycle_id.to_string()),
+        Entry::State(STATE.into(), "RUNNING".into(), String::new()),
+        Entry::Fact("trigger".into(), live.trigger.clone()),
+        Entry::Fact("ended".into(), ended),
+        Entry::Heading("SUBSYSTEMS"),
+    ];
+    let part = |name: &str, state| Entry::State(clean(name), subsystem_state(state).to_owned(), String::new());
+    entries.extend(live.stands.iter().map(|stand| part(&stand.name, stand.state)));
+    entries
+}
+
+/// Names and values, without those that are empty; the value of `state` is a state.
+fn facts_of(facts: Vec<(&'static str, String)>, state: &str) -> Vec<Entry> {
+    let facts = facts.into_iter().filter(|(_, is)| !is.is_empty());
+    let entry = |(what, is): (&str, String)| match what {
+        what if what == state => Entry::State(what.into(), is, String::new()),
+        what => Entry::Fact(what.into(), clean(&is)),
+    };
+    facts.map(entry).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::{super::model::tests::registered, *};
@@ -90,7 +134,7 @@ mod tests {
         let fact = |what: &str, is: &str| Entry::Fact(what.into(), is.into());
         let order = [
             at(fact("subsystem", "a")),
-            at(Entry::State(STATUS, "READY".into())),
+            at(Entry::State(STATUS.into(), "READY".into(), String::new())),
             at(Entry::Heading("ISSUES")),
             at(fact("WARNING SLOW", "[31mred ")),
             at(Entry::Heading("METRICS")),

@@ -19,9 +19,9 @@ use super::{
         clean, coarse, colour, count, duration, grouped, milliseconds, short, subsystem_state, timestamp, trigger,
         waits_for, word,
     },
-    detail::Entry,
-    model::{Column, Counts, Cycle, Live, Model, Row, Stand, UNREADABLE},
-    pieces::{Col, as_u16, bold, cut, put_lines, table_of, wrapped},
+    detail::{self, Entry},
+    model::{Column, Counts, Cycle, Live, Model, Row, Stand, Subject, UNREADABLE},
+    pieces::{Col, as_u16, bold, cut, put_lines, table_of, to_ascii, wrapped},
     view::{Detail, Mode, Pane, View},
 };
 use crate::proto::{self, orchestrator::v1 as pb};
@@ -35,6 +35,8 @@ pub(super) struct Look {
     /// The time from which ages are computed.
     pub(super) now: Timestamp,
     pub(super) colours: bool,
+    /// True if the terminal shows more than ASCII.
+    pub(super) unicode: bool,
 }
 
 /// Draws everything.
@@ -55,7 +57,7 @@ pub(super) fn draw(frame: &mut Frame<'_>, model: &Model, view: &mut View, look: 
     ]));
     put_lines(buffer, top, header);
     match (&mut view.mode, view.pane) {
-        (Mode::Help, _) => look.help(buffer, rest, &mut view.top, &mut view.page),
+        (Mode::Help, _) => help(buffer, rest, &mut view.top, &mut view.page),
         (Mode::Detail(detail), _) => look.detail(buffer, rest, model, detail, &mut view.top, &mut view.page),
         (_, Pane::Fleet) => look.overview(buffer, rest, model, view),
         (_, Pane::Cycles) => look.cycles(buffer, rest, model, view),
@@ -67,6 +69,9 @@ pub(super) fn draw(frame: &mut Frame<'_>, model: &Model, view: &mut View, look: 
         buffer.set_style(was, Style::new().add_modifier(Modifier::DIM));
     }
     put_lines(buffer, bottom, [footer(view)]);
+    if !look.unicode {
+        to_ascii(buffer);
+    }
 }
 
 impl Look {
@@ -203,7 +208,7 @@ impl Look {
     }
 
     fn last_cycle(self, buffer: &mut Buffer, area: Rect, model: &Model) {
-        let inner = self.titled(buffer, area, " no cycle runs ", "");
+        let inner = titled(buffer, area, " no cycle runs ", "");
         let Some((_, last)) = model.cycles.last_key_value() else { return };
         let when = self.ago(last.finished_at);
         let took = if last.has_duration() { format!(" in {}", milliseconds(last.duration_ms)) } else { String::new() };
@@ -220,7 +225,7 @@ impl Look {
     fn running_cycle(self, buffer: &mut Buffer, area: Rect, live: &Live, model: &Model) {
         let heard = self.as_heard(model);
         let counts = live.counts();
-        let inner = self.titled(buffer, area, format!(" {} ", heard.progress(live)), "");
+        let inner = titled(buffer, area, format!(" {} ", heard.progress(live)), "");
         let mut text = Line::default();
         if counts.failed > 0 {
             text.push_span(self.state("FAILED", format!("{} failed  ", grouped(counts.failed as u64))));
@@ -249,7 +254,7 @@ impl Look {
         let more = model.live.len().saturating_sub(shown);
         let right = if more > 0 { format!(" and {more} more: Tab ") } else { String::new() };
         let title = format!(" {} running ", count(model.live.len() as u64, "cycle"));
-        let inner = self.titled(buffer, area, title, right);
+        let inner = titled(buffer, area, title, right);
         let shown: Vec<_> = model.live.values().take(shown).map(|live| (live, heard.progress(live))).collect();
         // The strips are aligned.
         let longest = shown.iter().map(|(_, progress)| Span::raw(progress).width()).max().unwrap_or(0);
@@ -307,7 +312,7 @@ impl Look {
                 (0, 0, 0) if succeeded == 0 && other > 0 => self.state("SKIPPED", "-"),
                 (0, 0, 0) => self.state("SUCCEEDED", "■"),
                 (0, 0, 1..) if counts.ended() > 0 => Span::raw("▪"),
-                (0, 0, 1..) => self.faint("·"),
+                (0, 0, 1..) => Span::raw("·"),
             }
         });
         marks.collect::<Vec<_>>().into()
@@ -329,7 +334,7 @@ impl Look {
             None => String::new(),
         };
         let title = format!(" history: {} ", count(shown.len() as u64, "cycle"));
-        let inner = self.titled(buffer, area, title, right);
+        let inner = titled(buffer, area, title, right);
         let lines = inner.height.saturating_sub(1);
         for (x, cycle) in (inner.x..).zip(shown) {
             let share = if cycle.has_duration() && longest > 0.0 { cycle.duration_ms / longest } else { 0.0 };
@@ -355,7 +360,7 @@ impl Look {
             return;
         }
         let loops = model.status.as_ref().map(|status| &status.loops[..]).unwrap_or_default();
-        let inner = self.titled(buffer, area, format!(" {} ", count(loops.len() as u64, "loop")), "");
+        let inner = titled(buffer, area, format!(" {} ", count(loops.len() as u64, "loop")), "");
         let shown = usize::from(inner.height);
         let lines = loops.iter().take(shown).map(|status| {
             let settings = status.r#loop.clone().unwrap_or_default();
@@ -400,12 +405,10 @@ impl Look {
 
     fn fleet(self, buffer: &mut Buffer, area: Rect, model: &Model, view: &mut View) {
         let rows = model.rows(&view.filter, view.sort, view.reversed);
-        let lines = usize::from(area.height.saturating_sub(2));
         let selected = view.position(rows.iter().map(|row| row.name));
         // The selected row is visible.
-        view.top = view.top.clamp((selected + 1).saturating_sub(lines), selected).min(rows.len().saturating_sub(lines));
-        view.page = lines.max(1);
-        let shown = view.top..(view.top + lines).min(rows.len());
+        view.reveal(selected, area.height.saturating_sub(2));
+        let shown = view.fit(rows.len(), area.height.saturating_sub(2));
 
         let found = match (view.filter.is_empty(), model.is_loaded) {
             (_, false) => format!(" fleet: reading, {} so far ", grouped(rows.len() as u64)),
@@ -417,7 +420,7 @@ impl Look {
         };
         let arrow = if view.reversed == view.sort.is_text() { "▼" } else { "▲" };
         let range = if rows.is_empty() { String::new() } else { format!("{} to {}, ", shown.start + 1, shown.end) };
-        let inner = self.titled(buffer, area, found, format!(" {range}by {} {arrow} ", view.sort.name()));
+        let inner = titled(buffer, area, found, format!(" {range}by {} {arrow} ", view.sort.name()));
 
         let longest = model.fleet().map(|row| row.name.len()).max().unwrap_or(0);
         let name = as_u16(longest).clamp(10, (area.width / 4).max(10));
@@ -450,7 +453,7 @@ impl Look {
     fn mark(self, row: &Row<'_>) -> Span<'static> {
         match row.live.map(|(_, stand)| stand.state) {
             None => Span::raw(" "),
-            Some(pb::SubsystemState::Waiting | pb::SubsystemState::Unspecified) => self.faint("·"),
+            Some(pb::SubsystemState::Waiting | pb::SubsystemState::Unspecified) => Span::raw("·"),
             Some(pb::SubsystemState::Running) => bold("▸"),
             Some(pb::SubsystemState::Succeeded) => self.state("SUCCEEDED", "✓"),
             Some(pb::SubsystemState::Skipped | pb::SubsystemState::Cancelled) => self.state("SKIPPED", "-"),
@@ -516,18 +519,21 @@ impl Look {
         /// The position of that column.
         const SUCCEEDED: usize = 4;
         let waiting = model.waiting();
-        let all = model.live.len() + waiting.len() + model.cycles.len();
-        let range = view.fit(all, area.height.saturating_sub(2));
+        let listed = model.listed();
+        let selected = view.position_of_cycle(&listed);
+        let room = area.height.saturating_sub(2);
+        view.reveal(selected, room);
+        let range = view.fit(listed.len(), room);
         let running = if model.live.is_empty() { String::new() } else { format!("{} running, ", model.live.len()) };
         let queued = if waiting.is_empty() { String::new() } else { format!("{} waiting, ", waiting.len()) };
         let title =
             format!(" cycles: {running}{queued}{} recorded, the latest first ", grouped(model.cycles.len() as u64));
-        let inner = self.titled(buffer, area, title, of_all(&range));
+        let inner = titled(buffer, area, title, of_all(&range));
         let is_wide = area.width >= 100;
         let longest = |text: fn(&Cycle) -> &str| model.cycles.values().map(|it| text(it).len()).max().unwrap_or(0);
         let mut columns = vec![
-            Col::right("CYCLE", 7),
             Col::left("STATE", 11),
+            Col::right("CYCLE", 7),
             Col::right("FINISHED", 8),
             Col::right("DURATION", 8),
             Col::right("SUCCEEDED", as_u16(longest(|cycle| &cycle.succeeded)).max(9)),
@@ -537,12 +543,13 @@ impl Look {
         let running = model.live.values().rev().map(|live| self.running_row(live, model));
         let recorded = model.cycles.values().rev().map(|cycle| self.recorded_row(cycle));
         let waiting = waiting.into_iter().rev().map(|waiting| self.waiting_row(waiting));
-        let rows = running.chain(waiting).chain(recorded).skip(range.start).take(range.len()).map(|mut cells| {
+        let rows = running.chain(waiting).chain(recorded).enumerate().skip(range.start).take(range.len());
+        let rows = rows.map(|(i, mut cells)| {
             if !is_wide {
                 // The error contains it as well.
                 cells.remove(SUCCEEDED);
             }
-            (false, cells)
+            (i == selected, cells)
         });
         if !is_wide {
             columns.remove(SUCCEEDED);
@@ -554,8 +561,8 @@ impl Look {
         let counts = live.counts();
         let failed = if counts.failed == 0 { String::new() } else { format!("{} failed so far", counts.failed) };
         vec![
-            Span::raw(live.cycle_id.to_string()),
             bold("RUNNING"),
+            Span::raw(live.cycle_id.to_string()),
             Span::raw("-"),
             Span::raw(self.as_heard(model).running_for(live, 0.0)),
             Span::raw(format!("{}/{}", counts.succeeded, live.stands.len())),
@@ -567,8 +574,8 @@ impl Look {
     fn waiting_row(self, waiting: &pb::WaitingCycle) -> Vec<Span<'static>> {
         let since = waiting.scheduled_at.as_ref().and_then(timestamp);
         vec![
-            Span::raw(waiting.cycle_id.to_string()),
             Span::raw("WAITING"),
+            Span::raw(waiting.cycle_id.to_string()),
             Span::raw("-"),
             Span::raw(self.ago(since)),
             Span::raw("-"),
@@ -580,8 +587,8 @@ impl Look {
     fn recorded_row(self, cycle: &Cycle) -> Vec<Span<'_>> {
         let duration_ms = Some(cycle.duration_ms).filter(|_| cycle.has_duration());
         vec![
-            Span::raw(cycle.number()),
             self.state(cycle.state, cycle.state),
+            Span::raw(cycle.number()),
             Span::raw(cycle.finished_at.map_or_else(|| "-".to_owned(), |at| format!("{} ago", self.ago(Some(at))))),
             Span::raw(duration_ms.map_or_else(|| "-".to_owned(), milliseconds)),
             Span::raw(cycle.succeeded.as_str()),
@@ -597,7 +604,7 @@ impl Look {
         let below = if not_run == 0 { 0 } else { as_u16(not_run + 2).min(area.height / 2) };
         let [above, below] = area.layout(&Layout::vertical([Constraint::Min(3), Constraint::Length(below)]));
         let range = view.fit(loops.len(), above.height.saturating_sub(2));
-        let inner = self.titled(buffer, above, format!(" {} ", count(loops.len() as u64, "loop")), of_all(&range));
+        let inner = titled(buffer, above, format!(" {} ", count(loops.len() as u64, "loop")), of_all(&range));
         let columns = [
             Col::rest("LOOP"),
             Col::left("INTERVAL", 8),
@@ -626,7 +633,7 @@ impl Look {
         if below.is_empty() {
             return;
         }
-        let inner = self.titled(buffer, below, " ticks that did not run, the latest first ", "");
+        let inner = titled(buffer, below, " ticks that did not run, the latest first ", "");
         let mut ranges: Vec<_> =
             loops.iter().flat_map(|status| status.not_run.iter().map(move |range| (status, range))).collect();
         ranges.sort_by_key(|(_, range)| std::cmp::Reverse(range.last_due_at.as_ref().and_then(timestamp)));
@@ -659,17 +666,26 @@ impl Look {
         top: &mut usize,
         page: &mut usize,
     ) {
-        let stand = match model.row(&detail.name).and_then(|row| row.live) {
-            Some((live, stand)) => format!(" now in cycle {}: {} ", live.cycle_id, subsystem_state(stand.state)),
-            None => String::new(),
+        let (name, stand) = match &detail.of {
+            Subject::Subsystem(name) => {
+                let live = model.row(name).and_then(|row| row.live);
+                let stand = live
+                    .map(|(live, stand)| format!(" now in cycle {}: {} ", live.cycle_id, subsystem_state(stand.state)));
+                (clean(name), stand.unwrap_or_default())
+            }
+            Subject::Cycle(id) => (format!("cycle {id}"), String::new()),
         };
-        let lines: Vec<_> = match &detail.is {
+        let live = match detail.of {
+            Subject::Cycle(id) => model.live.get(&id).map(|live| Ok(detail::running(live))),
+            Subject::Subsystem(_) => None,
+        };
+        let lines: Vec<_> = match live.as_ref().or(detail.is.as_ref()) {
             None => vec![Line::from("loading …")],
             Some(Err(why)) => vec![self.loud(clean(why)).into()],
             Some(Ok(entries)) => {
                 let labels = entries.iter().map(|entry| match entry {
-                    Entry::Fact(what, _) => what.chars().count(),
-                    Entry::State(..) | Entry::Heading(_) | Entry::Text(_) => 0,
+                    Entry::Fact(what, _) | Entry::State(what, ..) => what.chars().count(),
+                    Entry::Heading(_) | Entry::Text(_) => 0,
                 });
                 let label = labels.max().unwrap_or(0).clamp(12, usize::from(area.width / 3));
                 let width = usize::from(area.width).saturating_sub(label + 2);
@@ -677,8 +693,8 @@ impl Look {
             }
         };
         let range = fit(top, page, lines.len(), area.height.saturating_sub(1));
-        let title = format!(" {}{} ", clean(&detail.name), of_all(&range).trim_end());
-        let inner = self.titled(buffer, area, title, stand);
+        let title = format!(" {name}{} ", of_all(&range).trim_end());
+        let inner = titled(buffer, area, title, stand);
         put_lines(buffer, inner, lines.into_iter().skip(range.start).take(range.len()));
     }
 
@@ -686,7 +702,17 @@ impl Look {
     fn entry(self, entry: &Entry, label: usize, width: usize, left: usize) -> Vec<Line<'_>> {
         match entry {
             Entry::Heading(heading) => vec![Line::default(), bold(*heading).into()],
-            Entry::State(what, is) => vec![vec![format!("{what:label$}  ").into(), self.state(is, is.as_str())].into()],
+            Entry::State(what, is, more) => {
+                /// Columns of the longest state.
+                const STATE: usize = 12;
+                let pieces = wrapped(more, width.saturating_sub(STATE + 2)).into_iter().enumerate();
+                let line = |(i, piece): (usize, String)| {
+                    let (what, is) = if i == 0 { (cut(what, label), is.as_str()) } else { (String::new(), "") };
+                    let shown = self.state(is, format!("{is:STATE$}  "));
+                    vec![Span::raw(format!("{what:label$}  ")), shown, Span::raw(piece)].into()
+                };
+                pieces.map(line).collect()
+            }
             Entry::Text(text) => vec![text.chars().skip(left).collect::<String>().into()],
             Entry::Fact(what, is) => {
                 let pieces = wrapped(is, width).into_iter().enumerate();
@@ -699,70 +725,8 @@ impl Look {
         }
     }
 
-    fn help(self, buffer: &mut Buffer, area: Rect, top: &mut usize, page: &mut usize) {
-        const HELP: &[(&str, &str)] = &[
-            ("↑ ↓  k j", "the previous row, the next row"),
-            ("PgUp PgDn", "a page"),
-            ("Home End  g G", "the first, the last"),
-            ("Enter", "details of the selected subsystem, with its latest output"),
-            ("/", "show only rows with this text: a name, FAILED, OPEN, STALE, …"),
-            ("s S  → ←", "sort by the next or the previous column"),
-            ("r", "reverse the order"),
-            ("1 2 3  Tab", "the fleet, the latest cycles, the loops"),
-            ("Ctrl-L", "redraw"),
-            ("Esc", "back; from the fleet: quit"),
-            ("q  Ctrl-C", "quit"),
-            ("", ""),
-            ("· ▸ ✓ ✗ -", "now: waiting, running, succeeded, failed, skipped"),
-            ("■ ▪", "a mark for several subsystems: all have ended, some have"),
-            ("D F C I U", "cycle: DEGRADED, FAILED, CANCELLED, INTERRUPTED, UNREADABLE"),
-            ("LAST", "state of its last part"),
-            (
-                "OUTPUT",
-                "FRESH: made by its last part, STALE: by an earlier one; with its age, and the cycle that made it",
-            ),
-        ];
-        /// Columns of the keys.
-        const KEYS: usize = 15;
-        let width = usize::from(area.width).saturating_sub(KEYS);
-        let lines = HELP.iter().flat_map(|&(key, what)| {
-            let pieces = wrapped(what, width).into_iter().enumerate();
-            pieces.map(move |(i, piece)| {
-                vec![bold(format!("{:KEYS$}", if i == 0 { key } else { "" })), Span::raw(piece)].into()
-            })
-        });
-        let lines: Vec<Line<'_>> = lines.collect();
-        let range = fit(top, page, lines.len(), area.height.saturating_sub(1));
-        let inner = self.titled(buffer, area, " help ", "");
-        put_lines(buffer, inner, lines.into_iter().skip(range.start).take(range.len()));
-    }
-
     // -----------------------------------------------------------------------------------------------------------
     // Pieces
-
-    /// Draws a horizontal line with a title, and returns the area below it.
-    fn titled<'a>(
-        self,
-        buffer: &mut Buffer,
-        area: Rect,
-        title: impl Into<Cow<'a, str>>,
-        right: impl Into<Cow<'a, str>>,
-    ) -> Rect {
-        let (title, right) = (title.into(), right.into());
-        let title = cut(&title, usize::from(area.width.saturating_sub(2)));
-        let left = usize::from(area.width).saturating_sub(Span::raw(&title).width() + 4);
-        let block = Block::new().borders(Borders::TOP).border_style(self.faint("").style);
-        let block = block.title(Line::from(vec![self.faint("─"), bold(title)]));
-        let fits = Span::raw(&*right).width() <= left;
-        let block = if fits && !right.is_empty() {
-            block.title(Line::from(vec![Span::styled(right, Style::reset()), self.faint("─")]).right_aligned())
-        } else {
-            block
-        };
-        let inner = block.inner(area);
-        block.render(area, buffer);
-        inner
-    }
 
     /// An age in one unit.
     fn ago(self, at: Option<Timestamp>) -> String {
@@ -791,10 +755,42 @@ impl Look {
     fn loud(self, text: String) -> Span<'static> {
         Span::styled(text, self.style("FAILED").add_modifier(Modifier::BOLD))
     }
+}
 
-    fn faint(self, text: &'static str) -> Span<'static> {
-        Span::styled(text, if self.colours { Style::new().fg(Color::DarkGray) } else { Style::new() })
-    }
+/// Draws the list of all keys.
+fn help(buffer: &mut Buffer, area: Rect, top: &mut usize, page: &mut usize) {
+    const HELP: &[(&str, &str)] = &[
+        ("↑ ↓  k j", "the previous row, the next row"),
+        ("PgUp PgDn", "a page"),
+        ("Home End  g G", "the first, the last"),
+        ("Enter", "details of the selected subsystem, with its latest output, or of the selected cycle"),
+        ("/", "show only rows with this text: a name, FAILED, OPEN, STALE, …"),
+        ("s S  → ←", "sort by the next or the previous column"),
+        ("r", "reverse the order"),
+        ("1 2 3  Tab", "the fleet, the latest cycles, the loops"),
+        ("Ctrl-L", "redraw"),
+        ("Esc", "back; from the fleet: quit"),
+        ("q  Ctrl-C", "quit"),
+        ("", ""),
+        ("· ▸ ✓ ✗ -", "now: waiting, running, succeeded, failed, skipped"),
+        ("■ ▪", "a mark for several subsystems: all have ended, some have"),
+        ("D F C I U", "cycle: DEGRADED, FAILED, CANCELLED, INTERRUPTED, UNREADABLE"),
+        ("LAST", "state of its last part"),
+        ("OUTPUT", "FRESH: made by its last part, STALE: by an earlier one; with its age, and the cycle that made it"),
+    ];
+    /// Columns of the keys.
+    const KEYS: usize = 15;
+    let width = usize::from(area.width).saturating_sub(KEYS);
+    let lines = HELP.iter().flat_map(|&(key, what)| {
+        let pieces = wrapped(what, width).into_iter().enumerate();
+        pieces.map(move |(i, piece)| {
+            vec![bold(format!("{:KEYS$}", if i == 0 { key } else { "" })), Span::raw(piece)].into()
+        })
+    });
+    let lines: Vec<Line<'_>> = lines.collect();
+    let range = fit(top, page, lines.len(), area.height.saturating_sub(1));
+    let inner = titled(buffer, area, " help ", "");
+    put_lines(buffer, inner, lines.into_iter().skip(range.start).take(range.len()));
 }
 
 /// The keys that are active.
@@ -815,13 +811,23 @@ fn footer(view: &View) -> Line<'static> {
             ("Enter", "detail"),
             ("Tab", "cycles, loops"),
         ],
-        (Mode::Browse, _) => &[("Esc", "fleet"), ("Tab", "next"), ("↑↓", "scroll"), ("?", "help"), ("q", "quit")],
+        (Mode::Browse, Pane::Cycles) => {
+            &[("Esc", "fleet"), ("Enter", "detail"), ("Tab", "loops"), ("?", "help"), ("q", "quit")]
+        }
+        (Mode::Browse, Pane::Loops) => {
+            &[("Esc", "fleet"), ("Tab", "fleet"), ("↑↓", "scroll"), ("?", "help"), ("q", "quit")]
+        }
     };
     let keys = keys.iter().flat_map(|&(key, what)| [bold(key), Span::raw(format!(" {what}  "))]);
     keys.collect::<Vec<_>>().into()
 }
 
 impl View {
+    /// Scrolls so that the selected one of the lines is visible.
+    fn reveal(&mut self, selected: usize, room: u16) {
+        self.top = self.top.clamp((selected + 1).saturating_sub(usize::from(room)), selected);
+    }
+
     /// The range of visible lines, of `all` lines with room for `room`.
     fn fit(&mut self, all: usize, room: u16) -> Range<usize> {
         fit(&mut self.top, &mut self.page, all, room)
@@ -849,6 +855,23 @@ fn fleet_columns(width: u16) -> impl Iterator<Item = Column> {
         Column::Breaker => width >= 96,
         Column::Attempts => width >= 108,
     })
+}
+
+/// Draws a horizontal line with a title, and returns the area below it.
+fn titled<'a>(buffer: &mut Buffer, area: Rect, title: impl Into<Cow<'a, str>>, right: impl Into<Cow<'a, str>>) -> Rect {
+    let (title, right) = (title.into(), right.into());
+    let title = cut(&title, usize::from(area.width.saturating_sub(2)));
+    let left = usize::from(area.width).saturating_sub(Span::raw(&title).width() + 4);
+    let block = Block::new().borders(Borders::TOP).title(Line::from(vec!["─".into(), bold(title)]));
+    let fits = Span::raw(&*right).width() <= left;
+    let block = if fits && !right.is_empty() {
+        block.title(Line::from(vec![Span::styled(right, Style::reset()), "─".into()]).right_aligned())
+    } else {
+        block
+    };
+    let inner = block.inner(area);
+    block.render(area, buffer);
+    inner
 }
 
 fn reversed(text: &'static str) -> Span<'static> {
@@ -880,7 +903,7 @@ mod tests {
         SubsystemState::{Failed, Running, Succeeded},
     };
 
-    const LOOK: Look = Look { now: Timestamp::UNIX_EPOCH, colours: false };
+    const LOOK: Look = Look { now: Timestamp::UNIX_EPOCH, colours: false, unicode: true };
 
     /// The screen at this number of seconds after the epoch.
     fn drawn(model: &Model, view: &mut View, seconds: i64, width: u16, height: u16) -> Buffer {
@@ -1028,7 +1051,7 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
         line_with(&shown(&model, &mut detail, 80, 24), "now in cycle 3: RUNNING");
         let cycles = shown(&model, &mut View { pane: Pane::Cycles, ..View::default() }, 120, 24);
         line_with(&cycles, "cycles: 2 running, 1 waiting, 2 recorded, the latest first");
-        let ids = cycles.iter().skip(4).filter_map(|line| line.split_whitespace().next());
+        let ids = cycles.iter().skip(4).filter_map(|line| line.split_whitespace().nth(1));
         assert_eq!(ids.take(5).collect::<Vec<_>>(), ["12", "3", "9", "2", "1"], "{cycles:?}");
         assert!(line_with(&cycles, "RUNNING     ").ends_with("unknown"), "{cycles:?}");
 
@@ -1047,7 +1070,7 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
         let lines = cycles(&model);
         line_with(&lines, " cycles: 1 waiting, 2 recorded, the latest first ");
         assert!(line_with(&lines, "WAITING").ends_with("waits for cycle 3 (alpha)"), "{lines:?}");
-        assert!(line_with(&lines, "WAITING").trim_start().starts_with("9 "), "{lines:?}");
+        assert!(line_with(&lines, "WAITING").starts_with("WAITING           9 "), "{lines:?}");
         model.learn(started(9, 8, &["alpha"]), at(8));
         assert!(!cycles(&model).iter().any(|line| line.contains("WAITING")));
     }
@@ -1066,7 +1089,8 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
         // In a narrow terminal, titles are truncated and the strips are not.
         let narrow = shown(&model, &mut View::default(), 40, 24);
         assert_eq!(narrow[3], "cycle 3, unknown: 0 of 1 ended, 2.00…  ·");
-        let mut view = View { pane: Pane::Cycles, top: usize::MAX, ..View::default() };
+        let mut view = View { pane: Pane::Cycles, ..View::default() };
+        view.act(Action::Last, &model);
         line_with(&shown(&model, &mut view, 80, 24), "SUCCEEDED");
     }
 
@@ -1221,9 +1245,9 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
         let pane = |pane| View { pane, ..View::default() };
         let cycles = shown(&model, &mut pane(Pane::Cycles), 120, 24);
         let row: Vec<_> = line_with(&cycles, "UNREADABLE").split_whitespace().collect();
-        assert_eq!(row[..6], ["?", "UNREADABLE", "-", "-", "-", "-"]);
-        assert!(line_with(&cycles, " 3 UNREADABLE").ends_with("its record can't be read: it is too short"));
-        line_with(&cycles, " 2 DEGRADED");
+        assert_eq!(row[..6], ["UNREADABLE", "?", "-", "-", "-", "-"]);
+        assert!(line_with(&cycles, "UNREADABLE        3").ends_with("its record can't be read: it is too short"));
+        line_with(&cycles, "DEGRADED          2");
         let fleet = shown(&model, &mut pane(Pane::Fleet), 80, 24);
         assert!(line_with(&fleet, "last: cycle ?").ends_with("UNREADABLE"));
         line_with(&fleet, "DUU");
@@ -1260,15 +1284,55 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
     }
 
     #[test]
-    fn colours_are_used_only_on_request() {
+    fn colours_are_used_only_on_request_and_can_be_read_on_light_and_dark() {
         let model = house();
         let paint = |colours| {
             let mut terminal = Terminal::new(TestBackend::new(100, 30)).unwrap();
-            let look = Look { now: at(10), colours };
+            let look = Look { now: at(10), colours, ..LOOK };
             terminal.draw(|frame| draw(frame, &model, &mut View::default(), look)).unwrap();
-            terminal.backend().buffer().content.iter().filter(|cell| cell.fg != Color::Reset).count()
+            let mut colours: Vec<_> = terminal.backend().buffer().content.iter().map(|cell| cell.fg).collect();
+            colours.retain(|colour| *colour != Color::Reset);
+            colours
         };
-        assert_eq!(paint(false), 0);
-        assert!(paint(true) > 0);
+        assert_eq!(paint(false), []);
+        let painted = paint(true);
+        let readable = [Color::Green, Color::Yellow, Color::Red];
+        assert!(!painted.is_empty() && painted.iter().all(|colour| readable.contains(colour)), "{painted:?}");
+    }
+
+    #[test]
+    fn an_opened_cycle_shows_every_part_while_it_runs_and_afterwards() {
+        let mut model = house();
+        model.learn(started(3, 8, &["alpha", "beta"]), at(8));
+        model.learn(progress(3, &[("alpha", Succeeded), ("beta", Running)]), at(9));
+        let mut view = View { pane: Pane::Cycles, ..View::default() };
+        view.act(Action::Open, &model);
+        let lines = shown(&model, &mut view, 80, 24);
+        line_with(&lines, "─ cycle 3 1 to 7");
+        line_with(&lines, "state         RUNNING");
+        line_with(&lines, "alpha         SUCCEEDED");
+        line_with(&lines, "beta          RUNNING");
+        let record =
+            cycle(3, 9, CycleState::Degraded, vec![part("alpha", Succeeded, 12.0), part("beta", Failed, 250.0)]);
+        model.learn(recorded(record.clone()), at(9));
+        view.learn(&News::Cycle(3, Ok(Box::new(record))));
+        let lines = shown(&model, &mut view, 80, 40);
+        line_with(&lines, "DEGRADED");
+        assert!(line_with(&lines, "SUCCEEDED").ends_with("12.0 ms"), "{lines:?}");
+        assert!(line_with(&lines, "FAILED").ends_with("250 ms  INTERNAL beta is [31mbroken"), "{lines:?}");
+    }
+
+    #[test]
+    fn a_terminal_without_utf_8_gets_ascii() {
+        let mut model = house();
+        model.learn(started(3, 8, &["alpha", "beta"]), at(8));
+        for pane in [Pane::Fleet, Pane::Cycles, Pane::Loops] {
+            let mut terminal = Terminal::new(TestBackend::new(60, 30)).unwrap();
+            let mut view = View { pane, ..View::default() };
+            let look = Look { now: at(10), unicode: false, ..LOOK };
+            terminal.draw(|frame| draw(frame, &model, &mut view, look)).unwrap();
+            let shown = lines(terminal.backend().buffer()).join("\n");
+            assert!(shown.is_ascii() && !shown.contains('?'), "{shown}");
+        }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{convert::Infallible, time::Duration};
 
+use bytes::Bytes;
 use prost::Message;
 use tokio::{
     sync::{mpsc, watch},
@@ -17,7 +18,7 @@ use super::{
         remote::{Client, Remote},
         watch::Events,
     },
-    model::{KEPT_CYCLES, News},
+    model::{KEPT_CYCLES, News, Subject},
 };
 use crate::proto::orchestrator::v1::{self as pb, cycle_event::Event};
 
@@ -28,7 +29,7 @@ const BACKLOG: usize = 8;
 /// The task that delivers news. It ends when this is dropped.
 pub(super) struct Feed {
     news: mpsc::Receiver<News>,
-    wants: watch::Sender<Option<String>>,
+    wants: watch::Sender<Option<Subject>>,
     task: JoinSet<Ended>,
 }
 
@@ -58,12 +59,12 @@ impl Feed {
         }
     }
 
-    /// From now on, also polls this subsystem.
-    pub(super) fn want(&self, name: Option<&str>) {
+    /// From now on, also polls this.
+    pub(super) fn want(&self, subject: Option<&Subject>) {
         self.wants.send_if_modified(|wants| {
-            let changes = wants.as_deref() != name;
+            let changes = wants.as_ref() != subject;
             if changes {
-                *wants = name.map(str::to_owned);
+                *wants = subject.cloned();
             }
             changes
         });
@@ -89,7 +90,7 @@ async fn tell(news: &mpsc::Sender<News>, what: News) -> Result<(), Ended> {
 }
 
 /// Connects to the service, and then delivers news until the receiver is dropped.
-async fn bring(remote: Remote, wanted: watch::Receiver<Option<String>>, news: mpsc::Sender<News>) -> Ended {
+async fn bring(remote: Remote, wanted: watch::Receiver<Option<Subject>>, news: mpsc::Sender<News>) -> Ended {
     let (client, events) = match open(&remote).await {
         Ok(opened) => opened,
         Err(failure) => return failure.into(),
@@ -184,19 +185,19 @@ async fn history(remote: &Remote, client: &mut Client) -> Result<Vec<News>, Fail
 // ---------------------------------------------------------------------------------------------------------------
 // The questions
 
-/// Polls the status, one page of the registry, and the selected subsystem.
+/// Polls the status, one page of the registry, and what the user has opened.
 async fn ask(
     remote: Remote,
     client: Client,
-    mut wanted: watch::Receiver<Option<String>>,
+    mut wanted: watch::Receiver<Option<Subject>>,
     news: mpsc::Sender<News>,
 ) -> Ended {
     let mut asker =
         Asker { remote, client, news, epoch: 0, page_token: String::new(), bytes: 0, is_first_reading: true };
     loop {
         let began = Instant::now();
-        let name = wanted.borrow_and_update().clone();
-        let told = match asker.round(name).await {
+        let subject = wanted.borrow_and_update().clone();
+        let told = match asker.round(subject).await {
             Err(Ended::Failed(failure)) => {
                 // Another process may not accept the token.
                 asker.page_token.clear();
@@ -255,11 +256,18 @@ impl Asker {
         Duration::from_secs_f64(seconds.clamp(1.0, 30.0))
     }
 
-    async fn round(&mut self, name: Option<String>) -> Result<(), Ended> {
+    async fn round(&mut self, subject: Option<Subject>) -> Result<(), Ended> {
         self.bytes = 0;
-        if let Some(name) = name {
-            let is = self.subsystem(&name).await?;
-            tell(&self.news, News::Subsystem(name, is)).await?;
+        match subject {
+            Some(Subject::Subsystem(name)) => {
+                let is = self.subsystem(&name).await?;
+                tell(&self.news, News::Subsystem(name, is)).await?;
+            }
+            Some(Subject::Cycle(id)) => {
+                let is = self.cycle(id).await?;
+                tell(&self.news, News::Cycle(id, is)).await?;
+            }
+            None => {}
         }
         if !self.is_hasty() {
             // The stream delivers the last cycle.
@@ -303,7 +311,6 @@ impl Asker {
     async fn subsystem(&mut self, name: &str) -> Result<Result<Box<pb::SubsystemStatus>, String>, Failure> {
         let request =
             |include_output| pb::GetSubsystemRequest { name: name.to_owned(), include_output, include_snapshot: false };
-        let is_denied = |status: &Status| status.code() == Code::PermissionDenied;
         let call = async {
             let mut response = self.client.get_subsystem(request(true)).await;
             if response.as_ref().is_err_and(is_denied) {
@@ -322,6 +329,28 @@ impl Asker {
         self.bytes += subsystem.as_ref().map_or(0, Message::encoded_len);
         Ok(subsystem.map(Box::new))
     }
+
+    /// The record of a cycle, or why there is none.
+    async fn cycle(&mut self, cycle_id: u64) -> Result<Result<Box<pb::CycleTelemetry>, String>, Failure> {
+        let call = async {
+            match self.client.get_cycle(pb::GetCycleRequest { cycle_id }).await {
+                Ok(response) => Ok(Ok(response.into_inner().telemetry)),
+                Err(status) if status.code() == Code::NotFound => {
+                    Ok(Err("its record is no longer retained".to_owned()))
+                }
+                Err(status) if status.code() == Code::FailedPrecondition => Ok(Err("it is not finished".to_owned())),
+                Err(status) if is_denied(&status) => Ok(Err(clean(status.message()))),
+                Err(status) => Err(status),
+            }
+        };
+        let record = self.remote.quickly(call).await?;
+        self.bytes += record.as_ref().map_or(0, Bytes::len);
+        record.map(|record| telemetry(&record).map(Box::new)).map_or_else(|why| Ok(Err(why)), |read| read.map(Ok))
+    }
+}
+
+fn is_denied(status: &Status) -> bool {
+    status.code() == Code::PermissionDenied
 }
 
 /// The message of a failure in one line.

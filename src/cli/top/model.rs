@@ -21,6 +21,15 @@ pub(super) const KEPT_CYCLES: usize = 500;
 /// The state of a cycle whose record can't be read.
 pub(super) const UNREADABLE: &str = "UNREADABLE";
 
+/// What the user has opened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Subject {
+    /// The subsystem of this name.
+    Subsystem(String),
+    /// The cycle with this id.
+    Cycle(u64),
+}
+
 /// A message of the service, or the loss of its connection.
 #[derive(Debug)]
 pub(super) enum News {
@@ -32,6 +41,8 @@ pub(super) enum News {
     Page { subsystems: Vec<pb::SubsystemStatus>, is_last: bool },
     /// One subsystem with its latest output, or why it can't be shown.
     Subsystem(String, Result<Box<pb::SubsystemStatus>, String>),
+    /// The record of one cycle, or why it can't be shown.
+    Cycle(u64, Result<Box<pb::CycleTelemetry>, String>),
     /// A request got no answer.
     Unanswered(String),
     /// An earlier cycle, from the history.
@@ -76,6 +87,22 @@ pub(super) struct Model {
     subsystems: BTreeMap<String, Subsystem>,
     /// Number of complete readings of the registry, so that unregistered subsystems can be recognized.
     reading: u64,
+}
+
+/// A cycle in the list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Listed {
+    /// 0 if it can't be read.
+    pub(super) id: u64,
+    /// 0 until it is recorded.
+    revision: u64,
+}
+
+impl Listed {
+    /// True if both are the same cycle, which may have been recorded since.
+    pub(super) fn is_of(self, other: Self) -> bool {
+        self.id == other.id && (self.id != 0 || self.revision == other.revision)
+    }
 }
 
 /// The summary of a recorded cycle.
@@ -233,8 +260,8 @@ impl Model {
             }
             News::Who(who) => self.who = Some(*who),
             News::Page { subsystems, is_last } => self.read(subsystems, is_last),
-            // The view takes it, not the model.
-            News::Subsystem(..) => {}
+            // The view takes them, not the model.
+            News::Subsystem(..) | News::Cycle(..) => {}
             News::Unanswered(why) => self.unanswered = Some(why),
             News::Past(cycle) => self.record(&cycle),
             News::Recorded(cycle) => {
@@ -521,6 +548,14 @@ impl Model {
         let live = known.live_in.and_then(|cycle_id| self.live.get(&cycle_id));
         let live = live.and_then(|live| Some((live, &live.stands[*live.positions.get(name)?])));
         Some(Row { name, registered, part: known.part.as_ref(), output: known.output, live })
+    }
+
+    /// The cycles in the order in which they are listed: running, waiting and recorded ones, each the newest first.
+    pub(super) fn listed(&self) -> Vec<Listed> {
+        let running = self.live.keys().rev().map(|id| Listed { id: *id, revision: 0 });
+        let waiting = self.waiting().into_iter().rev().map(|it| Listed { id: it.cycle_id, revision: 0 });
+        let recorded = self.cycles.iter().rev().map(|(revision, it)| Listed { id: it.id, revision: *revision });
+        running.chain(waiting).chain(recorded).collect()
     }
 
     /// The waiting cycles of the last status, except those that run or are recorded since then.

@@ -9,6 +9,8 @@ use ratatui::{
     text::{Line, Span},
 };
 
+use super::super::table::wrap;
+
 /// Draws as many of these lines as fit, each cut at the end of the area.
 pub(super) fn put_lines<'a>(buffer: &mut Buffer, area: Rect, lines: impl IntoIterator<Item = Line<'a>>) {
     for (row, line) in area.rows().zip(lines) {
@@ -84,24 +86,44 @@ pub(super) fn cut(text: &str, width: usize) -> String {
 
 /// Text wrapped to this width, between words if possible.
 pub(super) fn wrapped(text: &str, width: usize) -> Vec<String> {
-    let width = width.max(1);
-    let mut lines = vec![String::new()];
-    for word in text.split_inclusive(' ') {
-        let fits = |line: &str| Span::raw(line.to_owned() + word.trim_end()).width() <= width;
-        if lines.last().is_some_and(|line| !line.is_empty() && !fits(line)) {
-            lines.push(String::new());
+    let mut lines = Vec::new();
+    for mut line in wrap(text, width.max(1)) {
+        // A word longer than a line, since this screen ends there.
+        while Span::raw(&line).width() > width.max(1) {
+            let mut first: String = line.chars().take(width.max(1)).collect();
+            while Span::raw(&first).width() > width.max(1) && first.chars().count() > 1 {
+                first.pop();
+            }
+            let rest = line.split_off(first.len());
+            lines.push(line);
+            line = rest;
         }
-        for c in word.chars() {
-            // A word longer than a line.
-            if lines.last().is_some_and(|line| Span::raw(line.trim_end()).width() >= width) && c != ' ' {
-                lines.push(String::new());
-            }
-            if let Some(line) = lines.last_mut() {
-                line.push(c);
-            }
+        lines.push(line);
+    }
+    lines
+}
+
+/// Replaces what a terminal without UTF-8 can't show.
+pub(super) fn to_ascii(buffer: &mut Buffer) {
+    for cell in &mut buffer.content {
+        if !cell.symbol().is_ascii() {
+            cell.set_symbol(match cell.symbol() {
+                "─" | "▁" => "-",
+                "▂" | "▃" | "·" => ".",
+                "▄" | "▅" | "▪" => ":",
+                "▆" | "▇" | "█" => "|",
+                "■" => "#",
+                "▸" | "→" => ">",
+                "←" => "<",
+                "▲" | "↑" => "^",
+                "▼" | "↓" => "v",
+                "✓" => "+",
+                "✗" => "x",
+                "…" => "~",
+                _ => "?",
+            });
         }
     }
-    lines.iter().map(|line| line.trim_end().to_owned()).collect()
 }
 
 /// Bold text.

@@ -4,7 +4,7 @@ use crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 
 use super::{
     detail::{self, Entry},
-    model::{Column, Model, News},
+    model::{Column, Listed, Model, News, Subject},
 };
 
 /// The state of the view.
@@ -18,6 +18,8 @@ pub(super) struct View {
     pub(super) filter: String,
     /// The selected subsystem, which stays selected when its row moves. `None` selects the first row.
     pub(super) selected: Option<String>,
+    /// The selected cycle, which stays selected when others come before it. `None` selects the first row.
+    pub(super) selected_cycle: Option<Listed>,
     /// The first visible line of the pane, or of the overlay.
     pub(super) top: usize,
     /// Number of lines that fit in the last drawing.
@@ -43,14 +45,14 @@ pub(super) enum Mode {
     /// Keys edit the filter.
     Filter,
     Help,
-    /// Keys scroll through the details of one subsystem.
+    /// Keys scroll through the details of one subsystem or cycle.
     Detail(Detail),
 }
 
-/// The details of one subsystem.
+/// The details of one subsystem or cycle.
 #[derive(Debug)]
 pub(super) struct Detail {
-    pub(super) name: String,
+    pub(super) of: Subject,
     /// `None` until the service has answered.
     pub(super) is: Option<Result<Vec<Entry>, String>>,
     /// Columns of the output that are scrolled out to the left.
@@ -196,17 +198,24 @@ impl View {
 
     /// Takes the answer that the view waits for.
     pub(super) fn learn(&mut self, news: &News) {
-        if let (Mode::Detail(detail), News::Subsystem(name, is)) = (&mut self.mode, news)
-            && detail.name == *name
-        {
-            detail.is = Some(is.as_ref().map(|status| detail::entries(status)).map_err(Clone::clone));
+        let Mode::Detail(detail) = &mut self.mode else { return };
+        match (&detail.of, news) {
+            (Subject::Subsystem(shown), News::Subsystem(name, is)) if shown == name => {
+                detail.is = Some(is.as_ref().map(|status| detail::entries(status)).map_err(Clone::clone));
+            }
+            (Subject::Cycle(shown), News::Cycle(id, is)) if shown == id => {
+                detail.is = Some(is.as_ref().map(|cycle| detail::cycle(cycle)).map_err(Clone::clone));
+            }
+            _ => {}
         }
     }
 
-    /// The subsystem whose detail is shown.
-    pub(super) fn wants(&self) -> Option<&str> {
+    /// What the service is asked for: the subsystem whose detail is shown, or the cycle until its record is known, which
+    /// does not change.
+    pub(super) fn wants(&self) -> Option<&Subject> {
         match &self.mode {
-            Mode::Detail(detail) => Some(&detail.name),
+            Mode::Detail(Detail { of: Subject::Cycle(_), is: Some(Ok(_)), .. }) => None,
+            Mode::Detail(detail) => Some(&detail.of),
             _ => None,
         }
     }
@@ -227,8 +236,15 @@ impl View {
 
     /// Moves the selection if rows can be selected, otherwise scrolls. The end is known only when it is drawn.
     fn scroll(&mut self, model: &Model, to: impl Fn(usize, usize) -> usize) {
-        if matches!(self.mode, Mode::Help | Mode::Detail(_)) || self.pane != Pane::Fleet {
+        if matches!(self.mode, Mode::Help | Mode::Detail(_)) || self.pane == Pane::Loops {
             self.top = to(self.top, self.page);
+            return;
+        }
+        if self.pane == Pane::Cycles {
+            let cycles = model.listed();
+            let selected = to(self.position_of_cycle(&cycles), self.page).min(cycles.len().saturating_sub(1));
+            // The first row stays selected when further cycles come.
+            self.selected_cycle = cycles.get(selected).copied().filter(|_| selected > 0);
             return;
         }
         let rows = model.rows(&self.filter, self.sort, self.reversed);
@@ -241,14 +257,29 @@ impl View {
         self.selected.as_ref().and_then(|selected| names.position(|name| name == selected)).unwrap_or(0)
     }
 
+    /// The position of the selected cycle among these.
+    pub(super) fn position_of_cycle(&self, cycles: &[Listed]) -> usize {
+        self.selected_cycle.and_then(|selected| cycles.iter().position(|it| it.is_of(selected))).unwrap_or(0)
+    }
+
     fn open(&mut self, model: &Model) {
-        if self.pane != Pane::Fleet {
-            return;
-        }
-        let rows = model.rows(&self.filter, self.sort, self.reversed);
-        let Some(row) = rows.get(self.position(rows.iter().map(|row| row.name))) else { return };
-        self.selected = Some(row.name.to_owned());
-        self.mode = Mode::Detail(Detail { name: row.name.to_owned(), is: None, left: 0 });
+        let of = match self.pane {
+            Pane::Fleet => {
+                let rows = model.rows(&self.filter, self.sort, self.reversed);
+                let Some(row) = rows.get(self.position(rows.iter().map(|row| row.name))) else { return };
+                self.selected = Some(row.name.to_owned());
+                Subject::Subsystem(row.name.to_owned())
+            }
+            Pane::Cycles => {
+                let cycles = model.listed();
+                // The service finds a cycle only by its id.
+                let Some(cycle) = cycles.get(self.position_of_cycle(&cycles)).filter(|it| it.id != 0) else { return };
+                self.selected_cycle = Some(*cycle);
+                Subject::Cycle(cycle.id)
+            }
+            Pane::Loops => return,
+        };
+        self.mode = Mode::Detail(Detail { of, is: None, left: 0 });
         self.top = 0;
     }
 
@@ -273,9 +304,10 @@ fn neighbour(column: Column, away: usize) -> Column {
 #[cfg(test)]
 mod tests {
     use super::{
-        super::model::tests::{knowing, page, registered},
+        super::model::tests::{cycle, knowing, page, registered, started},
         *,
     };
+    use crate::proto::orchestrator::v1::CycleState;
 
     fn key(code: KeyCode) -> KeyEvent {
         KeyEvent::new(code, KeyModifiers::NONE)
@@ -319,7 +351,7 @@ mod tests {
         press(&mut view, &model, [KeyCode::Home, KeyCode::Up]);
         assert_eq!(view.selected.as_deref(), Some("alpha"));
         press(&mut view, &model, [KeyCode::Char('G'), KeyCode::Enter]);
-        assert_eq!(view.wants(), Some("gamma"));
+        assert_eq!(view.wants(), Some(&Subject::Subsystem("gamma".into())));
         let of_another = News::Subsystem("alpha".into(), Err("gone".into()));
         view.learn(&of_another);
         assert!(matches!(&view.mode, Mode::Detail(Detail { is: None, .. })));
@@ -329,6 +361,33 @@ mod tests {
         assert!(matches!(&view.mode, Mode::Detail(Detail { left: SHIFT, .. })) && view.top == 1);
         press(&mut view, &model, [KeyCode::Esc]);
         assert_eq!((view.wants(), view.selected.as_deref()), (None, Some("gamma")));
+    }
+
+    #[test]
+    fn a_cycle_stays_selected_and_is_opened() {
+        let recorded = |id, seconds| News::Recorded(Box::new(cycle(id, seconds, CycleState::Succeeded, Vec::new())));
+        let mut model = knowing([recorded(1, 1), recorded(2, 2), started(3, 3, &["alpha"])]);
+        let mut view = View { page: 10, pane: Pane::Cycles, ..View::default() };
+        let wanted = |view: &View| match view.wants() {
+            Some(Subject::Cycle(id)) => *id,
+            other => panic!("{other:?}"),
+        };
+        press(&mut view, &model, [KeyCode::Enter]);
+        assert_eq!(wanted(&view), 3, "the first row is selected");
+        press(&mut view, &model, [KeyCode::Esc, KeyCode::Down]);
+        // Two cycles come before it.
+        model.learn(recorded(3, 3), jiff::Timestamp::UNIX_EPOCH);
+        model.learn(started(4, 4, &["alpha"]), jiff::Timestamp::UNIX_EPOCH);
+        press(&mut view, &model, [KeyCode::Enter]);
+        assert_eq!(wanted(&view), 2);
+        view.learn(&News::Cycle(1, Err("gone".into())));
+        assert_eq!(wanted(&view), 2, "the answer is about another cycle");
+        let News::Recorded(record) = recorded(2, 2) else { panic!("no record") };
+        view.learn(&News::Cycle(2, Ok(record)));
+        assert!(matches!(&view.mode, Mode::Detail(Detail { is: Some(Ok(_)), .. })));
+        assert_eq!(view.wants(), None, "a record does not change");
+        press(&mut view, &model, [KeyCode::Esc, KeyCode::Down, KeyCode::Down, KeyCode::Enter]);
+        assert_eq!(wanted(&view), 1, "the last one");
     }
 
     #[test]
