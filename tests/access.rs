@@ -40,6 +40,7 @@ const GOLDEN: &[(&str, &[&str])] = &[
     ("PruneCycles", &["admin"]),
     ("PlanCycle", &["viewer", "operator", "auditor", "admin"]),
     ("RegisterSubsystem", &["registrar", "admin"]),
+    ("UpdateSubsystem", &["registrar", "admin"]),
     ("RegisterSubsystems", &["registrar", "admin"]),
     ("UnregisterSubsystem", &["registrar", "admin"]),
     ("GetSubsystem", &["viewer", "operator", "registrar", "auditor", "admin"]),
@@ -340,6 +341,18 @@ loops = ["a"]
     ] {
         assert_eq!(denied(register("a", changed).await), of(&format!("{target} of subsystem a")));
     }
+    let update = async |who, name: &str, path: &str, endpoint: &str, phase| {
+        let values = Some(pb::Registration { phase, ..common::service::registration(name, endpoint) });
+        let update_mask = Some(prost_types::FieldMask { paths: vec![path.into()] });
+        let request = pb::UpdateSubsystemRequest { registration: values, update_mask, etag: String::new() };
+        stage.call(Some(who), "UpdateSubsystem", &request).await
+    };
+    let of = |target: &str| ("UpdateSubsystem".to_owned(), target.to_owned());
+    update("a", "a", "phase", "", 9).await.unwrap();
+    assert_eq!(denied(update("a", "a", "phase", "", 10).await), of("phase 10 of subsystem a"));
+    let elsewhere = denied(update("a", "a", "endpoint", "http://10.0.0.1:1", 0).await);
+    assert_eq!(elsewhere, of("endpoint http://10.0.0.1:1 of subsystem a"));
+    assert_eq!(denied(update("b", "a", "phase", "", 1).await), of("subsystem a"));
     // One of several is enough to refuse all.
     let all =
         pb::RegisterSubsystemsRequest { registrations: vec![registration("a-2"), registration("b")], lease: None };

@@ -58,6 +58,11 @@ async fn each_change_has_one_event_and_a_call_that_changes_nothing_has_none() {
         stage.client.suspend_subsystem(pb::SuspendSubsystemRequest { name: one("a") }).await.unwrap();
         start_loop(&mut stage.client, "hourly", HOUR).await;
     }
+    for _ in 0..2 {
+        let registration = Some(pb::Registration { phase: 1, ..stage.registration("a") });
+        let update = pb::UpdateSubsystemRequest { registration, ..pb::UpdateSubsystemRequest::default() };
+        stage.client.update_subsystem(update).await.unwrap();
+    }
     stage.client.resume_subsystem(pb::ResumeSubsystemRequest { name: one("a") }).await.unwrap();
     stage.client.resume_subsystem(pb::ResumeSubsystemRequest { name: one("a") }).await.unwrap();
     for _ in 0..2 {
@@ -88,6 +93,7 @@ async fn each_change_has_one_event_and_a_call_that_changes_nothing_has_none() {
         ("RegisterSubsystem", vec!["a"], 0),
         ("SuspendSubsystem", vec!["a"], 0),
         ("StartIntervalLoop", vec!["*", "loop:hourly"], 0),
+        ("UpdateSubsystem", vec!["a"], 0),
         ("ResumeSubsystem", vec!["a"], 0),
         ("PauseIntervalLoops", vec!["loop:*"], 0),
         ("PauseIntervalLoops", vec!["loop:hourly"], 0),
@@ -108,7 +114,7 @@ async fn each_change_has_one_event_and_a_call_that_changes_nothing_has_none() {
         assert_eq!(event.request_digest.len(), 32);
     }
     // The event of a call that does not wait is written with the admission, others with the record.
-    assert_eq!(events[8..12].iter().map(|event| event.revision).collect::<Vec<_>>(), [1, 2, 0, 3]);
+    assert_eq!(events[9..13].iter().map(|event| event.revision).collect::<Vec<_>>(), [1, 2, 0, 3]);
 }
 
 #[tokio::test]

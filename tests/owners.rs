@@ -162,6 +162,19 @@ impl Caller {
         Ok(self.client.clone().register_subsystems(self.asks(request)).await?.into_inner())
     }
 
+    async fn update(
+        &self,
+        name: &str,
+        path: &str,
+        set: impl FnOnce(&mut pb::Registration),
+    ) -> Result<pb::UpdateSubsystemResponse, Status> {
+        let mut values = registration(name, "");
+        set(&mut values);
+        let update_mask = Some(prost_types::FieldMask { paths: vec![path.into()] });
+        let request = pb::UpdateSubsystemRequest { registration: Some(values), update_mask, etag: String::new() };
+        Ok(self.client.clone().update_subsystem(self.asks(request)).await?.into_inner())
+    }
+
     async fn unregister(&self, name: &str) -> Result<(), Status> {
         let request = pb::UnregisterSubsystemRequest { name: name.into() };
         self.client.clone().unregister_subsystem(self.asks(request)).await.map(drop)
@@ -212,6 +225,7 @@ async fn may_not_change(caller: &Caller, name: &str) {
     let of = |rpc: &str| (rpc.to_owned(), format!("subsystem {name}"));
     assert_eq!(denied(caller.register(name).await), of("RegisterSubsystem"));
     assert_eq!(denied(caller.register_all(&["shared-new", name]).await), of("RegisterSubsystems"));
+    assert_eq!(denied(caller.update(name, "phase", |it| it.phase = 1).await), of("UpdateSubsystem"));
     assert_eq!(denied(caller.renew(name).await), of("RenewLease"));
     assert_eq!(denied(caller.unregister(name).await), of("UnregisterSubsystem"));
     assert_eq!(caller.get("shared-new").await.unwrap_err().code(), Code::NotFound, "all or none");
@@ -292,7 +306,8 @@ async fn a_registration_that_nobody_owns_goes_to_the_next_registrar() {
     stage.restart("enforce").await;
     let [a, b] = stage.registrars("token:").await;
     b.renew("shared-1").await.unwrap();
-    assert_eq!(a.owner("shared-1").await, "", "to renew a lease is not to register");
+    b.update("shared-1", "phase", |it| it.phase = 1).await.unwrap();
+    assert_eq!(a.owner("shared-1").await, "", "to renew a lease or to change a field is not to register");
     a.register_all(&["shared-1", "shared-2"]).await.unwrap();
     assert_eq!([a.owner("shared-1").await, a.owner("shared-2").await], ["token:a", "token:a"]);
     stage.restart("enforce").await;
@@ -309,6 +324,13 @@ async fn an_administrator_changes_every_registration_and_its_owner_stays() {
     let changed = admin.register_with("shared-1", |it| it.registration.as_mut().unwrap().phase = 7).await.unwrap();
     let changed = changed.subsystem.unwrap();
     assert_eq!((changed.registration.unwrap().phase, changed.owner.as_str()), (7, "token:a"));
+    let changed = admin.update("shared-1", "critical", |it| it.critical = true).await.unwrap().subsystem.unwrap();
+    assert_eq!((changed.registration.unwrap().critical, changed.owner.as_str()), (true, "token:a"));
+    // The whole registration must be covered, also what an administrator has set.
+    let refused = denied(a.update("shared-1", "phase", |it| it.phase = 1).await);
+    assert_eq!(refused, ("UpdateSubsystem".to_owned(), "critical of subsystem shared-1".to_owned()));
+    a.update("shared-1", "critical", |_| {}).await.unwrap();
+    a.update("shared-1", "phase", |it| it.phase = 1).await.unwrap();
     admin.renew("shared-1").await.unwrap();
     a.register("shared-1").await.unwrap();
 

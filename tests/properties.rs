@@ -342,8 +342,8 @@ async fn run(case: Case) {
     for Scripted { spec, .. } in &case.fleet {
         let Ok(subsystem) = Subsystem::from_spec(spec) else { continue };
         match orchestrator.register(subsystem.clone(), None, &Registrar::Anyone, by_test()).await {
-            Ok((_, created)) => {
-                assert_eq!(created, Change::Created);
+            Ok(outcome) => {
+                assert_eq!(outcome.change, Change::Created);
                 registered.insert(spec.name.clone(), subsystem);
             }
             Err(Refusal::OrderRing(ring)) => assert!(ring.names().any(|name| name.as_str() == spec.name), "{ring}"),

@@ -83,7 +83,11 @@ pub(super) fn status(refusal: impl Into<Refusal>) -> Status {
         Refusal::DeclaredInConfig(name) => {
             (Code::FailedPrecondition, "DECLARED_IN_CONFIG", vec![("name", name.to_string())])
         }
-        // `Entered::refused` adds the RPC.
+        Refusal::EtagMismatch { name, etag } => {
+            (Code::Aborted, "ETAG_MISMATCH", vec![("subsystem", name.to_string()), ("etag", etag)])
+        }
+        // `Entered::refused` adds the RPC to these two.
+        Refusal::NotCovered { target, .. } => (Code::PermissionDenied, "NOT_ALLOWED", vec![("target", target)]),
         Refusal::NotOwner(NotOwner { name, .. }) => {
             (Code::PermissionDenied, "NOT_ALLOWED", vec![("target", format!("subsystem {name}"))])
         }

@@ -12,9 +12,9 @@ use super::{
     caller::Caller,
     calls::{Audited, CallCounts, CountedCall},
     error::status,
-    judge::{Authority, Judge},
+    judge::{Authority, Denied, Judge},
     rpc::{Asks, Rpc},
-    rules::REFLECTION,
+    rules::{REFLECTION, REGISTRARS},
     usage::{LimitReached, Load, Usage, Used},
 };
 use crate::{
@@ -65,14 +65,17 @@ impl<Q> Entered<Q> {
 
     /// The status of this call when the orchestrator refuses it.
     pub(super) fn refused(&self, refusal: impl Into<Refusal>) -> Status {
-        match refusal.into() {
-            Refusal::NotOwner(refusal) => {
-                // It is summed up as a denied call.
-                self.own_event.set();
-                self.judge.not_owner(&self.caller, self.identity.clone(), self.rpc, refusal)
+        let (identity, call) = (self.identity.clone(), self.rpc.name());
+        let (name, denied) = match refusal.into() {
+            Refusal::NotOwner(refusal) => (refusal.name.clone(), Denied::NotOwner { identity, call, refusal }),
+            Refusal::NotCovered { name, target } => {
+                (name, Denied::NotAllowed { identity, call, target, roles: REGISTRARS })
             }
-            refusal => status(refusal),
-        }
+            refusal => return status(refusal),
+        };
+        // It is summed up as a denied call.
+        self.own_event.set();
+        self.judge.denied_later(&self.caller, call, &denied, &name)
     }
 }
 
@@ -94,7 +97,7 @@ impl<Q: Default> Entered<Q> {
     where
         Q: Asks,
     {
-        let request_digest = Some(self.orchestrator.digest(&self.request.encode_to_vec()));
+        let request_digest = Some(self.orchestrator.digests().digest(&self.request.encode_to_vec()));
         let cause = Cause { request_digest, ..self.cause(self.caller.peer.origin.to_string()) };
         (self.take_request(), cause)
     }

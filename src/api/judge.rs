@@ -7,13 +7,22 @@ use jiff::Timestamp;
 use tokio::{select, sync::watch, time::sleep};
 use tonic::{Code, Status};
 
-use super::{caller::Caller, calls::CallCounts, error, gate::named, rpc::Rpc, rules::Rule, usage::LimitReached};
+use super::{
+    caller::Caller,
+    calls::CallCounts,
+    error,
+    gate::named,
+    rpc::Rpc,
+    rules::{self, REGISTRARS, Rule},
+    usage::LimitReached,
+};
 use crate::{
     access::{Authenticated, CallerLimits, Mode, Policy, Rights, Role, Sessions, Targets, Unauthenticated},
     clock::Clock,
     listen::Repeated,
     model::{self, AuditTargets, Cause, Decision, Identity, Name, OwnEvent, text::clean},
     orchestrator::{NotOwner, Registered, Registrar, Sum, Sums},
+    proto::orchestrator::v1 as pb,
 };
 
 /// Why a caller is refused.
@@ -60,6 +69,16 @@ impl Authority {
             Self::Anyone => None,
             Self::Granted { identity, .. } => Some(identity),
         }
+    }
+
+    /// Checks that the caller may have this registration.
+    ///
+    /// # Errors
+    /// The first part of it that no grant covers.
+    pub(super) fn covers(&self, registration: &pb::Registration) -> Result<(), String> {
+        let Self::Granted { rights, .. } = self else { return Ok(()) };
+        let registrations = vec![rules::registering(registration)];
+        rights.cover(REGISTRARS, &Targets { registrations, ..Targets::default() })
     }
 
     /// The caller as one that changes registrations.
@@ -229,11 +248,9 @@ impl Judge {
         self.judge(caller, name, rule, Targets::default).map(drop)
     }
 
-    /// The status of a call whose caller may make it, but not change what another caller owns.
-    pub(super) fn not_owner(&self, caller: &Caller, identity: Identity, rpc: Rpc, refusal: NotOwner) -> Status {
-        let targets = [refusal.name.as_str()].into_iter().collect();
-        let denied = Denied::NotOwner { identity, call: rpc.name(), refusal };
-        self.denied(caller, rpc.name(), &denied, targets, Mode::Enforce)
+    /// The status of a call that was let in, but turned out to be denied for this subsystem.
+    pub(super) fn denied_later(&self, caller: &Caller, call: &'static str, denied: &Denied, name: &Name) -> Status {
+        self.denied(caller, call, denied, [name.as_str()].into_iter().collect(), Mode::Enforce)
     }
 
     /// The status of a call whose caller has reached one of its limits. It is summed up for the audit.

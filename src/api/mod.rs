@@ -17,6 +17,7 @@ mod rpc;
 mod rules;
 mod status;
 mod streaming;
+mod update;
 mod usage;
 
 use std::{future::ready, pin::Pin, sync::Arc};
@@ -225,6 +226,13 @@ impl Service for Api {
         request: Request<pb::RegisterSubsystemRequest>,
     ) -> Answer<pb::RegisterSubsystemResponse> {
         self.gate.answer(request, |call| self.handlers.register_subsystem(call)).await
+    }
+
+    async fn update_subsystem(
+        &self,
+        request: Request<pb::UpdateSubsystemRequest>,
+    ) -> Answer<pb::UpdateSubsystemResponse> {
+        self.gate.answer(request, |call| self.handlers.update_subsystem(call)).await
     }
 
     async fn register_subsystems(

@@ -11,10 +11,11 @@ use super::{
     gate::Entered,
     handlers::{Handlers, MAX_ANSWER, invalid},
     request, response,
+    update::Update,
 };
 use crate::{
-    model::{Cause, Name},
-    orchestrator::{Change, Registered},
+    model::{Cause, Name, Subsystem},
+    orchestrator::{Change, Outcome, Refusal, Registered},
     ports::{CallError, Snapshot},
     proto::{orchestrator::v1 as pb, timestamp},
 };
@@ -25,12 +26,40 @@ impl Handlers {
         mut call: Entered<pb::RegisterSubsystemRequest>,
     ) -> Result<pb::RegisterSubsystemResponse, Status> {
         let (pb::RegisterSubsystemRequest { registration, lease }, by) = call.take_change();
+        let registration = request::present("registration", registration).map_err(invalid)?;
         let subsystem = request::registration(registration, &self.reach).map_err(invalid)?;
         let lease = request::lease(lease).map_err(invalid)?;
-        let registered = call.orchestrator().register(subsystem, lease, &call.authority.registrar(), by).await;
-        let (registered, change) = registered.map_err(|refusal| call.refused(refusal))?;
-        let subsystem = Some(listed(&call, &registered, None));
-        Ok(pb::RegisterSubsystemResponse { subsystem, created: change == Change::Created })
+        let outcome = call.orchestrator().register(subsystem, lease, &call.authority.registrar(), by).await;
+        let outcome = outcome.map_err(|refusal| call.refused(refusal))?;
+        let (subsystem, previous) = before_and_after(&call, &outcome);
+        Ok(pb::RegisterSubsystemResponse { subsystem, created: outcome.change == Change::Created, previous })
+    }
+
+    pub(super) async fn update_subsystem(
+        &self,
+        mut call: Entered<pb::UpdateSubsystemRequest>,
+    ) -> Result<pb::UpdateSubsystemResponse, Status> {
+        let (pb::UpdateSubsystemRequest { registration, update_mask, etag }, by) = call.take_change();
+        let values = request::present("registration", registration).map_err(invalid)?;
+        let name = request::name("registration.name", &values.name).map_err(invalid)?;
+        let update = Update::new(values, update_mask).map_err(invalid)?;
+        let (reach, authority, digests) =
+            (self.reach.clone(), call.authority.clone(), call.orchestrator().digests().clone());
+        let revise = move |subsystem: &Subsystem| {
+            let name = &subsystem.name;
+            let present = response::etag(&digests, &response::registration(subsystem));
+            if !etag.is_empty() && etag != present {
+                return Err(Refusal::EtagMismatch { name: name.clone(), etag: present });
+            }
+            let registration = update.apply(subsystem);
+            let not_covered = |target| Refusal::NotCovered { name: name.clone(), target };
+            authority.covers(&registration).map_err(not_covered)?;
+            Ok(request::registration(registration, &reach)?)
+        };
+        let outcome = call.orchestrator().update(&name, revise, &call.authority.registrar(), by).await;
+        let outcome = outcome.map_err(|refusal| call.refused(refusal))?;
+        let (subsystem, previous) = before_and_after(&call, &outcome);
+        Ok(pb::UpdateSubsystemResponse { subsystem, previous })
     }
 
     pub(super) async fn register_subsystems(
@@ -46,7 +75,7 @@ impl Handlers {
         let registered = call.orchestrator().register_all(subsystems, lease, &call.authority.registrar(), by).await;
         let registered = registered.map_err(|refusal| call.refused(refusal))?;
         let mut answer = pb::RegisterSubsystemsResponse::default();
-        for (registered, change) in registered {
+        for Outcome { registered, change, .. } in registered {
             let name = registered.member.subsystem.name.to_string();
             match change {
                 Change::Created => answer.created.push(name),
@@ -170,6 +199,14 @@ pub(super) async fn resume_subsystem(
 async fn suspended<Q>(call: &Entered<Q>, name: &str, suspend: bool, by: Cause) -> Result<pb::SubsystemStatus, Status> {
     let registered = call.orchestrator().suspend(&subsystem_name(name)?, suspend, by).await.map_err(status)?;
     Ok(listed(call, &registered, None))
+}
+
+/// The status of a subsystem after a call, and before it if the call has replaced the registration.
+fn before_and_after<Q>(
+    call: &Entered<Q>,
+    Outcome { registered, previous, .. }: &Outcome,
+) -> (Option<pb::SubsystemStatus>, Option<pb::SubsystemStatus>) {
+    (Some(listed(call, registered, None)), previous.as_ref().map(|previous| listed(call, previous, None)))
 }
 
 /// The status of a subsystem in a list.

@@ -144,13 +144,17 @@ pub(super) fn logged(cycle_id: u64, event_leaf: Option<u64>) -> Result<Logged, V
     bad.into_result(Logged::Event(leaf))
 }
 
+/// The message in a required field.
+pub(super) fn present<T>(field: &str, message: Option<T>) -> Result<T, Violations> {
+    message.ok_or_else(|| {
+        let mut bad = Violations::default();
+        bad.add(field, "is missing");
+        bad
+    })
+}
+
 /// A registration that can be dialed within `reach`.
-pub(super) fn registration(registration: Option<pb::Registration>, reach: &Reach) -> Result<Subsystem, Violations> {
-    let mut bad = Violations::default();
-    let Some(registration) = registration else {
-        bad.add("registration", "is missing");
-        return Err(bad);
-    };
+pub(super) fn registration(registration: pb::Registration, reach: &Reach) -> Result<Subsystem, Violations> {
     subsystem(registration, reach).map_err(|bad| bad.inside("registration"))
 }
 
@@ -259,11 +263,8 @@ pub(super) fn lease(lease: Option<prost_types::Duration>) -> Result<Option<Durat
 }
 
 pub(super) fn interval_loop(settings: Option<pb::IntervalLoop>) -> Result<LoopStart, Violations> {
+    let settings = present("loop", settings)?;
     let mut bad = Violations::default();
-    let Some(settings) = settings else {
-        bad.add("loop", "is missing");
-        return Err(bad);
-    };
     let pb::IntervalLoop {
         name,
         interval,
@@ -530,7 +531,7 @@ fn overlap(bad: &mut Violations, field: &str, policy: i32) -> Option<OverlapPoli
     }
 }
 
-fn parameters(bad: &mut Violations, bytes: &Bytes) -> Payload {
+pub(super) fn parameters(bad: &mut Violations, bytes: &Bytes) -> Payload {
     if bytes.len() > Subsystem::MAX_PARAMETERS {
         bad.add("parameters", format!("is {} bytes; the limit is {} bytes", bytes.len(), Subsystem::MAX_PARAMETERS));
         return Payload::default();

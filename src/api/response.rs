@@ -13,6 +13,7 @@ use super::{
 use crate::{
     access::{Mode, Right, Role},
     engine::{BreakerState, PlannedSubsystem, Schedule},
+    ledger::DigestKey,
     model::{
         CatchUp, CycleRequest, IntervalLoop, OverlapPolicy, Payload, Subsystem, SubsystemState, TickDisposition,
         TickRange,
@@ -197,6 +198,7 @@ pub(super) fn subsystem_status<Q>(
     let Registered { member, origin } = registered;
     let redacted = !call.authority.sees_parameters_of(registered);
     let mut registration = registration(&member.subsystem);
+    let etag = etag(call.orchestrator().digests(), &registration);
     if redacted {
         registration.parameters.clear();
     }
@@ -227,7 +229,14 @@ pub(super) fn subsystem_status<Q>(
         owner: member.owner.as_ref().map(ToString::to_string).unwrap_or_default(),
         owner_revoked: call.orchestrator().is_revoked(registered),
         redacted,
+        etag,
     }
+}
+
+/// The version of a registration: half of a keyed digest, which is enough to recognize a change.
+pub(super) fn etag(digests: &DigestKey, registration: &pb::Registration) -> String {
+    let digest = digests.digest(&registration.encode_to_vec());
+    digest.iter().take(digest.len() / 2).map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// A part in a list: details of a large one are left out, so that other parts fit.

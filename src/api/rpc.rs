@@ -65,6 +65,7 @@ rpcs! {
     PruneCycles: pb::PruneCyclesRequest,
     PlanCycle: pb::PlanCycleRequest,
     RegisterSubsystem: pb::RegisterSubsystemRequest,
+    UpdateSubsystem: pb::UpdateSubsystemRequest,
     RegisterSubsystems: pb::RegisterSubsystemsRequest,
     UnregisterSubsystem: pb::UnregisterSubsystemRequest,
     GetSubsystem: pb::GetSubsystemRequest,

@@ -23,7 +23,7 @@ const READERS: Rule = Rule::Roles(&[Role::Viewer, Role::Operator, Role::Auditor,
 /// The roles that may run cycles.
 const OPERATORS: Rule = Rule::Roles(&[Role::Operator, Role::Admin]);
 /// The roles that may change the registry.
-const REGISTRARS: Rule = Rule::Roles(&[Role::Registrar, Role::Admin]);
+pub(super) const REGISTRARS: &[Role] = &[Role::Registrar, Role::Admin];
 
 /// The rule of reflection, which describes the contract.
 pub(super) const REFLECTION: Rule = Rule::Authenticated;
@@ -93,9 +93,11 @@ impl Rpc {
             | Self::StopIntervalLoop
             | Self::PauseIntervalLoops
             | Self::ResumeIntervalLoops => OPERATORS,
-            Self::RegisterSubsystem | Self::RegisterSubsystems | Self::UnregisterSubsystem | Self::RenewLease => {
-                REGISTRARS
-            }
+            Self::RegisterSubsystem
+            | Self::UpdateSubsystem
+            | Self::RegisterSubsystems
+            | Self::UnregisterSubsystem
+            | Self::RenewLease => REGISTRARS,
             // It is final.
             Self::PruneCycles => Rule::Roles(&[Role::Admin]),
         }
@@ -124,7 +126,8 @@ fn loops(name: &str, all: bool) -> Targets<'_> {
     Targets { r#loop: (!all).then_some(name), all_loops: all, ..Targets::default() }
 }
 
-fn registering(registration: &pb::Registration) -> Registering<'_> {
+/// A registration, as far as a grant limits it.
+pub(super) fn registering(registration: &pb::Registration) -> Registering<'_> {
     let limits = registration.limits.unwrap_or_default();
     let or_default = |limit, default| if limit == 0 { default } else { limit };
     let Limits { max_message_bytes, max_output_bytes, max_metrics, max_issues } = Limits::DEFAULT;
@@ -205,6 +208,15 @@ impl Concerns for pb::PlanCycleRequest {
 impl Concerns for pb::RegisterSubsystemRequest {
     fn targets(&self) -> Targets<'_> {
         Targets { registrations: self.registration.iter().map(registering).collect(), ..Targets::default() }
+    }
+}
+
+/// The registration that results is only known at its turn, and then judged by [`Authority::covers`].
+///
+/// [`Authority::covers`]: super::judge::Authority::covers
+impl Concerns for pb::UpdateSubsystemRequest {
+    fn targets(&self) -> Targets<'_> {
+        subsystem(self.registration.as_ref().map_or("", |registration| &registration.name))
     }
 }
 

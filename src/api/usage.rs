@@ -81,6 +81,7 @@ impl Rpc {
             Self::CancelCycle
             | Self::PruneCycles
             | Self::RegisterSubsystem
+            | Self::UpdateSubsystem
             | Self::RegisterSubsystems
             | Self::UnregisterSubsystem
             | Self::SuspendSubsystem

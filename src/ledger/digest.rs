@@ -1,5 +1,5 @@
-//! Digests of requests in audit events. They are keyed: whoever reads an event could otherwise guess a small secret in
-//! a request, and recognize it by its hash.
+//! Digests of requests in audit events, and of registrations in etags. They are keyed: readers of an event or an etag
+//! could otherwise guess a small secret in a request or in parameters, and recognize it by its hash.
 
 use aws_lc_rs::hmac::{HMAC_SHA256, Key, sign};
 

@@ -83,6 +83,21 @@ impl Payload {
         }
     }
 
+    /// This payload with these top-level keys as in `other`: those that `other` does not have are removed. Canonical.
+    #[must_use]
+    pub fn with_keys_of<'a>(&self, other: &Self, keys: impl IntoIterator<Item = &'a str>) -> Self {
+        let (mut object, other) = (read_struct(&self.0), read_struct(&other.0));
+        for key in keys {
+            match other.get(key) {
+                Some(value) => object.insert(key.to_owned(), value.clone()),
+                None => object.remove(key),
+            };
+        }
+        let mut bytes = BytesMut::new();
+        put_struct(&mut bytes, &object);
+        Self(bytes.freeze())
+    }
+
     /// The encoded bytes.
     #[must_use]
     pub fn as_bytes(&self) -> &Bytes {

@@ -59,8 +59,8 @@ pub(super) struct Checkpoints {
     newest: latest::Sender<Published>,
     /// Notified after each commit that has appended to the log.
     pub(super) appended: Notify,
-    /// Makes digests of requests with a key of the log.
-    digests: DigestKey,
+    /// Makes digests with a key of the log.
+    digests: Arc<DigestKey>,
     /// Held while one is published, so that they are published in their order.
     turn: Mutex<()>,
 }
@@ -68,7 +68,7 @@ pub(super) struct Checkpoints {
 impl Checkpoints {
     /// Signs with this, after the checkpoint that was published already, if any.
     pub(super) fn new(signer: Signer, published: Published) -> Self {
-        let digests = DigestKey::of(&signer);
+        let digests = Arc::new(DigestKey::of(&signer));
         let newest = latest::Sender::new(published);
         Self { signer, newest, appended: Notify::new(), digests, turn: Mutex::default() }
     }
@@ -85,9 +85,9 @@ impl Orchestrator {
         self.0.checkpoints.signer.keys.iter().map(|key| key.verifying().to_string()).collect()
     }
 
-    /// The keyed digest of an encoded request, for its audit event.
-    pub fn digest(&self, request: &[u8]) -> [u8; Hash::LEN] {
-        self.0.checkpoints.digests.digest(request)
+    /// Makes keyed digests: of requests for their audit events, and of registrations for their etags.
+    pub fn digests(&self) -> &Arc<DigestKey> {
+        &self.0.checkpoints.digests
     }
 
     /// The newest published checkpoint. The first one of a process may have to be awaited.

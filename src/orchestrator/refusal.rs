@@ -115,6 +115,25 @@ pub enum Refusal {
     /// The configuration file takes precedence.
     #[error("{0} is declared in the configuration file; change it there")]
     DeclaredInConfig(Name),
+    /// The registration was changed since its etag was read.
+    #[error(
+        "the registration of {name} has etag {etag}, so it was changed since yours was read; read it again by \
+         GetSubsystem, and repeat the call if the change still makes sense"
+    )]
+    EtagMismatch {
+        /// The subsystem.
+        name: Name,
+        /// The etag of its registration now.
+        etag: String,
+    },
+    /// The caller may change the subsystem, but not to this registration.
+    #[error("no grant of the caller covers {target}")]
+    NotCovered {
+        /// The subsystem.
+        name: Name,
+        /// The part of the registration that is not covered.
+        target: String,
+    },
     /// Another caller owns it.
     #[error("{} owns subsystem {}; only its owner and administrators may change it", .0.owner, .0.name)]
     NotOwner(NotOwner),

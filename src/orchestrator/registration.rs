@@ -19,7 +19,7 @@ use super::{
 use crate::{
     engine::Member,
     model::{Cause, Identity, Name, Subsystem},
-    ports::{StoreError, StoredSubsystem, Write},
+    ports::{Left, StoreError, Write},
 };
 
 /// The result of registering a subsystem.
@@ -31,6 +31,17 @@ pub enum Change {
     Replaced,
     /// Its registration is unchanged: at most its lease was renewed.
     Renewed,
+}
+
+/// A registration after a call that makes or changes it.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// The registration.
+    pub registered: Registered,
+    /// What the call has changed.
+    pub change: Change,
+    /// The registration before the call, if it was replaced.
+    pub previous: Option<Registered>,
 }
 
 /// The caller of a change of a registration. Its grants already cover the change; this is about owners.
@@ -70,7 +81,7 @@ impl Registrar {
 }
 
 impl Orchestrator {
-    /// Registers a subsystem, or replaces its registration. Returns it with the result.
+    /// Registers a subsystem, or replaces its registration.
     ///
     /// # Errors
     /// There would be a circular dependency, the file declares the name, another caller owns it, the registry is full,
@@ -81,7 +92,7 @@ impl Orchestrator {
         lease: Option<Duration>,
         by: &Registrar,
         cause: Cause,
-    ) -> Result<(Registered, Change), Refusal> {
+    ) -> Result<Outcome, Refusal> {
         let mut registered = self.register_all(vec![subsystem], lease, by, cause).await?;
         // One result for each.
         Ok(registered.remove(0))
@@ -98,9 +109,26 @@ impl Orchestrator {
         lease: Option<Duration>,
         by: &Registrar,
         cause: Cause,
-    ) -> Result<Vec<(Registered, Change)>, Refusal> {
+    ) -> Result<Vec<Outcome>, Refusal> {
         let by = by.clone();
         self.change(cause, move |shared, turn| async move { shared.register(turn, subsystems, lease, &by).await }).await
+    }
+
+    /// Replaces a registration by what `revise` makes of it when it is the turn of this change. Its owner, its lease
+    /// and its suspension stay.
+    ///
+    /// # Errors
+    /// It is not registered, `revise` refuses, or the result can't be registered, for one of the reasons of
+    /// [`Orchestrator::register`].
+    pub async fn update(
+        &self,
+        name: &Name,
+        revise: impl FnOnce(&Subsystem) -> Result<Subsystem, Refusal> + Send + 'static,
+        by: &Registrar,
+        cause: Cause,
+    ) -> Result<Outcome, Refusal> {
+        let (name, by) = (name.clone(), by.clone());
+        self.change(cause, move |shared, turn| async move { shared.update(turn, &name, revise, &by).await }).await
     }
 
     /// Removes a subsystem and its latest output.
@@ -139,6 +167,28 @@ impl Orchestrator {
     }
 }
 
+/// Checks that a caller may replace or remove this registration.
+///
+/// # Errors
+/// The file declares it, or another caller owns it.
+fn may_change(entry: &Registered, by: &Registrar) -> Result<(), Refusal> {
+    if entry.is_declared() {
+        return Err(Refusal::DeclaredInConfig(entry.name().clone()));
+    }
+    Ok(by.check(entry)?)
+}
+
+impl State {
+    /// Adds or replaces a registration. Returns the subsystem that has left its endpoint, if any; its breaker is
+    /// closed, since its failures were there.
+    fn put(&mut self, entry: Registered) -> Option<Left> {
+        let standing = entry.member.standing.clone();
+        self.registry.put(entry).inspect(|_| {
+            standing.close_breaker();
+        })
+    }
+}
+
 impl Shared {
     async fn register(
         &self,
@@ -146,123 +196,147 @@ impl Shared {
         subsystems: Vec<Subsystem>,
         lease: Option<Duration>,
         by: &Registrar,
-    ) -> Result<Vec<(Registered, Change)>, Refusal> {
+    ) -> Result<Vec<Outcome>, Refusal> {
         let max = self.settings().max_subsystems;
         let (earlier, registered): (Vec<_>, _) = {
             let state = self.state();
             let earlier = subsystems.iter().map(|subsystem| state.registry.get(&subsystem.name).cloned());
             (earlier.collect(), state.registry.len())
         };
-        if let Some(declared) = earlier.iter().flatten().find(|earlier| earlier.is_declared()) {
-            return Err(Refusal::DeclaredInConfig(declared.name().clone()));
-        }
-        earlier.iter().flatten().try_for_each(|earlier| by.check(earlier))?;
+        earlier.iter().flatten().try_for_each(|earlier| may_change(earlier, by))?;
         let new = earlier.iter().filter(|earlier| earlier.is_none()).count();
         if new > 0 && registered + new > max {
             return Err(Refusal::RegistryFull { registered, new, max });
         }
-        let mut moved = Vec::new();
-        let change = |(subsystem, earlier): (Subsystem, Option<Registered>)| {
-            let owner = by.owner(earlier.as_ref());
-            if let Some(earlier) = &earlier
-                && *earlier.member.subsystem == subsystem
-                && earlier.member.owner == owner
-                && earlier.lease().map(|lease| lease.length) == lease
+        let origin = move || Origin::Rpc { lease: lease.map(|length| Lease::new(length, Instant::now())) };
+        let outcome = |(subsystem, previous): (Subsystem, Option<Registered>)| {
+            let owner = by.owner(previous.as_ref());
+            if let Some(registered) = &previous
+                && *registered.member.subsystem == subsystem
+                && registered.member.owner == owner
+                && registered.lease().map(|lease| lease.length) == lease
             {
-                return Ok((earlier.clone(), Change::Renewed));
+                return Ok(Outcome { registered: registered.clone(), change: Change::Renewed, previous: None });
             }
-            let bytes = subsystem.footprint() + owner.as_ref().map_or(0, Identity::footprint);
-            let held = self.memory.try_hold(bytes).map_err(Refusal::RegistryMemoryFull)?;
-            let Some(earlier) = earlier else {
-                let member = Member::new(Arc::new(subsystem), false, Arc::default()).owned_by(owner).holding(held);
-                return Ok((Registered { member, origin: Origin::Rpc { lease: None } }, Change::Created));
-            };
-            let Member { subsystem: before, suspended, standing, .. } = &earlier.member;
-            if before.endpoint != subsystem.endpoint {
-                moved.push(standing.clone());
-            }
-            let member = Member::new(Arc::new(subsystem), *suspended, standing.clone()).owned_by(owner).holding(held);
-            Ok((Registered { member, ..earlier }, Change::Replaced))
+            let change = if previous.is_some() { Change::Replaced } else { Change::Created };
+            let member = self.member(subsystem, previous.as_ref(), owner)?;
+            Ok(Outcome { registered: Registered { member, origin: origin() }, change, previous })
         };
-        let entries: Result<Vec<_>, Refusal> = subsystems.into_iter().zip(earlier).map(change).collect();
-        let entries = entries?;
+        let outcomes: Result<Vec<_>, Refusal> = subsystems.into_iter().zip(earlier).map(outcome).collect();
+        let outcomes = outcomes?;
 
-        let changed = entries.iter().filter(|(_, change)| *change != Change::Renewed);
-        let changed: Vec<_> = changed.map(|(entry, _)| entry.clone()).collect();
+        let changed = outcomes.iter().filter(|outcome| outcome.change != Change::Renewed);
+        let changed: Vec<_> = changed.map(|outcome| outcome.registered.clone()).collect();
         let put = move |state: &mut State| {
-            let (mut entries, mut left) = (entries, Vec::new());
-            // Without the time of writing.
-            let begin = Instant::now();
-            let lease = lease.map(|length| Lease::new(length, begin));
-            for (entry, change) in &mut entries {
-                entry.origin = Origin::Rpc { lease };
-                match (*change, lease) {
+            let (mut outcomes, mut left) = (outcomes, Vec::new());
+            // Without the time of writing, and the same for all.
+            let origin = origin();
+            for Outcome { registered, change, .. } in &mut outcomes {
+                registered.origin = origin;
+                match (*change, registered.lease()) {
                     // Nothing durable changes.
-                    (Change::Renewed, Some(lease)) => state.registry.set_lease(entry.name(), lease),
+                    (Change::Renewed, Some(lease)) => state.registry.set_lease(registered.name(), lease),
                     (Change::Renewed, None) => {}
-                    (Change::Created | Change::Replaced, _) => left.extend(state.registry.put(entry.clone())),
+                    (Change::Created | Change::Replaced, _) => left.extend(state.put(registered.clone())),
                 }
             }
-            // The failures were at the other endpoint.
-            for standing in &moved {
-                standing.close_breaker();
-            }
-            (entries, left)
+            (outcomes, left)
         };
-        let entries = if changed.is_empty() {
+        let outcomes = if changed.is_empty() {
             put(&mut self.state()).0
         } else {
-            let names =
-                changed.iter().map(|entry| &entry.member.subsystem).map(|it| it.requires.len() + it.after.len());
-            let work = registered + names.sum::<usize>();
-            let (mut turn, checked) = offload(work, move || {
-                let mut turn = turn;
-                let subsystems = changed.iter().map(|entry| entry.member.subsystem.clone()).collect();
-                let checked = turn.order.change(subsystems, &[]).map(|undo| {
-                    let stored = |entry: &Registered| Arc::new(StoredSubsystem { lease, ..entry.to_stored() });
-                    let stored = changed.iter().map(|entry| (entry.name().clone(), Some(stored(entry))));
-                    (undo, stored.collect::<BTreeMap<_, _>>())
-                });
-                (turn, checked)
-            })
-            .await;
-            let (undo, subsystems) = checked.map_err(Refusal::OrderRing)?;
-            let write = move |_: &State| Write { subsystems: subsystems.clone(), ..Write::default() };
-            match self.write(&mut turn, write, put).await {
-                Ok((entries, left)) => {
-                    self.engine.subsystems.forget(&left);
-                    entries
-                }
-                Err(error) => {
-                    turn.order.undo(undo);
-                    return Err(error.into());
-                }
-            }
+            self.write_registered(turn, changed, put).await?
         };
         self.leases_changed.notify_one();
-        for (entry, change) in &entries {
-            let endpoint = &entry.member.subsystem.endpoint;
-            let owner = entry.member.owner.as_ref().map(tracing::field::display);
+        for Outcome { registered, change, .. } in &outcomes {
+            let (name, endpoint) = (registered.name(), &registered.member.subsystem.endpoint);
+            let owner = registered.member.owner.as_ref().map(tracing::field::display);
             match change {
-                Change::Created => tracing::info!(subsystem = %entry.name(), %endpoint, owner, "registered"),
-                Change::Replaced => {
-                    tracing::info!(subsystem = %entry.name(), %endpoint, owner, "registered with changes");
-                }
+                Change::Created => tracing::info!(subsystem = %name, %endpoint, owner, "registered"),
+                Change::Replaced => tracing::info!(subsystem = %name, %endpoint, owner, "registered with changes"),
                 Change::Renewed => {}
             }
         }
-        Ok(entries)
+        Ok(outcomes)
+    }
+
+    async fn update(
+        &self,
+        turn: Turn,
+        name: &Name,
+        revise: impl FnOnce(&Subsystem) -> Result<Subsystem, Refusal>,
+        by: &Registrar,
+    ) -> Result<Outcome, Refusal> {
+        let previous = self.state().registry.find(name)?.clone();
+        may_change(&previous, by)?;
+        let subsystem = revise(&previous.member.subsystem)?;
+        if *previous.member.subsystem == subsystem {
+            return Ok(Outcome { registered: previous, change: Change::Renewed, previous: None });
+        }
+        let member = self.member(subsystem, Some(&previous), previous.member.owner.clone())?;
+        let entry = Registered { member, ..previous.clone() };
+        let changed = vec![entry.clone()];
+        let put = move |state: &mut State| {
+            let entry = entry.with_present_lease(&state.registry);
+            let left = state.put(entry.clone());
+            (entry, left.into_iter().collect())
+        };
+        let registered = self.write_registered(turn, changed, put).await?;
+        let Subsystem { name, endpoint, .. } = &*registered.member.subsystem;
+        tracing::info!(subsystem = %name, %endpoint, "changed");
+        Ok(Outcome { registered, change: Change::Replaced, previous: Some(previous) })
+    }
+
+    /// The member of a registration that is new or replaces another one.
+    fn member(
+        &self,
+        subsystem: Subsystem,
+        previous: Option<&Registered>,
+        owner: Option<Identity>,
+    ) -> Result<Member, Refusal> {
+        let bytes = subsystem.footprint() + owner.as_ref().map_or(0, Identity::footprint);
+        let held = self.memory.try_hold(bytes).map_err(Refusal::RegistryMemoryFull)?;
+        let (suspended, standing) = previous
+            .map_or_else(Default::default, |Registered { member, .. }| (member.suspended, member.standing.clone()));
+        Ok(Member::new(Arc::new(subsystem), suspended, standing).owned_by(owner).holding(held))
+    }
+
+    /// Writes new and changed registrations, unless they would make a circular dependency, and then applies them by
+    /// `put`, which also returns the subsystems that have left their endpoints.
+    async fn write_registered<T: Send + 'static>(
+        &self,
+        turn: Turn,
+        changed: Vec<Registered>,
+        put: impl FnOnce(&mut State) -> (T, Vec<Left>) + Send + 'static,
+    ) -> Result<T, Refusal> {
+        let names = changed.iter().map(|entry| &entry.member.subsystem).map(|it| it.requires.len() + it.after.len());
+        let work = self.state().registry.len() + names.sum::<usize>();
+        let (mut turn, checked) = offload(work, move || {
+            let mut turn = turn;
+            let subsystems = changed.iter().map(|entry| entry.member.subsystem.clone()).collect();
+            let checked = turn.order.change(subsystems, &[]).map(|undo| {
+                let stored = changed.iter().map(|entry| (entry.name().clone(), Some(Arc::new(entry.to_stored()))));
+                (undo, stored.collect::<BTreeMap<_, _>>())
+            });
+            (turn, checked)
+        })
+        .await;
+        let (undo, subsystems) = checked.map_err(Refusal::OrderRing)?;
+        let write = move |_: &State| Write { subsystems: subsystems.clone(), ..Write::default() };
+        match self.write(&mut turn, write, put).await {
+            Ok((value, left)) => {
+                self.engine.subsystems.forget(&left);
+                Ok(value)
+            }
+            Err(error) => {
+                turn.order.undo(undo);
+                Err(error.into())
+            }
+        }
     }
 
     async fn unregister(&self, mut turn: Turn, name: &Name, by: &Registrar) -> Result<(), Refusal> {
-        {
-            let state = self.state();
-            let entry = state.registry.find(name)?;
-            if entry.is_declared() {
-                return Err(Refusal::DeclaredInConfig(name.clone()));
-            }
-            by.check(entry)?;
-        }
+        may_change(self.state().registry.find(name)?, by)?;
         self.forget(&mut turn, std::slice::from_ref(name)).await?;
         tracing::info!(subsystem = %name, "unregistered");
         Ok(())
@@ -280,9 +354,7 @@ impl Shared {
         let entry = Registered { member, ..earlier };
         let subsystems = BTreeMap::from([(name.clone(), Some(Arc::new(entry.to_stored())))]);
         let put = move |state: &mut State| {
-            // Its lease may have been renewed in between.
-            let origin = state.registry.get(entry.name()).map_or(entry.origin, |now| now.origin);
-            let entry = Registered { origin, ..entry };
+            let entry = entry.with_present_lease(&state.registry);
             state.registry.put(entry.clone());
             entry
         };

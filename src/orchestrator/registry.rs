@@ -100,6 +100,12 @@ impl Registered {
         }
     }
 
+    /// This entry with the lease that it has now, which may have been renewed since.
+    pub(super) fn with_present_lease(self, registry: &Registry) -> Self {
+        let origin = registry.get(self.name()).map_or(self.origin, |now| now.origin);
+        Self { origin, ..self }
+    }
+
     /// Its stored form.
     pub(super) fn to_stored(&self) -> StoredSubsystem {
         let subsystem = &self.member.subsystem;

@@ -23,6 +23,9 @@ const MAX_STATES: usize = 16;
 /// Most codes that are retried: nearly all that exist.
 const MAX_CODES: usize = 16;
 
+/// Most fields that one change of a registration names: all that exist, and some keys of its parameters.
+const MAX_PATHS: usize = 128;
+
 /// Most entries of each list and map in a request. The contract documents them at the fields.
 const MAX_ENTRIES: &[(&str, usize)] = &[
     ("dreamnet.orchestrator.v1.IntervalLoop.subsystems", CycleRequest::MAX_SUBSET),
@@ -39,6 +42,8 @@ const MAX_ENTRIES: &[(&str, usize)] = &[
     ("dreamnet.orchestrator.v1.WatchCyclesRequest.states", MAX_STATES),
     ("dreamnet.orchestrator.v1.WatchCyclesRequest.subsystems", MAX_FILTER),
     ("dreamnet.subsystem.v1.RunCycleRequest.inputs", Subsystem::MAX_INPUTS),
+    // In `UpdateSubsystemRequest.update_mask`.
+    ("google.protobuf.FieldMask.paths", MAX_PATHS),
 ];
 
 /// Most entries of the list or map with this full name. One without a limit accepts none: a test checks that all have a

@@ -32,7 +32,7 @@ fn moved(name: &str) -> Subsystem {
 }
 
 async fn change(orchestrator: &Orchestrator, subsystem: Subsystem, lease: Option<Duration>) -> Change {
-    orchestrator.register(subsystem, lease, &Registrar::Anyone, by_test()).await.unwrap().1
+    orchestrator.register(subsystem, lease, &Registrar::Anyone, by_test()).await.unwrap().change
 }
 
 #[tokio::test(start_paused = true)]

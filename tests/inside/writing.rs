@@ -563,8 +563,8 @@ async fn a_queued_change_is_refused_once_a_commit_is_late_and_not_made() {
     stage.script.let_go();
     sleep(Duration::from_secs(1)).await;
     assert!(stage.orchestrator.subsystem(&Name::parse("d").unwrap()).is_err());
-    let (_, change) = stage.orchestrator.register(subsystem("d"), None, &Registrar::Anyone, by_test()).await.unwrap();
-    assert_eq!(change, Change::Created);
+    let outcome = stage.orchestrator.register(subsystem("d"), None, &Registrar::Anyone, by_test()).await.unwrap();
+    assert_eq!(outcome.change, Change::Created);
 }
 
 #[tokio::test(start_paused = true)]

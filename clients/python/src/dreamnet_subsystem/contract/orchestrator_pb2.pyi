@@ -2,6 +2,7 @@ import datetime
 
 from . import subsystem_pb2 as _subsystem_pb2
 from google.protobuf import duration_pb2 as _duration_pb2
+from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -209,7 +210,7 @@ class Registration(_message.Message):
     def __init__(self, name: _Optional[str] = ..., endpoint: _Optional[str] = ..., phase: _Optional[int] = ..., requires: _Optional[_Iterable[str]] = ..., after: _Optional[_Iterable[str]] = ..., reads: _Optional[_Iterable[str]] = ..., timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., retry: _Optional[_Union[RetryPolicy, _Mapping]] = ..., breaker: _Optional[_Union[BreakerPolicy, _Mapping]] = ..., critical: bool = ..., parameters: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., record_output: bool = ..., tls: _Optional[_Union[Tls, _Mapping]] = ...) -> None: ...
 
 class SubsystemStatus(_message.Message):
-    __slots__ = ("registration", "origin", "lease_expires_at", "suspended", "breaker", "initialized", "last", "last_cycle_id", "output_cycle_id", "output", "snapshot", "snapshot_error", "owner", "owner_revoked", "redacted")
+    __slots__ = ("registration", "origin", "lease_expires_at", "suspended", "breaker", "initialized", "last", "last_cycle_id", "output_cycle_id", "output", "snapshot", "snapshot_error", "owner", "owner_revoked", "redacted", "etag")
     REGISTRATION_FIELD_NUMBER: _ClassVar[int]
     ORIGIN_FIELD_NUMBER: _ClassVar[int]
     LEASE_EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
@@ -225,6 +226,7 @@ class SubsystemStatus(_message.Message):
     OWNER_FIELD_NUMBER: _ClassVar[int]
     OWNER_REVOKED_FIELD_NUMBER: _ClassVar[int]
     REDACTED_FIELD_NUMBER: _ClassVar[int]
+    ETAG_FIELD_NUMBER: _ClassVar[int]
     registration: Registration
     origin: Origin
     lease_expires_at: _timestamp_pb2.Timestamp
@@ -240,7 +242,8 @@ class SubsystemStatus(_message.Message):
     owner: str
     owner_revoked: bool
     redacted: bool
-    def __init__(self, registration: _Optional[_Union[Registration, _Mapping]] = ..., origin: _Optional[_Union[Origin, str]] = ..., lease_expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., suspended: bool = ..., breaker: _Optional[_Union[BreakerState, str]] = ..., initialized: bool = ..., last: _Optional[_Union[SubsystemTelemetry, _Mapping]] = ..., last_cycle_id: _Optional[int] = ..., output_cycle_id: _Optional[int] = ..., output: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., snapshot: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., snapshot_error: _Optional[str] = ..., owner: _Optional[str] = ..., owner_revoked: bool = ..., redacted: bool = ...) -> None: ...
+    etag: str
+    def __init__(self, registration: _Optional[_Union[Registration, _Mapping]] = ..., origin: _Optional[_Union[Origin, str]] = ..., lease_expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., suspended: bool = ..., breaker: _Optional[_Union[BreakerState, str]] = ..., initialized: bool = ..., last: _Optional[_Union[SubsystemTelemetry, _Mapping]] = ..., last_cycle_id: _Optional[int] = ..., output_cycle_id: _Optional[int] = ..., output: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., snapshot: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., snapshot_error: _Optional[str] = ..., owner: _Optional[str] = ..., owner_revoked: bool = ..., redacted: bool = ..., etag: _Optional[str] = ...) -> None: ...
 
 class SubsystemTelemetry(_message.Message):
     __slots__ = ("name", "state", "started_at", "finished_at", "duration_ms", "queued_ms", "attempts", "error_code", "error_message", "issues", "metrics", "output", "skip_reason", "output_sha256")
@@ -737,12 +740,32 @@ class RegisterSubsystemRequest(_message.Message):
     def __init__(self, registration: _Optional[_Union[Registration, _Mapping]] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class RegisterSubsystemResponse(_message.Message):
-    __slots__ = ("subsystem", "created")
+    __slots__ = ("subsystem", "created", "previous")
     SUBSYSTEM_FIELD_NUMBER: _ClassVar[int]
     CREATED_FIELD_NUMBER: _ClassVar[int]
+    PREVIOUS_FIELD_NUMBER: _ClassVar[int]
     subsystem: SubsystemStatus
     created: bool
-    def __init__(self, subsystem: _Optional[_Union[SubsystemStatus, _Mapping]] = ..., created: bool = ...) -> None: ...
+    previous: SubsystemStatus
+    def __init__(self, subsystem: _Optional[_Union[SubsystemStatus, _Mapping]] = ..., created: bool = ..., previous: _Optional[_Union[SubsystemStatus, _Mapping]] = ...) -> None: ...
+
+class UpdateSubsystemRequest(_message.Message):
+    __slots__ = ("registration", "update_mask", "etag")
+    REGISTRATION_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_MASK_FIELD_NUMBER: _ClassVar[int]
+    ETAG_FIELD_NUMBER: _ClassVar[int]
+    registration: Registration
+    update_mask: _field_mask_pb2.FieldMask
+    etag: str
+    def __init__(self, registration: _Optional[_Union[Registration, _Mapping]] = ..., update_mask: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping]] = ..., etag: _Optional[str] = ...) -> None: ...
+
+class UpdateSubsystemResponse(_message.Message):
+    __slots__ = ("subsystem", "previous")
+    SUBSYSTEM_FIELD_NUMBER: _ClassVar[int]
+    PREVIOUS_FIELD_NUMBER: _ClassVar[int]
+    subsystem: SubsystemStatus
+    previous: SubsystemStatus
+    def __init__(self, subsystem: _Optional[_Union[SubsystemStatus, _Mapping]] = ..., previous: _Optional[_Union[SubsystemStatus, _Mapping]] = ...) -> None: ...
 
 class RegisterSubsystemsRequest(_message.Message):
     __slots__ = ("registrations", "lease")
