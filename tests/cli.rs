@@ -15,7 +15,7 @@ use std::{
 
 use common::{
     door::Door,
-    fleet::{Fleet, Run, to_struct},
+    fleet::{Fleet, Run, from_struct, to_struct},
     patiently,
     service::{Client, Home, Service, decode, ms, part, registration},
     terminal::{self, Terminal},
@@ -201,6 +201,7 @@ async fn subsystems_are_registered_shown_and_removed() {
         fleet.endpoint()
     );
     assert_eq!(cli.run(&register).await.with(0), "subsystem a is registered\n");
+    assert_eq!(cli.run(&register).await.with(0), "subsystem a is registered, as before\n");
     let replaced = cli.json(&register).await;
     assert_eq!(replaced.get("created"), None, "canonical JSON has no defaults: {replaced}");
     let expected = json!({
@@ -236,6 +237,69 @@ async fn subsystems_are_registered_shown_and_removed() {
     assert_eq!(cli.run("subsystems resume a").await.with(0), "subsystem a is resumed\n");
     assert_eq!(cli.json("subsystems unregister a").await, json!({}));
     assert!(cli.run("subsystems unregister a").await.refused_with(1).contains("SUBSYSTEM_NOT_FOUND"));
+}
+
+#[tokio::test]
+async fn some_fields_of_a_registration_are_changed_and_the_changes_shown() {
+    let (_home, fleet, service, mut client) = house(&["b"]).await;
+    let cli = Cli::of(&service);
+    let endpoint = fleet.endpoint();
+    let register = format!(
+        "subsystems register a --endpoint {endpoint} --requires b --reads b --critical --retry-max-attempts 5 --param \
+         limit=1 --param gone=true --param kept=\"x\" --lease 1h"
+    );
+    cli.run(&register).await.with(0);
+    let set = "subsystems set a --timeout-per-cycle 4s --phase 3 --after b --param limit=5 \
+               --clear requires,critical,retry,parameters.gone";
+    let changed = cli.run(set).await.with(0);
+    let expected = "\
+subsystem a is changed
+after               - → b
+critical            yes → no
+parameters.gone     true → -
+parameters.limit    1 → 5
+phase               0 → 3
+requires            b → -
+retry.max_attempts  5 → 3
+timeout             10s → 4s
+";
+    assert_eq!(changed, expected);
+    assert_eq!(cli.run(set).await.with(0), "subsystem a is unchanged: it had these values\n");
+    let json = cli.json("subsystems set a --limits-max-issues 7").await;
+    assert_eq!(json["subsystem"]["registration"]["limits"]["maxIssues"], 7);
+    assert_eq!(json["previous"]["registration"]["limits"]["maxIssues"], 32);
+    let registration = client.subsystem("a").await.unwrap().registration.unwrap();
+    assert_eq!((registration.phase, registration.reads), (3, vec!["b".to_owned()]));
+    assert_eq!(from_struct(&registration.parameters), json!({ "kept": "x", "limit": 5 }));
+
+    // Each field that `register` has, and back again.
+    let all = "subsystems set a --endpoint http://127.0.0.1:1 --phase 1 --requires x --after y --reads z \
+               --timeout-per-cycle 2s --critical --record-output --params-json {\"n\":1} --retry-max-attempts 5 \
+               --retry-initial-backoff 10ms --retry-max-backoff 20ms --retry-backoff-multiplier 1.5 \
+               --retry-retryable-status-codes aborted --breaker-failure-threshold 7 --breaker-open-for 1m \
+               --breaker-disabled --limits-max-message-bytes 1000 --limits-max-output-bytes 900 \
+               --limits-max-metrics 8 --limits-max-issues 9";
+    let changed = cli.run(all).await;
+    for name in ["x", "y", "z"] {
+        assert!(changed.stderr.contains(&format!("subsystem {name} is not registered")), "{}", changed.stderr);
+    }
+    assert_eq!(changed.with(0).lines().count(), 24);
+    let replaced = cli.run(&register).await.with(0);
+    assert!(replaced.starts_with("subsystem a is registered, in place of its previous registration\n"), "{replaced}");
+    assert_eq!(row(&replaced, "limits.max_issues"), ["limits.max_issues", "9", "→", "32"]);
+    let without_lease = cli.run(&format!("subsystems register a --endpoint {endpoint}")).await.with(0);
+    assert_eq!(row(&without_lease, "lease"), ["lease", "yes", "→", "no"]);
+
+    let etag = client.subsystem("a").await.unwrap().etag;
+    assert!(cli.run("subsystems show a").await.with(0).contains(&etag));
+    cli.run(&format!("subsystems set a --etag {etag} --phase 1")).await.with(0);
+    let outdated = cli.run(&format!("subsystems set a --etag {etag} --phase 2")).await.refused_with(1);
+    assert!(outdated.contains("orchestrator subsystems show a") && outdated.contains("ETAG_MISMATCH"), "{outdated}");
+    let unknown = cli.run("subsystems set a --clear time").await.refused_with(1);
+    assert!(unknown.contains("\"time\", which is not a field") && unknown.contains("timeout"), "{unknown}");
+    for line in ["subsystems set a", "subsystems set a --phase 1 --clear phase"] {
+        cli.run(line).await.refused_with(2);
+    }
 }
 
 #[tokio::test]
@@ -817,6 +881,7 @@ async fn for_a_misspelt_name_a_similar_one_is_suggested() {
         "watch --from-oldest --subsystem PRICES",
         "report --subsystem price",
         "subsystems show price",
+        "subsystems set price --phase 1",
         "subsystems unregister price",
         "subsystems suspend price",
         "subsystems resume price",

@@ -39,6 +39,7 @@ impl Rpc {
             | Self::PruneCycles
             | Self::RegisterSubsystem
             | Self::RegisterSubsystems
+            | Self::UpdateSubsystem
             | Self::UnregisterSubsystem
             | Self::RenewLease
             | Self::SuspendSubsystem
@@ -97,7 +98,7 @@ impl Rpc {
             | Self::UpdateSubsystem
             | Self::RegisterSubsystems
             | Self::UnregisterSubsystem
-            | Self::RenewLease => REGISTRARS,
+            | Self::RenewLease => Rule::Roles(REGISTRARS),
             // It is final.
             Self::PruneCycles => Rule::Roles(&[Role::Admin]),
         }

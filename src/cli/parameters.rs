@@ -19,6 +19,14 @@ pub(super) struct Parameters {
 }
 
 impl Parameters {
+    /// The paths of the given parameters: all of them, or each one.
+    pub(super) fn paths(&self) -> Vec<String> {
+        match self.all {
+            Some(_) => vec!["parameters".to_owned()],
+            None => self.one.iter().map(|(key, _)| format!("parameters.{key}")).collect(),
+        }
+    }
+
     /// The parameters as a message of the contract.
     ///
     /// # Errors

@@ -500,6 +500,11 @@ impl<F: clap::Args> Remote<F> {
                 );
                 (what, format!("\nTo list the history: orchestrator cycles list{flag}"))
             }
+            "ETAG_MISMATCH" => {
+                let name = metadata("subsystem")?;
+                let what = format!("the registration of {name} was changed since its etag was read");
+                (what, format!("\nTo see it, with its etag: orchestrator subsystems show {name}{flag}"))
+            }
             "MEMORY_LIMIT" => {
                 let id = cycle()?;
                 let what = format!("cycle {id} is recorded, but the service has no memory now to return its record");

@@ -1,18 +1,21 @@
 //! `orchestrator subsystems`: the registry.
 
+mod changes;
+mod fields;
+
 use std::{collections::BTreeSet, path::PathBuf};
 
 use clap::Subcommand;
 
+use self::{changes::changes, fields::Fields};
 use super::{
     Exit, Failure,
     cycles::why,
     known,
     output::{
-        age, clean, count, duration, grouped, milliseconds, names, note, parse_duration, parse_positive, payload,
-        print, subsystem_state, time, word,
+        age, clean, count, duration, grouped, milliseconds, names, note, parse_duration, payload, print, subsystem_state,
+        time, word,
     },
-    parameters::Parameters,
     remote::{Client, Remote, has_timeout_by_environment},
     table::{Cell, Facts, Page, Table, left, long, right, state, text},
 };
@@ -64,6 +67,7 @@ Examples:
         snapshot: bool,
     },
     Register(Box<Register>),
+    Set(Box<Set>),
     /// Remove a subsystem and its latest output
     #[command(after_help = "\
 A running cycle keeps it until it ends. To remove a subsystem that the configuration file declares, edit the file.
@@ -106,7 +110,8 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 The flags are the keys of [[subsystems]] in the configuration file. A flag that is not given takes its default, even \
-if the registration had another value before. The subsystem takes part from the next cycle that starts, and survives \
+if the registration had another value before; `orchestrator subsystems set` changes some fields only. The output has \
+what has changed in a registration that is replaced. The subsystem takes part from the next cycle that starts, and survives \
 restarts of the service.
 
 With --file, all [[subsystems]] of the file are registered, up to 1,000 at once: all of these or none. Other tables of \
@@ -130,41 +135,43 @@ struct Register {
     /// Register all [[subsystems]] of this file (TOML)
     #[arg(long, value_name = "PATH", conflicts_with_all = FLAGS_OF_ONE)]
     file: Option<PathBuf>,
-    /// Subsystems in lower phases end before any in a higher phase starts
-    #[arg(long, value_name = "NUMBER", default_value_t = 0, allow_negative_numbers = true)]
-    phase: i32,
-    /// Runs after these subsystems; does not run if one of them fails or is missing
-    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
-    requires: Vec<String>,
-    /// Runs after these subsystems, even if they fail
-    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
-    after: Vec<String>,
-    /// Gets the latest outputs of these subsystems, without an order
-    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
-    reads: Vec<String>,
-    /// Deadline of its part in a cycle, retries included, 1ms to 24h [key: timeout] [default: 10s]
-    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
-    timeout_per_cycle: Option<prost_types::Duration>,
-    /// A cycle in which it fails is FAILED
-    #[arg(long)]
-    critical: bool,
-    /// Record its output in every cycle
-    #[arg(long)]
-    record_output: bool,
-    /// The identity of the server that must answer: cert:URI or cert:DNS-NAME for https://, uid:NUMBER for unix:
-    #[arg(long, value_name = "IDENTITY")]
-    tls_peer: Option<String>,
     /// The registration expires after this time unless renewed, 1s to 24h [default: never]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     lease: Option<prost_types::Duration>,
     #[command(flatten)]
-    parameters: Parameters,
+    fields: Fields,
+}
+
+/// Change some fields of a registration, and leave the others as they are
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+The flags are those of `orchestrator subsystems register`. A flag that is not given leaves its field as it is, a list \
+is replaced as a whole, and --param changes one parameter. The output has each changed field, before and after. The \
+owner, the lease, the latest output and a suspension stay.
+
+The change holds until the subsystem is registered again, which a subsystem that registers itself does when it starts. \
+To change a subsystem that the configuration file declares, edit the file.
+
+Examples:
+  orchestrator subsystems set prices --timeout-per-cycle 4s
+  orchestrator subsystems set signals --requires prices,news --param limit=5
+  orchestrator subsystems set signals --clear reads,retry.max_attempts,critical
+  orchestrator subsystems set signals --clear parameters.limit")]
+struct Set {
+    /// Its name
+    name: String,
+    /// Where it is dialed: http://HOST:PORT, https://HOST:PORT or unix:/PATH
+    #[arg(long, value_name = "URI")]
+    endpoint: Option<String>,
+    /// Give these fields their defaults, by their keys in the configuration file, such as timeout, retry or
+    /// retry.max_attempts; parameters.KEY removes one parameter
+    #[arg(long, value_name = "KEYS", value_delimiter = ',')]
+    clear: Vec<String>,
+    /// Only if the registration still has this etag, which `orchestrator subsystems show` shows
+    #[arg(long, value_name = "ETAG")]
+    etag: Option<String>,
     #[command(flatten)]
-    retry: Retry,
-    #[command(flatten)]
-    breaker: Breaker,
-    #[command(flatten)]
-    limits: Limits,
+    fields: Fields,
 }
 
 /// Flags that describe one subsystem, and conflict with `--file`.
@@ -194,60 +201,6 @@ const FLAGS_OF_ONE: [&str; 24] = [
     "limits_max_metrics",
     "limits_max_issues",
 ];
-
-#[derive(Debug, clap::Args)]
-#[allow(clippy::struct_field_names, reason = "they are the names of flags")]
-#[command(next_help_heading = "Retries")]
-struct Retry {
-    /// Most calls, including the first one, 1 to 10 [default: 3]
-    #[arg(long, value_name = "NUMBER", value_parser = parse_positive::<u32>)]
-    retry_max_attempts: Option<u32>,
-    /// Wait before the first retry, 1ms to 1h [default: 100ms]
-    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
-    retry_initial_backoff: Option<prost_types::Duration>,
-    /// Longest wait before a retry, up to 1h [default: 1s]
-    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
-    retry_max_backoff: Option<prost_types::Duration>,
-    /// Factor between successive waits, 1 to 100 [default: 2]
-    #[arg(long, value_name = "NUMBER")]
-    retry_backoff_multiplier: Option<f64>,
-    /// The gRPC status codes that are retried, by name [default: UNAVAILABLE]
-    #[arg(long, value_name = "CODES", value_delimiter = ',')]
-    retry_retryable_status_codes: Vec<String>,
-}
-
-#[derive(Debug, clap::Args)]
-#[allow(clippy::struct_field_names, reason = "they are the names of flags")]
-#[command(next_help_heading = "Circuit breaker")]
-struct Breaker {
-    /// Number of consecutive failed or timed out cycles that opens the breaker, 1 to 1000 [default: 5]
-    #[arg(long, value_name = "NUMBER", value_parser = parse_positive::<u32>)]
-    breaker_failure_threshold: Option<u32>,
-    /// How long the breaker stays open before one probe call, 1ms to 24h [default: 30s]
-    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
-    breaker_open_for: Option<prost_types::Duration>,
-    /// Disable the breaker
-    #[arg(long)]
-    breaker_disabled: bool,
-}
-
-#[derive(Debug, clap::Args)]
-#[allow(clippy::struct_field_names, reason = "they are the names of flags")]
-#[command(next_help_heading = "Limits on one answer")]
-struct Limits {
-    /// Bytes of the whole message, up to 64 MiB [default: 4194304]
-    #[arg(long, value_name = "BYTES", value_parser = parse_positive::<u32>)]
-    limits_max_message_bytes: Option<u32>,
-    /// Bytes of the output, up to 64 MiB [default: 1048576]
-    #[arg(long, value_name = "BYTES", value_parser = parse_positive::<u32>)]
-    limits_max_output_bytes: Option<u32>,
-    /// Metrics, up to 4096 [default: 64]
-    #[arg(long, value_name = "NUMBER", value_parser = parse_positive::<u32>)]
-    limits_max_metrics: Option<u32>,
-    /// Issues, up to 1024 [default: 32]
-    #[arg(long, value_name = "NUMBER", value_parser = parse_positive::<u32>)]
-    limits_max_issues: Option<u32>,
-}
 
 impl Subsystems {
     /// Runs the subcommand.
@@ -284,16 +237,37 @@ impl Command {
                 })?;
             }
             Self::Register(register) => {
-                if remote.timeout.is_some() && register.timeout_per_cycle.is_none() && !has_timeout_by_environment() {
-                    note("--timeout limits this command; the timeout of the subsystem is --timeout-per-cycle");
-                }
+                note_other_timeout(remote, &register.fields);
                 let request = register.request()?;
                 let others = request.registration.as_ref().map(others).unwrap_or_default();
                 let response = remote.quickly(client.register_subsystem(request)).await?.into_inner();
                 format.show("RegisterSubsystemResponse", &response, |response| {
                     let name = response.subsystem.as_ref().map(name).unwrap_or_default();
-                    let before = if response.created { "" } else { ", in place of its previous registration" };
-                    format!("subsystem {} is registered{before}\n", clean(&name))
+                    match response.subsystem.as_ref().zip(response.previous.as_ref()) {
+                        Some((now, previous)) => format!(
+                            "subsystem {} is registered, in place of its previous registration\n{}",
+                            clean(&name),
+                            changes(previous, now)
+                        ),
+                        None if response.created => format!("subsystem {} is registered\n", clean(&name)),
+                        None => format!("subsystem {} is registered, as before\n", clean(&name)),
+                    }
+                })?;
+                known::note_missing(remote, client, &others, "until it is, it counts as missing").await;
+            }
+            Self::Set(set) => {
+                note_other_timeout(remote, &set.fields);
+                let request = set.request()?;
+                let others = request.registration.as_ref().map(others).unwrap_or_default();
+                let response = remote.quickly(client.update_subsystem(request)).await?.into_inner();
+                format.show("UpdateSubsystemResponse", &response, |response| {
+                    let name = response.subsystem.as_ref().map(name).unwrap_or_default();
+                    match response.subsystem.as_ref().zip(response.previous.as_ref()) {
+                        Some((now, previous)) => {
+                            format!("subsystem {} is changed\n{}", clean(&name), changes(previous, now))
+                        }
+                        None => format!("subsystem {} is unchanged: it had these values\n", clean(&name)),
+                    }
                 })?;
                 known::note_missing(remote, client, &others, "until it is, it counts as missing").await;
             }
@@ -338,41 +312,43 @@ fn others(registration: &pb::Registration) -> Vec<String> {
     others.into_iter().collect()
 }
 
+/// Prints a note if `--timeout` was given, which is not the timeout of the subsystem.
+fn note_other_timeout(remote: &Remote, fields: &Fields) {
+    if remote.timeout.is_some() && fields.timeout_per_cycle.is_none() && !has_timeout_by_environment() {
+        note("--timeout limits this command; the timeout of the subsystem is --timeout-per-cycle");
+    }
+}
+
 impl Register {
     fn request(self) -> Result<pb::RegisterSubsystemRequest, Failure> {
-        let codes = self.retry.retry_retryable_status_codes.iter();
-        let registration = pb::Registration {
-            name: self.name.unwrap_or_default(),
-            endpoint: self.endpoint.unwrap_or_default(),
-            phase: self.phase,
-            requires: self.requires,
-            after: self.after,
-            reads: self.reads,
-            timeout: self.timeout_per_cycle,
-            retry: Some(pb::RetryPolicy {
-                max_attempts: self.retry.retry_max_attempts.unwrap_or_default(),
-                initial_backoff: self.retry.retry_initial_backoff,
-                max_backoff: self.retry.retry_max_backoff,
-                backoff_multiplier: self.retry.retry_backoff_multiplier.unwrap_or_default(),
-                retryable_status_codes: codes.map(|code| code.to_uppercase()).collect(),
-            }),
-            breaker: Some(pb::BreakerPolicy {
-                failure_threshold: self.breaker.breaker_failure_threshold.unwrap_or_default(),
-                open_for: self.breaker.breaker_open_for,
-                disabled: self.breaker.breaker_disabled,
-            }),
-            critical: self.critical,
-            parameters: self.parameters.encode()?,
-            limits: Some(pb::Limits {
-                max_message_bytes: self.limits.limits_max_message_bytes.unwrap_or_default(),
-                max_output_bytes: self.limits.limits_max_output_bytes.unwrap_or_default(),
-                max_metrics: self.limits.limits_max_metrics.unwrap_or_default(),
-                max_issues: self.limits.limits_max_issues.unwrap_or_default(),
-            }),
-            record_output: self.record_output,
-            tls: self.tls_peer.map(|peer| pb::Tls { peer }),
-        };
+        let registration =
+            self.fields.registration(self.name.unwrap_or_default(), self.endpoint.unwrap_or_default())?;
         Ok(pb::RegisterSubsystemRequest { registration: Some(registration), lease: self.lease })
+    }
+}
+
+impl Set {
+    /// # Errors
+    /// No field is given, or one is both given and cleared.
+    fn request(self) -> Result<pb::UpdateSubsystemRequest, Failure> {
+        let mut paths = self.fields.paths();
+        paths.extend(self.endpoint.iter().map(|_| "endpoint".to_owned()));
+        if let Some(both) = self.clear.iter().find(|path| paths.contains(path)) {
+            let why = format!("{} is given and also cleared: give one of them", clean(both));
+            return Err(Failure::new(Exit::Usage, why));
+        }
+        paths.extend(self.clear);
+        if paths.is_empty() {
+            let why = "nothing to change: give the flag of a field, such as --timeout-per-cycle 4s, or --clear KEYS";
+            return Err(Failure::new(Exit::Usage, why.to_owned()));
+        }
+        let registration = self.fields.registration(self.name, self.endpoint.unwrap_or_default())?;
+        let update_mask = Some(prost_types::FieldMask { paths });
+        Ok(pb::UpdateSubsystemRequest {
+            registration: Some(registration),
+            update_mask,
+            etag: self.etag.unwrap_or_default(),
+        })
     }
 }
 
@@ -602,6 +578,7 @@ pub(super) fn facts(status: &pb::SubsystemStatus) -> Vec<(&'static str, String)>
         let ends = status.lease_expires_at.as_ref();
         fact("lease ends", format!("{} ({})", time(ends), age(ends)));
     }
+    fact("etag", status.etag.clone());
     if let Some(last) = &status.last {
         let (cycle, state) = (status.last_cycle_id, subsystem_state(last.state()));
         let (took, attempts, why) = (duration_of(last), count(last.attempts, "attempt"), why(last));
