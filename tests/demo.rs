@@ -186,6 +186,31 @@ async fn it_keeps_the_record_in_the_given_store() {
     demo.ended().await;
 }
 
+#[tokio::test]
+async fn its_subsystems_can_be_changed_and_the_changes_stay_in_the_given_store() {
+    let home = tempfile::tempdir().unwrap();
+    let store = format!("sqlite:{}", home.path().join("demo.db").display());
+    let args = ["--listen", "127.0.0.1:0", "--store", &store, "--interval", "100ms"];
+    let demo = Demo::start(&args).await;
+    let mut client = demo.client().await;
+    let phase = |phase| pb::Registration { name: "NeuralMesh".into(), phase, ..pb::Registration::default() };
+    let request = pb::UpdateSubsystemRequest { registration: Some(phase(70)), ..pb::UpdateSubsystemRequest::default() };
+    client.update_subsystem(request).await.unwrap();
+    client.stop_interval_loop(pb::StopIntervalLoopRequest { name: "heartbeat".into() }).await.unwrap();
+    let before = client.subsystem("NeuralMesh").await.unwrap().registration.unwrap();
+    demo.signal(Signal::TERM);
+    demo.ended().await;
+
+    let demo = Demo::start(&args).await;
+    let mut client = demo.client().await;
+    let after = client.subsystem("NeuralMesh").await.unwrap().registration.unwrap();
+    assert_ne!(after.endpoint, before.endpoint, "its process is another one");
+    assert_eq!(pb::Registration { endpoint: before.endpoint.clone(), ..after }, before);
+    assert_eq!(client.run().await.unwrap().subsystems.len(), 28);
+    demo.signal(Signal::TERM);
+    demo.ended().await;
+}
+
 #[cfg(target_os = "linux")]
 #[tokio::test]
 async fn it_stops_on_a_signal_while_its_output_is_not_read() {

@@ -29,7 +29,7 @@ pub use self::{
     caller::{Caller, Way},
     calls::CallCounts,
     gate::Entered,
-    response::{plan, registration},
+    response::{interval_loop, plan, registration},
     rpc::{LogIn, Scrape},
 };
 use self::{

@@ -353,7 +353,8 @@ fn tick_range(range: &TickRange) -> pb::TickRange {
     }
 }
 
-fn interval_loop(settings: &IntervalLoop) -> pb::IntervalLoop {
+/// The settings of a loop as a message of the contract.
+pub fn interval_loop(settings: &IntervalLoop) -> pb::IntervalLoop {
     let IntervalLoop {
         name,
         interval,

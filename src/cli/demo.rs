@@ -3,9 +3,10 @@
 mod fleet;
 
 use std::{
+    collections::BTreeSet,
     env,
     fmt::Display,
-    future, io,
+    future, io, mem,
     net::{Ipv4Addr, SocketAddr},
     sync::Arc,
     time::Duration,
@@ -24,11 +25,13 @@ use super::{
     Exit, Failure, HOST,
     output::{count, parse_positive, print, short},
     remote::Remote,
+    subsystems::{name, pages},
     watch,
 };
 use crate::{
+    api::{interval_loop, registration},
     config::{Config, LogFormat, LogSettings},
-    model::Begin,
+    model::{Begin, IntervalLoop, Subsystem},
     proto::orchestrator::v1::{self as pb, cycle_event::Event},
     serve::{self, Service, StartError},
     store::StoreUrl,
@@ -48,6 +51,9 @@ const LAST_LINES: Duration = Duration::from_secs(1);
 #[command(after_help = "\
 The subsystems and their order are those of examples/dreamnet.toml. They run in this process, behind real sockets: \
 each makes its output from its inputs, works for a while, and occasionally is slow, fails, or hangs until its timeout.
+
+They and their loop are registered by RPC, so that commands can change them: `orchestrator subsystems` and `orchestrator \
+loops`. With --store sqlite:PATH, changes of subsystems stay for the next demo.
 
 Ctrl-C or SIGTERM stops everything, and cancels running cycles; nothing is left behind but what --store names.
 
@@ -94,7 +100,9 @@ impl Demo {
         let log = LogSettings { filter: "error".into(), format: LogFormat::Text };
         let _log = telemetry::init(&log).map_err(refused)?;
         let mut config = self.config()?;
-        let fleet = Fleet::start(&mut config.subsystems, self.seed, self.pace()).await.map_err(refused)?;
+        // They are registered by RPC, since commands can't change those of a configuration.
+        let (mut subsystems, loops) = (mem::take(&mut config.subsystems), mem::take(&mut config.loops));
+        let fleet = Fleet::start(&mut subsystems, self.seed, self.pace()).await.map_err(refused)?;
         let (service, is_moved) = self.start(&mut config).await.map_err(refused)?;
         let address = service.address();
         let greeting = self.greeting(&service, is_moved, &fleet);
@@ -103,7 +111,11 @@ impl Demo {
             let mut tasks = JoinSet::new();
             // A separate task: its output may wait for a paused reader.
             let showing = async {
-                tasks.spawn(show(address, greeting, self.cycles));
+                let remote = Remote::at(address);
+                tasks.spawn(async move {
+                    register(&remote, &subsystems, loops).await?;
+                    show(&remote, &greeting, self.cycles).await
+                });
                 let shown = tasks.join_next().await.unwrap_or(Ok(Ok(())));
                 joined(shown).unwrap_or(Ok(()))
             };
@@ -148,7 +160,6 @@ impl Demo {
         config.server.drain_grace = Duration::ZERO;
         for settings in &mut config.loops {
             settings.interval = self.interval;
-            settings.offset = due_now(self.interval);
         }
         Ok(config)
     }
@@ -202,6 +213,8 @@ In another terminal:
   {program} run
   {program} cycles show 1
   {program} subsystems show DreamNetOSCore --latest-output
+  {program} subsystems set NeuralMesh --timeout-per-cycle 1ms
+  {program} subsystems set NeuralMesh --clear timeout
 
   grpcurl -plaintext {server} list
   grpcurl -plaintext {server} describe {SERVICE}
@@ -220,15 +233,44 @@ In another terminal:
     }
 }
 
+/// Registers the subsystems, and starts the loops. Of subsystems that the store already has, only the endpoint changes:
+/// the rest may have been changed on purpose.
+async fn register(remote: &Remote, subsystems: &[Subsystem], loops: Vec<IntervalLoop>) -> Result<(), Failure> {
+    let mut client = remote.connect().await?;
+    let mut known = BTreeSet::new();
+    let take = |page: Vec<pb::SubsystemStatus>| {
+        known.extend(page.iter().map(name));
+        Ok(())
+    };
+    pages(remote, &mut client, take).await?;
+    let (kept, new): (Vec<_>, Vec<_>) = subsystems.iter().map(registration).partition(|it| known.contains(&it.name));
+    for pb::Registration { name, endpoint, .. } in kept {
+        let values = pb::Registration { name, endpoint, ..pb::Registration::default() };
+        let update_mask = Some(prost_types::FieldMask { paths: vec!["endpoint".to_owned()] });
+        let request = pb::UpdateSubsystemRequest { registration: Some(values), update_mask, etag: String::new() };
+        remote.quickly(client.update_subsystem(request)).await?;
+    }
+    if !new.is_empty() {
+        let request = pb::RegisterSubsystemsRequest { registrations: new, lease: None };
+        remote.quickly(client.register_subsystems(request)).await?;
+    }
+    for settings in loops {
+        let settings = IntervalLoop { offset: due_now(settings.interval), ..settings };
+        let request = pb::StartIntervalLoopRequest { r#loop: Some(interval_loop(&settings)) };
+        remote.quickly(client.start_interval_loop(request)).await?;
+    }
+    Ok(())
+}
+
 /// Shows the cycles until the given number has run.
-async fn show(address: SocketAddr, greeting: String, cycles: Option<u64>) -> Result<(), Failure> {
-    print(&greeting)?;
+async fn show(remote: &Remote, greeting: &str, cycles: Option<u64>) -> Result<(), Failure> {
+    print(greeting)?;
     let mut recorded = 0;
     let is_last = move |event: &pb::CycleEvent| {
         recorded += u64::from(matches!(event.event, Some(Event::Recorded(_))));
         Some(recorded) == cycles
     };
-    watch::follow(&Remote::at(address), pb::WatchCyclesRequest::default(), None, is_last).await
+    watch::follow(remote, pb::WatchCyclesRequest::default(), None, is_last).await
 }
 
 fn is_taken(error: &io::Error) -> bool {
@@ -241,7 +283,7 @@ fn refused(error: impl Display) -> Failure {
 
 /// The offset of a loop whose first tick is due at once, so that the first cycle of a demo starts without delay.
 fn due_now(interval: Duration) -> Duration {
-    /// Time for the start of the service.
+    /// Time until the cycles are watched.
     const SOON: Duration = Duration::from_millis(500);
     let now = Duration::try_from(HOST.clock.now().as_duration()).unwrap_or_default() + SOON;
     let beyond = now.as_nanos() % interval.as_nanos().max(1);
