@@ -52,8 +52,8 @@ const LAST_LINES: Duration = Duration::from_secs(1);
 The subsystems and their order are those of examples/dreamnet.toml. They run in this process, behind real sockets: \
 each makes its output from its inputs, works for a while, and occasionally is slow, fails, or hangs until its timeout.
 
-They and their loop are registered by RPC, so that commands can change them: `orchestrator subsystems` and `orchestrator \
-loops`. With --store sqlite:PATH, changes of subsystems stay for the next demo.
+They and their loop are registered by RPC, so that commands can change them: `orchestrator subsystems` and \
+`orchestrator loops`. With --store sqlite:PATH, changes of subsystems stay for the next demo.
 
 Ctrl-C or SIGTERM stops everything, and cancels running cycles; nothing is left behind but what --store names.
 
