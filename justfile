@@ -64,7 +64,7 @@ lint-proto:
 lint-scripts:
     npm ci --silent --prefix .ci
     .ci/node_modules/.bin/tsc -p src/web/dashboard/jsconfig.json
-    .ci/node_modules/.bin/biome lint --error-on-warnings src/web/dashboard tests/dashboard examples/node
+    .ci/node_modules/.bin/biome lint --error-on-warnings src/web/dashboard tests/dashboard examples/node clients/node
 
 # Licenses, advisories and sources of the dependencies. Needs cargo-deny.
 deny:
