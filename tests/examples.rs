@@ -28,14 +28,15 @@ fn dreamnet_is_28_subsystems_in_ten_phases_every_five_seconds() {
 }
 
 #[test]
-fn the_example_for_node_has_the_same_contract() {
+fn the_packages_for_node_have_the_same_contract() {
+    const COPY: &str = "clients/node/subsystem";
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     for file in
         ["subsystem/v1/subsystem", "orchestrator/v1/orchestrator", "orchestrator/v1/access", "orchestrator/v1/ledger"]
     {
         let file = format!("proto/dreamnet/{file}.proto");
-        let [ours, copy] = [root.join(&file), root.join("examples/node").join(&file)]
+        let [ours, copy] = [root.join(&file), root.join(COPY).join(&file)]
             .map(|path| std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display())));
-        assert!(ours == copy, "examples/node/{file} differs: cp {file} examples/node/{file}");
+        assert!(ours == copy, "{COPY}/{file} differs: cp {file} {COPY}/{file}");
     }
 }

@@ -170,9 +170,9 @@ export class Hosted {
     const { status } = this.subsystem;
     if (!status) throw new Failure(`${this.name} has no status`, "UNIMPLEMENTED");
     // Calls at the same time share one snapshot.
-    this.status ??= this.guarded("status", undefined, async () => ({ status: asObject("status", await status()) })).finally(
-      () => (this.status = undefined),
-    );
+    this.status ??= this.guarded("status", undefined, async () => ({
+      status: asObject("status", await status()),
+    })).finally(() => (this.status = undefined));
     return await this.status;
   }
 
@@ -312,7 +312,9 @@ export function handlers(hosted: ReadonlyMap<string, Hosted>, uri: string | unde
       subsystem.initialize(request, caller),
     ),
     RunCycle: unary<RunCycleRequest__Output, RunCycleResponse>((subsystem, request, caller, call) => {
-      const traced = TRACE_HEADERS.flatMap((header) => call.metadata.get(header).map((value) => [header, String(value)]));
+      const traced = TRACE_HEADERS.flatMap((header) =>
+        call.metadata.get(header).map((value) => [header, String(value)]),
+      );
       return subsystem.runCycle(request, caller, Object.fromEntries(traced));
     }),
     GetStatus: unary<GetStatusRequest__Output, GetStatusResponse>((subsystem) => subsystem.getStatus()),

@@ -6,17 +6,14 @@ import { loadSync } from "@grpc/proto-loader";
 import type { ProtoGrpcType as OrchestratorPackage } from "./gen/orchestrator.js";
 import type { ProtoGrpcType as SubsystemPackage } from "./gen/subsystem.js";
 
-const definition = loadSync(
-  ["dreamnet/subsystem/v1/subsystem.proto", "dreamnet/orchestrator/v1/orchestrator.proto"],
-  {
-    // Relative to `dist`, the directory of the compiled file.
-    includeDirs: [fileURLToPath(new URL("../proto", import.meta.url))],
-    longs: Number,
-    enums: String,
-    defaults: true,
-    oneofs: true,
-  },
-);
+const definition = loadSync(["dreamnet/subsystem/v1/subsystem.proto", "dreamnet/orchestrator/v1/orchestrator.proto"], {
+  // Relative to `dist`, the directory of the compiled file.
+  includeDirs: [fileURLToPath(new URL("../proto", import.meta.url))],
+  longs: Number,
+  enums: String,
+  defaults: true,
+  oneofs: true,
+});
 
 const { dreamnet } = loadPackageDefinition(definition) as unknown as OrchestratorPackage & SubsystemPackage;
 

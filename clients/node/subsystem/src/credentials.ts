@@ -3,7 +3,7 @@
 import { closeSync, fstatSync, openSync, readFileSync, statSync } from "node:fs";
 import { isIP } from "node:net";
 import { join } from "node:path";
-import type { PeerCertificate } from "node:tls";
+import { checkServerIdentity, type PeerCertificate } from "node:tls";
 import { type ChannelCredentials, credentials as channel, Metadata, ServerCredentials } from "@grpc/grpc-js";
 import { describe, OptionError } from "./errors.js";
 import { refuse } from "./options.js";
@@ -107,15 +107,23 @@ export class Credentials {
   }
 
   /**
-   * For a client of this address, with the files as they are now.
+   * For a client of this address, with the files as they are now. With `accepts`, it connects only to a server whose
+   * certificate has an accepted URI.
    *
    * @throws OptionError if the files can't be read
    */
-  connecting(address: Address): ChannelCredentials {
+  connecting(address: Address, accepts?: (uri: string | undefined) => boolean): ChannelCredentials {
     if (!address.isTls) return channel.createInsecure();
     if (!this.hasCertificate) return channel.createSsl(this.caFile === undefined ? null : read(this.caFile));
     const { key, certificate, authority } = this.certificate();
-    return channel.createSsl(authority, key, certificate);
+    if (!accepts) return channel.createSsl(authority, key, certificate);
+    return channel.createSsl(authority, key, certificate, {
+      checkServerIdentity: (host, peer) => {
+        const uri = uriOf(peer);
+        const why = `a server with the certificate of ${uri ?? "no URI"} answers, which is not accepted`;
+        return checkServerIdentity(host, peer) ?? (accepts(uri) ? undefined : new Error(why));
+      },
+    });
   }
 
   /**
@@ -164,7 +172,7 @@ function read(path: string, isSecret = false): Buffer {
   }
 }
 
-/** The URI of the client in its certificate, if it has exactly one. Undefined without TLS. */
+/** The URI of a peer in its certificate, if it has exactly one. Undefined without TLS. */
 export function uriOf(certificate: PeerCertificate | undefined): string | undefined {
   // Such as "DNS:localhost, IP Address:127.0.0.1, URI:spiffe://fleet/core". Node puts a name with commas in quotes.
   const names = certificate?.subjectaltname ?? "";

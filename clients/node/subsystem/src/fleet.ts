@@ -47,7 +47,9 @@ export interface FleetOptions {
   endpoint?: string | undefined;
   /** With TLS, the URI in the certificate of the only caller that is accepted. Default "spiffe://fleet/core". */
   caller?: string | undefined;
-  /** The time until the orchestrator removes a dead process: 1 s to 24 h. Renewed three times as often. Default "15s". */
+  /**
+   * The time until the orchestrator removes a dead process: 1 s to 24 h. Renewed three times as often. Default "15s".
+   */
   lease?: DurationText | undefined;
   /** The time for running calls to end when the fleet stops: up to 1 h. Default "10s". */
   grace?: DurationText | undefined;

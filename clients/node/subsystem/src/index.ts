@@ -49,5 +49,12 @@ export {
   type RegistrationOptions,
   type Retry,
 } from "./options.js";
-export { Orchestrator, OrchestratorError, type AnswerOf, type OrchestratorOptions, type RequestOf, type Rpc } from "./orchestrator.js";
+export {
+  Orchestrator,
+  OrchestratorError,
+  type AnswerOf,
+  type OrchestratorOptions,
+  type RequestOf,
+  type Rpc,
+} from "./orchestrator.js";
 export type { Problem } from "./registering.js";

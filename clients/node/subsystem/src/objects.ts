@@ -87,7 +87,8 @@ function fieldsOf(place: string, given: object, depth: number, above: Set<object
   for (const [key, item] of Object.entries(given)) {
     if (item === undefined) continue;
     // Setting it on an object would set its prototype.
-    if (key === "__proto__" || !key.isWellFormed()) throw new TypeError(`${place}.${key} has a name that can't be sent`);
+    if (key === "__proto__" || !key.isWellFormed())
+      throw new TypeError(`${place}.${key} has a name that can't be sent`);
     fields[key] = toValue(`${place}.${key}`, item, depth, above);
   }
   return fields;

@@ -10,7 +10,7 @@ import type { Registration } from "./gen/dreamnet/orchestrator/v1/Registration.j
 import { toStruct, type JsonObject } from "./objects.js";
 
 /** A duration with its unit: "500ms", "4s", "2m" or "1h". */
-export type DurationText = `${number}${"ms" | "s" | "m" | "h"}`;
+export type DurationText = string;
 
 /** How calls are retried. */
 export interface Retry {

@@ -10,9 +10,11 @@ import { milliseconds, refuseUnknown, type DurationText } from "./options.js";
 /** An RPC of the orchestrator that returns one answer. */
 export type Rpc = Exclude<keyof OrchestratorDefinition, "WatchCycles">;
 /** Its request: the message of the contract, in which every field may be missing. */
-export type RequestOf<R extends Rpc> = OrchestratorDefinition[R] extends MethodDefinition<infer Q, any, any, any> ? Q : never;
+export type RequestOf<R extends Rpc> =
+  OrchestratorDefinition[R] extends MethodDefinition<infer Q, any, any, any> ? Q : never;
 /** Its answer. */
-export type AnswerOf<R extends Rpc> = OrchestratorDefinition[R] extends MethodDefinition<any, any, any, infer A> ? A : never;
+export type AnswerOf<R extends Rpc> =
+  OrchestratorDefinition[R] extends MethodDefinition<any, any, any, infer A> ? A : never;
 
 /** Timeout of calls that return at once, in milliseconds. */
 export const ANSWER_MS = 10_000;
@@ -21,7 +23,9 @@ const HOUR_MS = 3_600_000;
 
 /** Where an orchestrator is, and how it is called. */
 export interface OrchestratorOptions {
-  /** `http://HOST:PORT`, `https://HOST:PORT`, `unix:/PATH`. Default: ORCHESTRATOR_ADDRESS, else http://127.0.0.1:7700. */
+  /**
+   * `http://HOST:PORT`, `https://HOST:PORT` or `unix:/PATH`. Default: ORCHESTRATOR_ADDRESS, else http://127.0.0.1:7700.
+   */
   orchestrator?: string | undefined;
   /**
    * A directory with cert.pem, key.pem and ca.pem, or a file with a token. Default: ORCHESTRATOR_CREDENTIALS. They are
@@ -33,13 +37,18 @@ export interface OrchestratorOptions {
 }
 
 /** Where the orchestrator is by these options and the environment, and what is shown to it. */
-export function connectionOf({ orchestrator, credentials }: OrchestratorOptions): { address: Address | undefined; credentials: Credentials } {
+export function connectionOf({ orchestrator, credentials }: OrchestratorOptions): {
+  address: Address | undefined;
+  credentials: Credentials;
+} {
   const own = new Credentials(
     (credentials ?? process.env.ORCHESTRATOR_CREDENTIALS) || undefined,
     process.env.ORCHESTRATOR_CA_FILE || undefined,
   );
   const [option, given] =
-    orchestrator === undefined ? ["ORCHESTRATOR_ADDRESS", process.env.ORCHESTRATOR_ADDRESS] : ["orchestrator", orchestrator];
+    orchestrator === undefined
+      ? ["ORCHESTRATOR_ADDRESS", process.env.ORCHESTRATOR_ADDRESS]
+      : ["orchestrator", orchestrator];
   const address = given ? Address.parse(option, given, own.hasCertificate ? "https" : "http") : undefined;
   own.check(address);
   return { address, credentials: own };
@@ -81,11 +90,15 @@ export function callOnce<Q, A>(
   });
 }
 
-/** An orchestrator, for programs that run cycles, control loops or read the history. Calls wait until it is up. */
+/**
+ * An orchestrator, for programs that run cycles, control loops or read the history. Calls wait until it is up. They
+ * share a connection, which does not keep the process alive.
+ */
 export class Orchestrator {
   readonly address: Address;
   private readonly credentials: Credentials;
   private readonly waitMs: number;
+  private client: Client | undefined;
 
   /** @throws OptionError */
   constructor(options: OrchestratorOptions = {}) {
@@ -103,30 +116,48 @@ export class Orchestrator {
    * @throws OrchestratorError
    */
   async call<R extends Rpc>(rpc: R, request: RequestOf<R>, answerMs = ANSWER_MS): Promise<AnswerOf<R>> {
-    const { url, target } = this.address;
-    const failure = (what: string, error: unknown) =>
-      // The library ends some messages with the heading of a note that is missing.
-      new OrchestratorError(`the orchestrator at ${url} ${what.replace(/ Resolution note: *$/, "")}`, (error as ServiceError).code, { cause: error });
     // One that starts is detected within a second.
-    const client = new Client(target, this.credentials.connecting(this.address), { "grpc.max_reconnect_backoff_ms": 1000 });
+    this.client ??= new Client(this.address.target, this.credentials.connecting(this.address), {
+      "grpc.max_reconnect_backoff_ms": 1000,
+    });
+    const { client } = this;
     try {
-      const isUp = await new Promise<boolean>((resolve) =>
-        client.waitForReady(Date.now() + this.waitMs, (error) => resolve(!error)),
-      );
-      if (!isUp) {
-        // Only a call returns the reason, or succeeds by now.
-        await callOnce(client, ORCHESTRATOR.GetStatus, {}, this.credentials).catch((error: ServiceError) => {
-          if (error.code !== status.UNAVAILABLE && error.code !== status.DEADLINE_EXCEEDED) return;
-          const limit = this.waitMs > 0 ? ` within ${this.waitMs / 1000} s` : "";
-          throw failure(`can't be reached${limit}: ${status[error.code]}: ${error.details}`, error);
-        });
-      }
+      await this.ready(client);
       const method = ORCHESTRATOR[rpc] as unknown as MethodDefinition<RequestOf<R>, any, any, AnswerOf<R>>;
-      return await callOnce(client, method, request, this.credentials, answerMs).catch((error: ServiceError) => {
-        throw failure(`answered ${status[error.code]}: ${error.details}`, error);
-      });
-    } finally {
-      client.close();
+      return await callOnce(client, method, request, this.credentials, answerMs);
+    } catch (error) {
+      if (error instanceof OrchestratorError) throw error;
+      const { code, details } = error as ServiceError;
+      // The next connection uses the certificate as it is then.
+      if (code === status.UNAUTHENTICATED || code === status.UNAVAILABLE) this.close();
+      throw this.failure(`answered ${status[code]}: ${details}`, error);
     }
+  }
+
+  /** Closes the connection. A later call makes a new one. */
+  close(): void {
+    this.client?.close();
+    this.client = undefined;
+  }
+
+  /** Waits until it is up. */
+  private async ready(client: Client): Promise<void> {
+    const isUp = await new Promise<boolean>((resolve) =>
+      client.waitForReady(Date.now() + this.waitMs, (error) => resolve(!error)),
+    );
+    if (isUp) return;
+    // Only a call returns the reason, or succeeds by now.
+    await callOnce(client, ORCHESTRATOR.GetStatus, {}, this.credentials).catch((error: ServiceError) => {
+      if (error.code !== status.UNAVAILABLE && error.code !== status.DEADLINE_EXCEEDED) return;
+      const limit = this.waitMs > 0 ? ` within ${this.waitMs / 1000} s` : "";
+      this.close();
+      throw this.failure(`can't be reached${limit}: ${status[error.code]}: ${error.details}`, error);
+    });
+  }
+
+  private failure(what: string, error: unknown): OrchestratorError {
+    // The library ends some messages with the heading of a note that is missing.
+    const message = `the orchestrator at ${this.address.url} ${what.replace(/ Resolution note: *$/, "")}`;
+    return new OrchestratorError(message, (error as ServiceError).code, { cause: error });
   }
 }

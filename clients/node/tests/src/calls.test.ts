@@ -4,7 +4,15 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import { setTimeout } from "node:timers/promises";
 import { status, type ServiceError } from "@grpc/grpc-js";
-import { Cycle, Failure, Fleet, Unavailable, type FleetOptions, type RunCycle, type SubsystemOptions } from "dreamnet-subsystem";
+import {
+  Cycle,
+  Failure,
+  Fleet,
+  Unavailable,
+  type FleetOptions,
+  type RunCycle,
+  type SubsystemOptions,
+} from "dreamnet-subsystem";
 import { fromStruct, toStruct } from "../../subsystem/dist/objects.js";
 import { event, serving } from "./support.js";
 
@@ -48,11 +56,13 @@ class Gate {
   }
 }
 
-const failsWith = (code: keyof typeof status, message: RegExp | string = "") => (error: ServiceError) => {
-  assert.equal(status[error.code], code, error.details);
-  assert.match(error.details, typeof message === "string" ? new RegExp(message) : message);
-  return true;
-};
+const failsWith =
+  (code: keyof typeof status, message: RegExp | string = "") =>
+  (error: ServiceError) => {
+    assert.equal(status[error.code], code, error.details);
+    assert.match(error.details, typeof message === "string" ? new RegExp(message) : message);
+    return true;
+  };
 
 test("a function gets the request, and its answer is sent", async () => {
   const seen: Cycle[] = [];
@@ -228,7 +238,10 @@ test("other subsystems and snapshots are answered while one is busy", async () =
   await assert.rejects(caller.status("other"), failsWith("UNIMPLEMENTED", "other has no status"));
   gate.letThrough();
   await busy;
-  await assert.rejects(caller.runCycle(1, { subsystem: "nobody" }), failsWith("NOT_FOUND", '"nobody" is not served here'));
+  await assert.rejects(
+    caller.runCycle(1, { subsystem: "nobody" }),
+    failsWith("NOT_FOUND", '"nobody" is not served here'),
+  );
 });
 
 test("functions of one subsystem never overlap", async () => {

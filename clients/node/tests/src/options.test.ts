@@ -44,7 +44,10 @@ test("a bad option of a subsystem is named", () => {
     [{ status: { a: 1 } }, "subsystem it: status is { a: 1 }; give a function"],
   ];
   for (const [options, message] of cases) refused(() => fleet().subsystem("it", options, () => {}), message);
-  refused(() => fleet().subsystem("it", {}, undefined as any), "subsystem it is undefined; give a function as the last argument");
+  refused(
+    () => fleet().subsystem("it", {}, undefined as any),
+    "subsystem it is undefined; give a function as the last argument",
+  );
 });
 
 test("names are checked and unique", () => {
@@ -131,5 +134,6 @@ test("the environment names the orchestrator and the credentials", () => {
 
 test("a failure has the name of a status code", () => {
   assert.equal(new Failure("bad").code, "UNKNOWN");
-  for (const code of ["OK", "BUSY", 3]) assert.throws(() => new Failure("bad", code as any), /is not the name of a gRPC status code/);
+  for (const code of ["OK", "BUSY", 3])
+    assert.throws(() => new Failure("bad", code as any), /is not the name of a gRPC status code/);
 });

@@ -9,7 +9,19 @@ import { credentials, Server, ServerCredentials, type sendUnaryData, type Server
 import { Fleet, Orchestrator, type Cycle, type FleetOptions } from "dreamnet-subsystem";
 import { ORCHESTRATOR } from "../../subsystem/dist/contract.js";
 import { fromStruct } from "../../subsystem/dist/objects.js";
-import { atEnd, Caller, cycle, event, nobodyThere, PROGRAM, registered, run, serving, startOrchestrator, untilRegistry } from "./support.js";
+import {
+  atEnd,
+  Caller,
+  cycle,
+  event,
+  nobodyThere,
+  PROGRAM,
+  registered,
+  run,
+  serving,
+  startOrchestrator,
+  untilRegistry,
+} from "./support.js";
 
 async function service(listen?: string, ...args: string[]): Promise<string> {
   const running = await startOrchestrator(listen, ...args);
@@ -28,10 +40,14 @@ test("a fleet waits for the service, and takes part through its restart", async 
   const log: string[] = [];
   const initialized: object[] = [];
   const fleet = fleetAt(place.address, { log: (line) => log.push(line) });
-  fleet.subsystem("first", { parameters: { step: 2 }, initialize: (given) => initialized.push(given), status: () => ({ ok: true }) }, (cycle) => {
-    cycle.metric("cycle", cycle.cycleId);
-    return { value: cycle.cycleId * Number(cycle.parameters.step) };
-  });
+  fleet.subsystem(
+    "first",
+    { parameters: { step: 2 }, initialize: (given) => initialized.push(given), status: () => ({ ok: true }) },
+    (cycle) => {
+      cycle.metric("cycle", cycle.cycleId);
+      return { value: cycle.cycleId * Number(cycle.parameters.step) };
+    },
+  );
   fleet.subsystem("second", { after: ["first"], timeout: "4s" }, async (cycle) => {
     return { value: Number(cycle.inputs.get("first").output.value) + 1 };
   });
@@ -44,7 +60,10 @@ test("a fleet waits for the service, and takes part through its restart", async 
   for (const number of [1, 2]) {
     const { state, subsystems } = await cycle(running.address);
     assert.equal(state, "CYCLE_STATE_SUCCEEDED");
-    assert.deepEqual(subsystems.map(({ output }) => fromStruct(output)), [{ value: 2 * number }, { value: 2 * number + 1 }]);
+    assert.deepEqual(
+      subsystems.map(({ output }) => fromStruct(output)),
+      [{ value: 2 * number }, { value: 2 * number + 1 }],
+    );
     assert.deepEqual(subsystems[0]!.metrics, { cycle: number });
   }
   assert.deepEqual(initialized, [{ step: 2 }]);
@@ -72,7 +91,10 @@ test("a lost lease is registered again", async () => {
   await untilRegistry(address, (all) => "it" in all);
   await new Orchestrator({ orchestrator: address }).call("UnregisterSubsystem", { name: "it" });
   await untilRegistry(address, (all) => "it" in all);
-  assert.ok(log.some((line) => line.startsWith("it has lost its lease: ")), log.join("\n"));
+  assert.ok(
+    log.some((line) => line.startsWith("it has lost its lease: ")),
+    log.join("\n"),
+  );
 });
 
 test("a dead process loses its registration", async () => {
@@ -106,7 +128,10 @@ test("an invalid registration ends the fleet, and none stays registered", async 
   const fleet = fleetAt(address);
   fleet.subsystem("a", { requires: ["b"] }, () => {});
   fleet.subsystem("b", { requires: ["a"] }, () => {});
-  await assert.rejects(fleet.serve(), { name: "FleetError", message: /^subsystem b: circular dependency: a requires b/ });
+  await assert.rejects(fleet.serve(), {
+    name: "FleetError",
+    message: /^subsystem b: circular dependency: a requires b/,
+  });
   assert.deepEqual(await registered(address), {});
 });
 
@@ -140,7 +165,10 @@ test("it passes the conformance check", async () => {
   fleet.subsystem("first", { initialize: () => {}, status: () => ({ a: 1 }) }, work);
   fleet.subsystem("second", { initialize: async () => {}, status: async () => ({ a: 1 }) }, work);
   const { endpoint } = await serving(fleet);
-  for (const pair of [["first", "second"], ["second", "first"]]) {
+  for (const pair of [
+    ["first", "second"],
+    ["second", "first"],
+  ]) {
     const names = pair.flatMap((name) => ["--subsystem", name]);
     const given = ["--strict", "--param", "work_ms=200", "--input", 'sensor={"value": 3}', "--output", "json"];
     const { code, stdout, output } = await run(PROGRAM, ["conformance", endpoint, ...names, ...given]);
@@ -155,7 +183,10 @@ test("with TLS, only the orchestrator may call", async () => {
   const directory = mkdtempSync(join(tmpdir(), "tls-"));
   atEnd(() => rmSync(directory, { recursive: true }));
   const pki = join(directory, "pki");
-  for (const args of [["init"], ...["it", "other"].map((name) => ["issue", "subsystem", name, "--host", "localhost"])]) {
+  for (const args of [
+    ["init"],
+    ...["it", "other"].map((name) => ["issue", "subsystem", name, "--host", "localhost"]),
+  ]) {
     const { code, output } = await run(PROGRAM, ["certs", "--dir", pki, ...args]);
     assert.equal(code, 0, output);
   }
@@ -176,7 +207,10 @@ test("with TLS, only the orchestrator may call", async () => {
   const file = (name: string) => readFileSync(join(pki, "other", name));
   const tls = credentials.createSsl(file("ca.pem"), file("key.pem"), file("cert.pem"));
   const other = new Caller(endpoint.replace("127.0.0.1", "localhost"), tls);
-  await assert.rejects(other.runCycle(1, { epoch: 2 ** 52 }), /PERMISSION_DENIED: only spiffe:\/\/fleet\/core may call/);
+  await assert.rejects(
+    other.runCycle(1, { epoch: 2 ** 52 }),
+    /PERMISSION_DENIED: only spiffe:\/\/fleet\/core may call/,
+  );
   assert.equal((await admin.call("RunCycle", {})).telemetry!.state, "CYCLE_STATE_SUCCEEDED");
 });
 

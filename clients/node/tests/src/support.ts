@@ -1,4 +1,4 @@
-// The real service in memory on a free port, processes that listen, and a caller of subsystems, as an orchestrator is one.
+// The real service in memory on a free port, processes that listen, and a caller of subsystems like an orchestrator.
 
 import { spawn, type ChildProcess } from "node:child_process";
 import { once } from "node:events";
@@ -85,7 +85,17 @@ export async function run(command: string, args: string[], options: { cwd?: stri
 /** Starts the service. Without other arguments it keeps its store in memory. */
 export const startOrchestrator = (listen = "127.0.0.1:0", ...args: string[]): Promise<Running> => {
   const store = args.some((arg) => arg === "--store") ? [] : ["--store", "memory:"];
-  return start(PROGRAM, ["serve", "--listen", listen, "--admin-listen", "off", "--log-filter", "error", ...store, ...args]);
+  return start(PROGRAM, [
+    "serve",
+    "--listen",
+    listen,
+    "--admin-listen",
+    "off",
+    "--log-filter",
+    "error",
+    ...store,
+    ...args,
+  ]);
 };
 
 /** Of one call with the given orchestrator. */
@@ -142,7 +152,10 @@ export class Caller {
     tls: ChannelCredentials = credentials.createInsecure(),
   ) {
     const target = endpoint.replace(/^https?:\/\//, "");
-    this.client = new Client(target, tls, { "grpc.max_receive_message_length": -1, "grpc.max_send_message_length": -1 });
+    this.client = new Client(target, tls, {
+      "grpc.max_receive_message_length": -1,
+      "grpc.max_send_message_length": -1,
+    });
     atEnd(() => this.client.close());
   }
 
@@ -201,10 +214,16 @@ export class Caller {
 }
 
 /** Serves a fleet until the end of the test. */
-export async function serving(fleet: Fleet, hooks: Hooks = {}): Promise<{ caller: Caller; endpoint: string; ended: Promise<void> }> {
+export async function serving(
+  fleet: Fleet,
+  hooks: Hooks = {},
+): Promise<{ caller: Caller; endpoint: string; ended: Promise<void> }> {
   const listening = event<string>();
   const ended = fleet.serve({ ...hooks, onListening: listening.happen });
-  const endpoint = await Promise.race([listening.happened, ended.then(() => Promise.reject(new Error("it has ended")))]);
+  const endpoint = await Promise.race([
+    listening.happened,
+    ended.then(() => Promise.reject(new Error("it has ended"))),
+  ]);
   atEnd(async () => {
     fleet.stop();
     await ended.catch(() => {});

@@ -1,14 +1,13 @@
-// Against the real service: the binary TEST_ORCHESTRATOR, or the one in `target/debug`.
+// DreamNet's modules as subsystems, against the real service.
 
 import assert from "node:assert/strict";
-import { once } from "node:events";
 import { existsSync } from "node:fs";
 import { readFile } from "node:fs/promises";
-import { createServer, type AddressInfo } from "node:net";
-import { after, afterEach, before, test } from "node:test";
+import { after, before, test } from "node:test";
 import { status } from "@grpc/grpc-js";
 import {
   getStatus,
+  OrchestratorCore,
   READ_ONLY,
   runSingleCycle,
   serveSubsystems,
@@ -17,64 +16,72 @@ import {
   type Cycle,
   type IntervalLoop,
   type OrchestratorContext,
+  type RegistrationOptions,
   type Servable,
-} from "../src/dreamnet.js";
-import { contextKey, TOPOLOGY, type Settings } from "../src/topology.js";
-import { call, cycle, orchestrator, runSubsystem, startOrchestrator, startSubsystem, subsystem, type Running } from "./support.js";
+} from "dreamnet-modules";
+import { Fleet } from "dreamnet-subsystem";
+import { contextKey, TOPOLOGY } from "../../dreamnet/dist/topology.js";
+import type { RunCycleRequest } from "../../subsystem/dist/gen/dreamnet/subsystem/v1/RunCycleRequest.js";
+import {
+  atEnd,
+  Caller,
+  cycle,
+  event,
+  nobodyThere,
+  orchestrator,
+  serving,
+  startOrchestrator,
+  untilRegistry,
+  type Running,
+} from "./support.js";
 
 const NAMES = Object.keys(TOPOLOGY) as Array<keyof typeof TOPOLOGY>;
-const inputsOf = ({ requires = [], after = [], reads = [] }: Settings) => new Set([...requires, ...after, ...reads]);
+const inputsOf = ({ requires = [], after = [], reads = [] }: RegistrationOptions) =>
+  new Set([...requires, ...after, ...reads]);
 
 let service: Running;
 before(async () => {
   service = await startOrchestrator();
 });
 after(async () => assert.equal(await service.stop(), 0));
-
-// Resources of a test are closed when it ends, even if it fails.
-const open: Array<() => Promise<unknown>> = [];
-afterEach(() => Promise.all(open.splice(0).map((close) => close())));
+const at = () => `http://${service.address}`;
 
 const serve = async (...args: Parameters<typeof serveSubsystems>) => {
   const served = await serveSubsystems(...args);
-  open.push(() => served.stop());
+  atEnd(() => served.stop());
   return served;
 };
 const familiar = <C extends object>(context: C): C => {
-  open.push(() => stopServing(context as OrchestratorContext));
+  atEnd(() => stopServing(context as OrchestratorContext));
   return context;
 };
 
 const loopOf = (...args: Parameters<typeof startIntervalLoop>): IntervalLoop => {
   const loop = startIntervalLoop(...args);
-  open.push(() => loop.stop());
+  atEnd(() => loop.stop());
   return loop;
 };
 
-/** An address whose server closes every connection. */
-async function nobodyThere() {
-  let call!: () => void;
-  const called = new Promise<void>((resolve) => (call = resolve));
-  const nobody = createServer((socket) => {
-    socket.destroy();
-    call();
-  }).listen(0, "127.0.0.1");
-  await once(nobody, "listening");
-  const leave = () => once(nobody.close(), "close");
-  return { address: `127.0.0.1:${(nobody.address() as AddressInfo).port}`, called, leave };
-}
+/** Calls `RunCycle` of a module as the orchestrator does. */
+const call = (address: string, name: string, cycleId: number, more: RunCycleRequest = {}) =>
+  new Caller(address).runCycle(cycleId, { subsystem: name, ...more });
 
 // A copy of this folder does not have this file.
-const TOML = new URL("../../../dreamnet.toml", import.meta.url);
+const TOML = new URL("../../../../examples/dreamnet.toml", import.meta.url);
 
 test("the topology is that of examples/dreamnet.toml", { skip: !existsSync(TOML) }, async () => {
   const toml = await readFile(TOML, "utf8");
-  const declared = toml.split("[[subsystems]]").slice(1).map((text) => {
-    const list = (key: string) =>
-      [...(text.match(new RegExp(`^${key} = \\[([^\\]]*)\\]`, "m"))?.[1] ?? "").matchAll(/"(\w+)"/g)].map((m) => m[1]);
-    const [, name] = text.match(/^name = "(\w+)"/m)!;
-    return [name, { phase: Number(text.match(/^phase = (\d+)/m)![1]), after: list("after"), reads: list("reads") }];
-  });
+  const declared = toml
+    .split("[[subsystems]]")
+    .slice(1)
+    .map((text) => {
+      const list = (key: string) =>
+        [...(text.match(new RegExp(`^${key} = \\[([^\\]]*)\\]`, "m"))?.[1] ?? "").matchAll(/"(\w+)"/g)].map(
+          (m) => m[1],
+        );
+      const [, name] = text.match(/^name = "(\w+)"/m)!;
+      return [name, { phase: Number(text.match(/^phase = (\d+)/m)![1]), after: list("after"), reads: list("reads") }];
+    });
   assert.deepEqual(declared, Object.entries(TOPOLOGY));
 });
 
@@ -94,7 +101,7 @@ test("concurrent modules still follow the phases and each `after`", async () => 
       name,
       {
         async run(context: object) {
-          const { phase, after } = TOPOLOGY[name] as Settings;
+          const { phase, after } = TOPOLOGY[name] as RegistrationOptions;
           const before = NAMES.filter((other) => (TOPOLOGY[other].phase ?? 0) < phase!);
           for (const other of [...before, ...after!]) assert.ok(ended.has(other), `${name} ran before ${other}`);
           assert.deepEqual(new Set(Object.keys(context)), new Set([...inputsOf(TOPOLOGY[name])].map(contextKey)));
@@ -104,7 +111,7 @@ test("concurrent modules still follow the phases and each `after`", async () => 
       },
     ]),
   );
-  await serve(objects, { orchestrator: service.address, sequential: false, run: READ_ONLY });
+  await serve(objects, { orchestrator: at(), sequential: false, run: READ_ONLY });
   const telemetry = await cycle(service.address);
   assert.equal(telemetry.error, "");
   assert.deepEqual([...ended].sort(), [...NAMES].sort());
@@ -120,7 +127,7 @@ test("a module gets the same live objects, only those that it declares", async (
     IdentityGrid: { run() {} },
     FieldLayer: { run: (context: Record<string, unknown>) => void seen.push(context) },
   };
-  await serve(objects, { orchestrator: service.address });
+  await serve(objects, { orchestrator: at() });
   await cycle(service.address);
   assert.deepEqual(Object.keys(seen[0]!).sort(), ["neuralMesh", "predatorScavenger", "starBridge"]);
   assert.equal(seen[0]!.neuralMesh, mesh);
@@ -132,18 +139,41 @@ test("a module gets the same live objects, only those that it declares", async (
 test("the `after` of the sequence offers nothing", async () => {
   const seen: string[][] = [];
   const run = (context: object) => void seen.push(Object.keys(context));
-  await serve({ ZenGardenCore: { run }, DreamBetCore: { run } }, { orchestrator: service.address });
+  await serve({ ZenGardenCore: { run }, DreamBetCore: { run } }, { orchestrator: at() });
   await cycle(service.address);
   assert.deepEqual(seen, [[], []]);
 });
 
-test("a subsystem of another process is represented by its latest output, frozen", async () => {
+test("a subsystem of another kind is represented by its latest output, frozen", async () => {
   let seen: any;
-  await serve({ NeuralMesh: { run: () => ({ nodes: [{ id: 1 }] }) } }, { orchestrator: service.address });
-  await serve({ CitadelCore: { run(context: unknown) { seen = context; } } }, { orchestrator: service.address });
-  await cycle(service.address);
-  assert.equal(JSON.stringify(seen), '{"neuralMesh":{"nodes":[{"id":1}]}}');
-  assert.throws(() => { seen.neuralMesh.nodes[0].id = 2; }, TypeError);
+  const sensor = new Fleet({ orchestrator: at(), log: () => {} });
+  sensor.subsystem("sensor", () => ({ nodes: [{ id: 1 }] }));
+  await serving(sensor);
+  await untilRegistry(service.address, (all) => "sensor" in all);
+  const registrations = { CitadelCore: { after: ["sensor"], reads: ["nobody"] } };
+  await serve(
+    {
+      CitadelCore: {
+        run(context: unknown) {
+          seen = context;
+        },
+      },
+    },
+    { orchestrator: at(), registrations },
+  );
+  const { subsystems } = await cycle(service.address);
+  assert.equal(JSON.stringify(seen), '{"sensor":{"nodes":[{"id":1}]}}');
+  assert.throws(() => {
+    seen.sensor.nodes[0].id = 2;
+  }, TypeError);
+  // The record says so, and that nobody serves the other one.
+  const citadel = subsystems.find(({ name }) => name === "CitadelCore");
+  assert.deepEqual(
+    citadel!.issues.map(({ code, severity }) => `${code} ${severity}`),
+    ["NOT_SERVED SEVERITY_WARNING", "NO_METHODS SEVERITY_INFO"],
+  );
+  assert.match(citadel!.issues[0]!.message, /^no process serves nobody$/);
+  assert.match(citadel!.issues[1]!.message, /^only the output of sensor can be had: http:.* answered UNIMPLEMENTED/);
 });
 
 test("Citadel is represented by the result of its run, and a module outside of the 28 can be an input too", async () => {
@@ -152,15 +182,21 @@ test("Citadel is represented by the result of its run, and a module outside of t
   await serve(
     {
       CitadelCore: { run: async () => ({ snapshot: { plan: "grow" } }) },
-      LatentCollaboration: { run(context: unknown) { seen = context; } },
+      LatentCollaboration: {
+        run(context: unknown) {
+          seen = context;
+        },
+      },
       agents,
     },
-    { orchestrator: service.address, registrations: { LatentCollaboration: { reads: ["agents"] } } },
+    { orchestrator: at(), registrations: { LatentCollaboration: { reads: ["agents"] } } },
   );
   await cycle(service.address);
   assert.deepEqual(Object.keys(seen).sort(), ["agents", "citadelSnapshot"]);
   assert.equal(JSON.stringify(seen.citadelSnapshot), '{"snapshot":{"plan":"grow"}}');
-  assert.throws(() => { seen.citadelSnapshot.snapshot.plan = "shrink"; }, TypeError);
+  assert.throws(() => {
+    seen.citadelSnapshot.snapshot.plan = "shrink";
+  }, TypeError);
   assert.equal(seen.agents, agents);
 });
 
@@ -171,14 +207,15 @@ test("given fields are registered, and the other ones are as in the table", asyn
     FieldLayer: { run: () => ({ fine: true }) },
   });
   const telemetry = await runSingleCycle(context, {
-    orchestrator: service.address,
+    orchestrator: at(),
+    grace: "100ms",
     registrations: {
-      NeuralMesh: { timeout: { nanos: 50_000_000 }, critical: true },
+      NeuralMesh: { timeout: "50ms", critical: true },
       FieldLayer: { requires: ["NeuralMesh"], reads: [] },
     },
   });
   assert.match(telemetry.error!, /NeuralMesh/);
-  const { subsystems } = await orchestrator(service.address)((client, callback) => client.listSubsystems({}, callback));
+  const { subsystems } = await orchestrator(service.address).call("ListSubsystems", {});
   const [citadel, field, mesh] = subsystems.map(({ registration }: any) => registration);
   assert.deepEqual([citadel.phase, citadel.reads, citadel.timeout.seconds], [10, ["NeuralMesh"], 10]);
   assert.deepEqual([field.phase, field.requires, field.reads], [20, ["NeuralMesh"], []]);
@@ -193,7 +230,7 @@ test("a module that waits for another one of its phase comes after it, in whatev
   const module = (name: string) => ({ run: () => void order.push(name) });
   await serve(
     { last: module("last"), middle: module("middle"), first: module("first") },
-    { orchestrator: service.address, registrations: { last: { after: ["middle"] }, middle: { requires: ["first"] } } },
+    { orchestrator: at(), registrations: { last: { after: ["middle"] }, middle: { requires: ["first"] } } },
   );
   assert.equal((await cycle(service.address)).state, "CYCLE_STATE_SUCCEEDED");
   assert.deepEqual(order, ["first", "middle", "last"]);
@@ -201,27 +238,42 @@ test("a module that waits for another one of its phase comes after it, in whatev
 
 test("if one registration is refused, none stays registered", async () => {
   const objects = { fine: { run() {} }, "no name!": { run() {} } };
-  await assert.rejects(serve(objects, { orchestrator: service.address }), /"no name!" is not a name/);
-  const { subsystems } = await orchestrator(service.address)((client, callback) => client.listSubsystems({}, callback));
+  await assert.rejects(
+    serve(objects, { orchestrator: at() }),
+    /subsystem no name!: its name is 'no name!'; give 1 to 63 letters/,
+  );
+  const { subsystems } = await orchestrator(service.address).call("ListSubsystems", {});
   assert.deepEqual(subsystems, []);
 });
 
 test("a module that throws fails only its own subsystem", async (t) => {
   t.mock.method(console, "error", () => {});
-  const throwing = (thrown: unknown): Servable => ({ run() { throw thrown; } });
+  const throwing = (thrown: unknown): Servable => ({
+    run() {
+      throw thrown;
+    },
+  });
   await serve(
     {
       ZenGardenCore: throwing(new Error("boom ".repeat(10_000))),
       DreamBetCore: throwing(undefined),
       NeuralMesh: { run: () => Promise.reject(Object.create(null)) },
-      // biome-ignore lint/suspicious/noThenProperty: what a foreign module may return
-      SocialHubCore: { run: () => ({ then() { throw new RangeError("late"); } }) },
+      SocialHubCore: {
+        run: () => ({
+          // biome-ignore lint/suspicious/noThenProperty: what a foreign module may return
+          then() {
+            throw new RangeError("late");
+          },
+        }),
+      },
       CitadelCore: { run: () => ({ fine: true }) },
     },
-    { orchestrator: service.address },
+    { orchestrator: at() },
   );
   const telemetry = await cycle(service.address);
-  const states = Object.fromEntries(telemetry.subsystems.map(({ name, state, errorCode }) => [name, `${state} ${errorCode}`]));
+  const states = Object.fromEntries(
+    telemetry.subsystems.map(({ name, state, errorCode }) => [name, `${state} ${errorCode}`]),
+  );
   const failed = "SUBSYSTEM_STATE_FAILED INTERNAL";
   assert.deepEqual(states, {
     ZenGardenCore: failed,
@@ -238,19 +290,33 @@ test("an exception of a module is logged with its stack, and the orchestrator ge
   const error = t.mock.method(console, "error", () => {});
   const logged = () => error.mock.calls.map((call) => String(call.arguments[0]));
   const cause = new RangeError("no such seed");
-  function grow() { throw new TypeError("nothing grows", { cause }); }
+  function grow() {
+    throw new TypeError("nothing grows", { cause });
+  }
   const served = await serve(
     {
-      ZenGardenCore: { async run() { await null; grow(); }, status: () => grow() },
-      DreamBetCore: { run() { throw "a text"; } },
-      SocialHubCore: { run: () => new Promise((_, reject) => reject(Object.defineProperty(new Error("odd"), "stack", { get: grow }))) },
+      ZenGardenCore: {
+        async run() {
+          await null;
+          grow();
+        },
+        status: () => grow(),
+      },
+      DreamBetCore: {
+        run() {
+          throw "a text";
+        },
+      },
+      SocialHubCore: {
+        run: () => new Promise((_, reject) => reject(Object.defineProperty(new Error("odd"), "stack", { get: grow }))),
+      },
       WolfPack: { status: () => grow() },
     },
-    { orchestrator: service.address },
+    { orchestrator: at() },
   );
   const { subsystems } = await cycle(service.address);
   const part = (name: string) => subsystems.find((part) => part.name === name)!;
-  const place = /^TypeError: nothing grows, at grow \(file:\/\/\/.*dreamnet\.test\.js:\d+:\d+\)$/;
+  const place = /^TypeError: nothing grows, at grow \(file:\/\/\/.*modules\.test\.js:\d+:\d+\)$/;
   assert.match(part("ZenGardenCore").errorMessage, place);
   assert.equal(part("DreamBetCore").errorMessage, "a text");
   assert.equal(part("SocialHubCore").errorMessage, "Error: odd");
@@ -258,16 +324,19 @@ test("an exception of a module is logged with its stack, and the orchestrator ge
   const garden = logged().find((line) => line.startsWith("ZenGardenCore failed in cycle "));
   assert.match(garden!, /TypeError: nothing grows\n +at grow .*\n +at .*run [\s\S]*no such seed/);
   for (const name of ["DreamBetCore failed", "SocialHubCore failed", "WolfPack has no status"]) {
-    assert.ok(logged().some((line) => line.startsWith(`${name} in cycle `)), name);
+    assert.ok(
+      logged().some((line) => line.startsWith(`${name} in cycle `)),
+      name,
+    );
   }
   // A repeated call gets the same answer, without another log entry.
   const lines = logged().length;
-  const again = { cycleId: (await getStatus({ orchestrator: service.address })).lastCycle!.cycleId, epoch: 2 ** 50 };
+  const again = { cycleId: (await getStatus({ orchestrator: at() })).lastCycle!.cycleId, epoch: 2 ** 50 };
   await assert.rejects(call(served.address, "DreamBetCore", again.cycleId, again), /a text/);
   await assert.rejects(call(served.address, "DreamBetCore", again.cycleId, again), /a text/);
   assert.equal(logged().length, lines + 1);
   await assert.rejects(
-    subsystem(served.address)((client, callback) => client.getStatus({ subsystem: "ZenGardenCore" }, callback)),
+    new Caller(served.address).call("GetStatus", { subsystem: "ZenGardenCore" }),
     /nothing grows, at grow/,
   );
   assert.match(logged().at(-1)!, /^ZenGardenCore has no status: TypeError: nothing grows\n/);
@@ -277,15 +346,30 @@ test("odd outputs: an object that is mutated later, an array, nothing, and value
   const same = { n: 0, inner: { n: 0 } };
   await serve(
     {
-      ZenGardenCore: { run() { same.n = same.inner.n = 1; queueMicrotask(() => { same.n = same.inner.n = 2; }); return same; } },
+      ZenGardenCore: {
+        run() {
+          same.n = same.inner.n = 1;
+          queueMicrotask(() => {
+            same.n = same.inner.n = 2;
+          });
+          return same;
+        },
+      },
       DreamBetCore: { run: async () => [1, undefined] },
       NeuralMesh: { run() {} },
       SocialHubCore: { run: () => ({ f() {}, big: 2n ** 60n, nan: NaN, ok: "yes" }) },
       LiquidityEngine: { run: () => ({ wei: 10 ** 18 }) },
-      // biome-ignore lint/suspicious/noThenProperty: what a foreign module may return
-      DreamShop: { run: () => ({ get then() { throw new Error("no"); }, ok: "yes" }) },
+      DreamShop: {
+        run: () => ({
+          // biome-ignore lint/suspicious/noThenProperty: what a foreign module may return
+          get then() {
+            throw new Error("no");
+          },
+          ok: "yes",
+        }),
+      },
     },
-    { orchestrator: service.address },
+    { orchestrator: at() },
   );
   const telemetry = await cycle(service.address);
   same.n = 3;
@@ -297,35 +381,65 @@ test("odd outputs: an object that is mutated later, an array, nothing, and value
   assert.equal(output("DreamBetCore").fields.value.listValue.values.length, 2);
   for (const name of ["SocialHubCore", "DreamShop"]) {
     assert.deepEqual(Object.keys(output(name).fields), ["ok"]);
-    assert.deepEqual(part(name).issues.map(({ code }) => code), ["NOT_JSON"]);
+    assert.ok(part(name).issues.some(({ code }) => code === "NOT_JSON"));
   }
-  assert.deepEqual(part("ZenGardenCore").issues, []);
-  assert.match(part("SocialHubCore").issues[0]!.message, /big: a BigInt: give it as a string/);
+  const left = (name: string) => part(name).issues.find(({ code }) => code === "NOT_JSON")?.message;
+  assert.equal(left("ZenGardenCore"), undefined);
+  assert.match(left("SocialHubCore")!, /big: a BigInt: give it as a string/);
   // A number is a double on both sides: it arrives unchanged, but it may not be exact.
   assert.equal(output("LiquidityEngine").fields.wei.numberValue, 10 ** 18);
-  assert.match(part("LiquidityEngine").issues[0]!.message, /wei: over 2\^53, so not exact: give it as a string/);
+  assert.match(left("LiquidityEngine")!, /wei: over 2\^53, so not exact: give it as a string/);
 });
 
 test("the object itself is never sent, not even by another module", async () => {
-  const keeper = { key: "secret", run() { return this; }, status() { return { wrapped: this }; } };
+  const keeper = {
+    key: "secret",
+    run() {
+      return this;
+    },
+    status() {
+      return { wrapped: this };
+    },
+  };
   const served = await serve(
     { NeuralMesh: keeper, CitadelCore: { run: ({ neuralMesh }: any) => ({ neuralMesh, ok: true }) } },
-    { orchestrator: service.address },
+    { orchestrator: at() },
   );
   const telemetry = await cycle(service.address);
-  const shown = await subsystem(served.address)((client, callback) => client.getStatus({ subsystem: "NeuralMesh" }, callback));
+  const shown = await new Caller(served.address).call("GetStatus", { subsystem: "NeuralMesh" });
   assert.doesNotMatch(JSON.stringify([telemetry, shown]), /secret/);
-  assert.deepEqual(telemetry.subsystems.map(({ issues }) => issues.map(({ code }) => code)), [["NOT_JSON"], ["NOT_JSON"]]);
+  assert.deepEqual(
+    telemetry.subsystems.map(({ issues }) => issues.map(({ code }) => code)),
+    [["NOT_JSON"], ["NOT_JSON"]],
+  );
 });
 
 test("modules that are only read are never run, shown as such, and not counted as failed", async (t) => {
   t.mock.method(console, "error", () => {});
   let runs = 0;
-  const keeper = { keys: 7, run() { runs += 1; }, status: () => ({ kept: 7 }) };
+  const keeper = {
+    keys: 7,
+    run() {
+      runs += 1;
+    },
+    status: () => ({ kept: 7 }),
+  };
   let seen: any;
   await serve(
-    { NeuralMesh: keeper, IdentityGrid: { status() { throw new Error("none"); } }, CitadelCore: { run(context: unknown) { seen = context; } } },
-    { orchestrator: service.address, readOnly: ["NeuralMesh"] },
+    {
+      NeuralMesh: keeper,
+      IdentityGrid: {
+        status() {
+          throw new Error("none");
+        },
+      },
+      CitadelCore: {
+        run(context: unknown) {
+          seen = context;
+        },
+      },
+    },
+    { orchestrator: at(), readOnly: ["NeuralMesh"] },
   );
   const telemetry = await cycle(service.address);
   assert.equal(telemetry.state, "CYCLE_STATE_SUCCEEDED");
@@ -342,8 +456,12 @@ test("classes and factories are made once", async () => {
   let made = 0;
   class Mesh {
     runs = 0;
-    constructor() { made += 1; }
-    run() { return { runs: ++this.runs }; }
+    constructor() {
+      made += 1;
+    }
+    run() {
+      return { runs: ++this.runs };
+    }
   }
   const served = await serve({
     NeuralMesh: Mesh,
@@ -365,18 +483,22 @@ test("a repeated call gets the first answer, even while the first one is in prog
   const atWork = new Promise<void>((resolve) => (started = resolve));
   let finish!: (value: unknown) => void;
   const served = await serve({
-    NeuralMesh: { run: () => {
-      runs++;
-      started();
-      return new Promise((resolve) => (finish = resolve));
-    } },
-    ZenGardenCore: { run: () => { throw new Error(`run ${++runs}`); } },
+    NeuralMesh: {
+      run: () => {
+        runs++;
+        started();
+        return new Promise((resolve) => (finish = resolve));
+      },
+    },
+    ZenGardenCore: {
+      run: () => {
+        throw new Error(`run ${++runs}`);
+      },
+    },
   });
   const first = call(served.address, "NeuralMesh", 1);
   await atWork;
   const second = call(served.address, "NeuralMesh", 1, { attempt: 2 });
-  // It does not run concurrently with itself, and answers that the call may be repeated.
-  await assert.rejects(call(served.address, "NeuralMesh", 2), { code: status.UNAVAILABLE });
   finish({ n: 1 });
   assert.deepEqual(await second, await first);
   assert.deepEqual(await call(served.address, "NeuralMesh", 1), await first);
@@ -387,12 +509,8 @@ test("a repeated call gets the first answer, even while the first one is in prog
 
 /** Starts a call of `RunCycle`, which can be cancelled. */
 function abandoned(address: string, name: string) {
-  let giveUp!: () => void;
-  const ended = subsystem(address)((client, callback) => {
-    const calling = client.runCycle({ subsystem: name, cycleId: 1 }, callback);
-    giveUp = () => calling.cancel();
-  });
-  return { ended, giveUp };
+  const ended = call(address, name, 1);
+  return { ended, giveUp: () => ended.cancel() };
 }
 
 test("a cancelled call ends, notifies the module, and delays no other call", async () => {
@@ -400,15 +518,18 @@ test("a cancelled call ends, notifies the module, and delays no other call", asy
   let tell!: () => void;
   const started = new Promise<void>((resolve) => (start = resolve));
   const told = new Promise<void>((resolve) => (tell = resolve));
-  const served = await serve({
-    NeuralMesh: {
-      run: (_context: unknown, { signal }: Cycle) => {
-        start();
-        return new Promise(() => signal.addEventListener("abort", tell));
+  const served = await serve(
+    {
+      NeuralMesh: {
+        run: (_context: unknown, { signal }: Cycle) => {
+          start();
+          return new Promise(() => signal.addEventListener("abort", tell));
+        },
       },
+      ZenGardenCore: { run() {} },
     },
-    ZenGardenCore: { run() {} },
-  });
+    { grace: "100ms" },
+  );
   const { ended, giveUp } = abandoned(served.address, "NeuralMesh");
   await started;
   await call(served.address, "ZenGardenCore", 1);
@@ -419,31 +540,31 @@ test("a cancelled call ends, notifies the module, and delays no other call", asy
 
 test("a module that ends with its cancelled call is run again when the call is repeated", async () => {
   let runs = 0;
-  let start!: () => void;
-  const started = new Promise<void>((resolve) => (start = resolve));
+  const [started, ended] = [event(), event()];
   const served = await serve({
     NeuralMesh: {
       run(_context: unknown, { signal }: Cycle) {
         if (++runs > 1) return { runs };
-        start();
-        return new Promise((_, reject) => signal.addEventListener("abort", () => reject(signal.reason)));
+        started.happen();
+        const aborted = new Promise((_, reject) => signal.addEventListener("abort", () => reject(signal.reason)));
+        return aborted.finally(ended.happen);
       },
     },
   });
-  const { ended, giveUp } = abandoned(served.address, "NeuralMesh");
-  await started;
-  // This one waits for the first, and is not cancelled with it.
-  const second = call(served.address, "NeuralMesh", 1, { epoch: 0, attempt: 2 });
-  giveUp();
-  await assert.rejects(ended, { code: status.CANCELLED });
-  assert.equal((await second).output!.fields!.runs!.numberValue, 2);
-  assert.deepEqual(await call(served.address, "NeuralMesh", 1, { epoch: 0 }), await second);
+  const first = abandoned(served.address, "NeuralMesh");
+  await started.happened;
+  first.giveUp();
+  await assert.rejects(first.ended, { code: status.CANCELLED });
+  await ended.happened;
+  const second = await call(served.address, "NeuralMesh", 1, { attempt: 2 });
+  assert.equal(second.output!.fields!.runs!.numberValue, 2);
+  assert.deepEqual(await call(served.address, "NeuralMesh", 1), second);
 });
 
 test("a superseded epoch is refused, an unknown name is not found, and health is served", async () => {
   const served = await serve({ NeuralMesh: { run() {} } });
   const initialize = (subsystem_: string, epoch: number) =>
-    subsystem(served.address)((client, callback) => client.initialize({ subsystem: subsystem_, epoch }, callback));
+    new Caller(served.address).call("Initialize", { subsystem: subsystem_, epoch });
   await initialize("NeuralMesh", 5);
   await initialize("NeuralMesh", 5);
   await assert.rejects(initialize("NeuralMesh", 4), { code: status.ABORTED });
@@ -451,14 +572,10 @@ test("a superseded epoch is refused, an unknown name is not found, and health is
   await call(served.address, "NeuralMesh", 1, { epoch: 6 });
   await assert.rejects(initialize("NeuralMesh", 5), { code: status.ABORTED });
   await assert.rejects(call(served.address, "Nobody", 1), { code: status.NOT_FOUND });
-  await assert.rejects(
-    subsystem(served.address)((client, callback) => client.getStatus({ subsystem: "NeuralMesh" }, callback)),
-    { code: status.UNIMPLEMENTED },
-  );
-  const health = await subsystem(served.address)((client, callback) =>
-    client.makeUnaryRequest("/grpc.health.v1.Health/Check", () => Buffer.alloc(0), (bytes: Buffer) => bytes, {}, callback),
-  );
-  assert.deepEqual([...(health as Buffer)], [8, 1], "SERVING");
+  await assert.rejects(new Caller(served.address).call("GetStatus", { subsystem: "NeuralMesh" }), {
+    code: status.UNIMPLEMENTED,
+  });
+  assert.equal(await new Caller(served.address).health(), 1, "SERVING");
 });
 
 test("an interval loop runs until it is stopped", async () => {
@@ -466,18 +583,18 @@ test("an interval loop runs until it is stopped", async () => {
   const twice = new Promise<void>((resolve) => (ran = resolve));
   let runs = 0;
   const context = familiar({ NeuralMesh: { run: () => void (++runs === 2 && ran()) } });
-  const loop = loopOf(context, 20, { orchestrator: service.address });
+  const loop = loopOf(context, 20, { orchestrator: at() });
   await twice;
   await loop.stop();
-  const { loops } = await orchestrator(service.address)((client, callback) => client.listIntervalLoops({}, callback));
+  const { loops } = await orchestrator(service.address).call("ListIntervalLoops", {});
   assert.deepEqual(loops, []);
 });
 
 test("clearInterval stops an interval loop, but not one that was started after it", async () => {
   const context = familiar({ NeuralMesh: { run() {} } });
-  const options = { orchestrator: service.address };
+  const options = { orchestrator: at() };
   const intervals = async (): Promise<number[]> => {
-    const { loops } = await orchestrator(service.address)((client, callback) => client.listIntervalLoops({}, callback));
+    const { loops } = await orchestrator(service.address).call("ListIntervalLoops", {});
     return loops.map(({ loop }: any) => loop.interval.seconds);
   };
   const first: NodeJS.Timeout = loopOf(context, 5000, options);
@@ -496,25 +613,29 @@ test("clearInterval stops an interval loop, but not one that was started after i
 });
 
 test("errors at the start are reported", async (t) => {
-  const nobody = { orchestrator: "127.0.0.1:1", waitSeconds: 0 };
-  const unreachable = /the orchestrator at 127\.0\.0\.1:1 can't be reached.*UNAVAILABLE.*ECONNREFUSED/;
+  const nobody = { orchestrator: "http://127.0.0.1:1", wait: "0s" };
+  const unreachable = /the orchestrator at http:\/\/127\.0\.0\.1:1 can't be reached.*UNAVAILABLE.*ECONNREFUSED/;
   await assert.rejects(runSingleCycle({ NeuralMesh: { run() {} } }, nobody), unreachable);
   await assert.rejects(getStatus(nobody), unreachable);
   const error = t.mock.method(console, "error", () => {});
   const loop = startIntervalLoop({ NeuralMesh: { run() {} } }, 5000, nobody);
   await assert.rejects(loop.started, unreachable);
-  assert.match(String(error.mock.calls[0]?.arguments[0]), /the loop dreamnet was not started: .*UNAVAILABLE/);
+  const said = error.mock.calls.map((call) => String(call.arguments[0]));
+  assert.ok(
+    said.some((line) => /^the loop dreamnet was not started: .*UNAVAILABLE/.test(line)),
+    said.join("\n"),
+  );
 });
 
 test("calls wait until the orchestrator is up", async () => {
   const place = await nobodyThere();
-  const options = { orchestrator: place.address };
+  const options = { orchestrator: `http://${place.address}` };
   const context = familiar({ NeuralMesh: { run: () => ({ value: 1 }) } });
   const [ran, status, loop] = [runSingleCycle(context, options), getStatus(options), loopOf(context, 60_000, options)];
   await place.called;
   await place.leave();
   const late = await startOrchestrator(place.address);
-  open.push(() => late.stop());
+  atEnd(() => late.stop());
   assert.equal((await ran).error, undefined);
   assert.ok((await status).totalCycles <= 1);
   await loop.started;
@@ -523,96 +644,51 @@ test("calls wait until the orchestrator is up", async () => {
 
 test("served modules are not served again with other options", async () => {
   const context = familiar({ FieldLayer: { run() {} } });
-  const options = { orchestrator: service.address, leaseSeconds: 20 };
+  const options = { orchestrator: at(), lease: "20s" };
   await runSingleCycle(context, options);
-  await runSingleCycle(context, { orchestrator: `http://${service.address}/` });
-  await assert.rejects(runSingleCycle(context, { ...options, leaseSeconds: 10 }), /with another leaseSeconds/);
-  await assert.rejects(runSingleCycle(context, { orchestrator: "127.0.0.1:1" }), /with another orchestrator/);
+  await runSingleCycle(context, { orchestrator: service.address });
+  await assert.rejects(runSingleCycle(context, { ...options, lease: "10s" }), /with another lease/);
+  await assert.rejects(runSingleCycle(context, { orchestrator: "http://127.0.0.1:1" }), /with another orchestrator/);
 });
 
 test("a lost registration is restored", async () => {
   let ran: () => void = () => {};
   const context = familiar({ NeuralMesh: { run: () => ran() } });
-  const options = { orchestrator: service.address, leaseSeconds: 1 };
+  const options = { orchestrator: at(), lease: "1s" };
   await runSingleCycle(context, options);
-  await orchestrator(service.address)((client, callback) => client.unregisterSubsystem({ name: "NeuralMesh" }, callback));
+  await orchestrator(service.address).call("UnregisterSubsystem", { name: "NeuralMesh" });
   const again = new Promise<void>((resolve) => (ran = resolve));
   const loop = loopOf(context, 20, options);
   await again;
   await loop.stop();
 });
 
-test("the stand-alone subsystem waits until the orchestrator is up", async () => {
-  const place = await nobodyThere();
-  const starting = startSubsystem("--name", "total", "--orchestrator", place.address);
-  await place.called;
-  await place.leave();
-  const late = await startOrchestrator(place.address);
-  open.push(() => late.stop());
-  const total = await starting;
-  assert.equal((await cycle(late.address)).subsystems[0]!.state, "SUBSYSTEM_STATE_SUCCEEDED");
-  assert.equal(await total.stop(), 0);
-});
-
-test("the stand-alone subsystem adds up its inputs", async () => {
-  const mesh = await serve({ NeuralMesh: { run: () => ({ value: 41 }) } }, { orchestrator: service.address });
-  const total = await startSubsystem("--name", "total", "--orchestrator", service.address, "--after", "NeuralMesh", "--reads", "nobody");
-  const part = (await cycle(service.address)).subsystems.find(({ name }) => name === "total")!;
-  assert.equal(part.output!.fields!.value!.numberValue, 42);
-  assert.deepEqual(part.metrics, { cycles: 1 });
-  assert.deepEqual(part.issues.map(({ code }) => code), ["NO_VALUE"]);
-  assert.equal(await total.stop(), 0);
-  const names = async () =>
-    (await orchestrator(service.address)((client, callback) => client.listSubsystems({}, callback))).subsystems.map(
-      ({ registration }: any) => registration.name,
-    );
-  assert.deepEqual(await names(), ["NeuralMesh"]);
-  await mesh.stop();
-  assert.deepEqual(await names(), []);
-});
-
-test("the stand-alone subsystem says in a line what is wrong", async () => {
-  const taken = service.address;
-  for (const [args, code, said] of [
-    [["--help"], 0, /^usage: [\s\S]*--listen HOST:PORT/],
-    [["--lisen", "127.0.0.1:0"], 2, /^Unknown option '--lisen'/],
-    [["--listen", "nope"], 1, /^listen is 'nope': give a string, "HOST:PORT"\n$/],
-    [["--listen", taken], 1, new RegExp(`can't listen on ${taken}: .*EADDRINUSE.*\n$`)],
-    [["--listen", "127.0.0.1:0", "--name", "x y", "--orchestrator", taken], 1, /^the orchestrator at .* answered INVALID_ARGUMENT: .*"x y".*\n$/],
-  ] as const) {
-    const { code: ended, output } = await runSubsystem(...args);
-    assert.equal(ended, code, output);
-    assert.match(output, said);
-    assert.doesNotMatch(output, /\n +at /);
-  }
-});
-
-test("modules that are no longer served are served until the running cycle has ended", async () => {
-  let began!: () => void;
-  const running = new Promise<void>((resolve) => (began = resolve));
-  let proceed!: () => void;
-  const told = new Promise<void>((resolve) => (proceed = resolve));
-  const first = {
-    run: () => {
-      began();
-      return told;
+test("OrchestratorCore has a status at once, which is kept fresh", async () => {
+  const other = await startOrchestrator();
+  atEnd(() => other.stop());
+  const context = familiar({
+    NeuralMesh: {},
+    CitadelCore: {
+      run() {
+        throw new Error("no seed");
+      },
     },
-  };
-  const second = { run: () => ({ ran: true }) };
-  const served = await serve({ first, second }, { orchestrator: service.address, registrations: { second: { requires: ["first"] } } });
-  const record = cycle(service.address);
-  await running;
-  const stopped = served.stop();
-  await unregistered(service.address, "second");
-  proceed();
-  assert.equal((await record).state, "CYCLE_STATE_SUCCEEDED");
-  await stopped;
+    FieldLayer: { run() {} },
+  });
+  const options = { orchestrator: `http://${other.address}` };
+  assert.deepEqual(OrchestratorCore.getStatus(options), { totalCycles: 0 });
+  const telemetry = await OrchestratorCore.runSingleCycle(context);
+  assert.deepEqual(Object.keys(telemetry), ["cycleId", "startedAt", "finishedAt", "durationMs", "error"]);
+  const { cycleId, startedAt, finishedAt, durationMs, error } = telemetry;
+  for (const whole of [cycleId, startedAt, finishedAt, durationMs]) assert.ok(Number.isInteger(whole), String(whole));
+  assert.equal(finishedAt - startedAt, durationMs);
+  assert.match(error!, /CitadelCore INTERNAL: Error: no seed/);
+  assert.deepEqual(OrchestratorCore.getStatus(), { lastCycle: telemetry, totalCycles: 1 });
+  // A cycle that others run is known soon.
+  await cycle(other.address);
+  while (OrchestratorCore.getStatus().totalCycles === 1) await new Promise((resolve) => setImmediate(resolve));
+  const loop = OrchestratorCore.startIntervalLoop(context, 20);
+  await loop.started;
+  while (OrchestratorCore.getStatus().totalCycles < 5) await new Promise((resolve) => setImmediate(resolve));
+  await loop.stop();
 });
-
-/** Waits until a subsystem is no longer registered. */
-async function unregistered(address: string, name: string): Promise<void> {
-  for (;;) {
-    const { subsystems } = await orchestrator(address)((client, callback) => client.listSubsystems({}, callback));
-    if (!subsystems.some(({ registration }: any) => registration.name === name)) return;
-  }
-}

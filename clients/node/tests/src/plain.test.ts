@@ -1,15 +1,18 @@
+// Outputs: copies of results as plain data.
+
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { SubsystemClient } from "../src/contract.js";
-import { frozen, snapshot } from "../src/json.js";
-import { describe } from "../src/thrown.js";
+import { describe } from "dreamnet-subsystem";
+import { frozen, snapshot } from "../../dreamnet/dist/plain.js";
+import { SUBSYSTEM } from "../../subsystem/dist/contract.js";
+import { fromStruct, toStruct } from "../../subsystem/dist/objects.js";
 
 /** A value after its way through the bytes of the wire. */
 function arrives(value: unknown, never: unknown[] = []) {
-  const { struct, dropped } = snapshot(value, new Set(never));
-  const { responseSerialize, responseDeserialize } = SubsystemClient.service.GetStatus;
-  const { status } = responseDeserialize(responseSerialize({ status: struct }));
-  return { data: frozen(status), dropped };
+  const { output, dropped } = snapshot(value, new Set(never));
+  const { responseSerialize, responseDeserialize } = SUBSYSTEM.GetStatus;
+  const { status } = responseDeserialize(responseSerialize({ status: toStruct("status", output) }));
+  return { data: frozen(fromStruct(status)), dropped };
 }
 
 test("values that JSON can represent arrive unchanged", () => {
@@ -33,7 +36,13 @@ test("values with toJSON, class instances and undefined fields are as in JSON.st
     #secret = 2;
     sum = () => this.#secret;
   }
-  const value = { at: new Date(0), none: undefined, point: new Point(), boxed: new Number(3), bare: Object.create(null) };
+  const value = {
+    at: new Date(0),
+    none: undefined,
+    point: new Point(),
+    boxed: new Number(3),
+    bare: Object.create(null),
+  };
   const { data, dropped } = arrives(value);
   assert.deepEqual(data, JSON.parse(JSON.stringify(value)));
   assert.deepEqual(dropped, ["point.sum: a function"]);
@@ -59,19 +68,42 @@ test("values that JSON can't represent are left out and reported", () => {
     get broken() {
       throw new Error("no");
     },
-    bad: { toJSON: () => { throw { toString: null }; } },
+    bad: {
+      toJSON: () => {
+        throw { toString: null };
+      },
+    },
     ["__proto__"]: 1,
-    revoked: (() => { const { proxy, revoke } = Proxy.revocable({}, {}); revoke(); return proxy; })(),
+    revoked: (() => {
+      const { proxy, revoke } = Proxy.revocable({}, {});
+      revoke();
+      return proxy;
+    })(),
   };
   const { data, dropped } = arrives(value);
   assert.deepEqual(data, { ring: { fine: 1 }, list: [null, 1], half: "\ufffd" });
   const told = dropped.map((drop) => drop.split(":")[0]);
-  const names = ["ring.self", "big", "nan", "infinite", "symbol", "f", "map", "set", "promise", "bytes", "error", "list[0]"];
+  const names = [
+    "ring.self",
+    "big",
+    "nan",
+    "infinite",
+    "symbol",
+    "f",
+    "map",
+    "set",
+    "promise",
+    "bytes",
+    "error",
+    "list[0]",
+  ];
   assert.deepEqual(told, [...names, "half", "broken", "bad", "__proto__", "and 1 more"].slice(0, 17));
 });
 
 test("the report of left out values fits into one issue", () => {
-  const { dropped } = arrives(Object.fromEntries(Array.from({ length: 1000 }, (_, i) => [`${i}`.padEnd(999, "€"), 1n])));
+  const { dropped } = arrives(
+    Object.fromEntries(Array.from({ length: 1000 }, (_, i) => [`${i}`.padEnd(999, "€"), 1n])),
+  );
   assert.equal(dropped.at(-1), "and 984 more");
   assert.ok(Buffer.byteLength(dropped.join("; ")) < 4000);
 });
@@ -92,7 +124,12 @@ test("a value that is infinite as JSON is cut here", () => {
 });
 
 test("a subsystem itself is never sent, wherever it occurs", () => {
-  const keeper = { key: "secret", toJSON() { return { key: this.key }; } };
+  const keeper = {
+    key: "secret",
+    toJSON() {
+      return { key: this.key };
+    },
+  };
   for (const value of [keeper, { keeper }, [[keeper]], { toJSON: () => keeper }]) {
     const { data, dropped } = arrives(value, [keeper]);
     assert.doesNotMatch(JSON.stringify(data), /secret/);
@@ -106,8 +143,22 @@ test("data is deeply frozen", () => {
 });
 
 test("any thrown value is described", () => {
-  const odd = { get message() { throw new Error("no"); } };
-  const thrown = [new RangeError("far"), "text", undefined, null, 7, { message: "busy" }, Object.create(null), odd, Symbol("s")];
+  const odd = {
+    get message() {
+      throw new Error("no");
+    },
+  };
+  const thrown = [
+    new RangeError("far"),
+    "text",
+    undefined,
+    null,
+    7,
+    { message: "busy" },
+    Object.create(null),
+    odd,
+    Symbol("s"),
+  ];
   const unprintable = "a value that can't be printed";
   const told = ["RangeError: far", "text", "undefined", "null", "7", "busy", unprintable, unprintable, "Symbol(s)"];
   assert.deepEqual(thrown.map(describe), told);

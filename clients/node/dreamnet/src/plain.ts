@@ -1,16 +1,11 @@
-// Converts results of modules to `google.protobuf.Struct` and back.
+// Copies results of modules as plain data, which an output is: values that JSON can't represent are left out.
 
 import { types } from "node:util";
-import type { Struct, Struct__Output } from "./gen/google/protobuf/Struct.js";
-import type { Value, Value__Output } from "./gen/google/protobuf/Value.js";
-import { describe } from "./thrown.js";
-
-/** Plain data, as in JSON. */
-export type Json = null | boolean | number | string | Json[] | { [key: string]: Json };
+import { describe, isUnfit, type Json, type JsonObject } from "dreamnet-subsystem";
 
 /** A copy of a value as plain data, and its changes: "PATH: REASON" each. */
 export interface Snapshot {
-  struct: Struct;
+  output: JsonObject;
   dropped: string[];
 }
 
@@ -38,7 +33,7 @@ export function snapshot(value: unknown, never: ReadonlySet<unknown> = new Set()
   let left = MAX_VALUES;
 
   // `undefined` means left out; an array gets null in its place.
-  function copy(value: unknown, path: string, nesting: number): Value | undefined {
+  function copy(value: unknown, path: string, nesting: number): Json | undefined {
     const drop = (why: string): undefined => tell(`${path || "the value"}: ${why}`);
     if (--left < 0) return undefined;
     try {
@@ -52,38 +47,37 @@ export function snapshot(value: unknown, never: ReadonlySet<unknown> = new Set()
         case "undefined":
           return undefined;
         case "boolean":
-          return { boolValue: value };
+          return value;
         case "number":
           if (!Number.isFinite(value)) return drop(String(value));
           if (Math.abs(value) > Number.MAX_SAFE_INTEGER) drop("over 2^53, so not exact: give it as a string");
-          return { numberValue: value };
+          return value;
         case "bigint":
           return drop("a BigInt: give it as a string");
         case "string":
           if (!value.isWellFormed()) drop("half a surrogate pair, replaced");
-          return { stringValue: value.toWellFormed() };
+          return value.toWellFormed();
         case "object":
           break;
         default:
           return drop(`a ${typeof value}`);
       }
-      if (value === null) return { nullValue: "NULL_VALUE" };
+      if (value === null) return null;
       if (above.has(value)) return drop("a circular reference");
-      const unfit = unfitFor(value);
-      if (unfit) return drop(unfit);
+      if (isUnfit(value)) return drop(kindOf(value));
       const below = nesting + (Array.isArray(value) ? 2 : 3);
       if (below > MAX_NESTING) return drop("nested too deep");
       above.add(value);
       try {
         if (Array.isArray(value)) {
-          const values: Value[] = [];
+          const values: Json[] = [];
           // An array can be long but empty.
           for (let i = 0; i < value.length && left >= 0; i++) {
-            values.push(copy(value[i], `${path}[${i}]`, below) ?? { nullValue: "NULL_VALUE" });
+            values.push(copy(value[i], `${path}[${i}]`, below) ?? null);
           }
-          return { listValue: { values } };
+          return values;
         }
-        const fields: Record<string, Value> = {};
+        const fields: Record<string, Json> = {};
         for (const key of Object.keys(value)) {
           const inner = path ? `${path}.${key}` : key;
           if (key === "__proto__" || !key.isWellFormed()) {
@@ -98,9 +92,9 @@ export function snapshot(value: unknown, never: ReadonlySet<unknown> = new Set()
             continue;
           }
           const copied = copy(item, inner, below);
-          if (copied) fields[key] = copied;
+          if (copied !== undefined) fields[key] = copied;
         }
-        return { structValue: { fields } };
+        return fields;
       } finally {
         above.delete(value);
       }
@@ -113,41 +107,29 @@ export function snapshot(value: unknown, never: ReadonlySet<unknown> = new Set()
   const copied = copy(value, "", types.isProxy(value) || Array.isArray(value) ? 3 : 0);
   if (left < 0) dropped.unshift(`all values after the first ${MAX_VALUES}`);
   if (drops > MAX_TOLD) dropped.push(`and ${drops - MAX_TOLD} more`);
-  if (!copied || copied.nullValue) return { struct: { fields: {} }, dropped };
-  return { struct: copied.structValue ?? { fields: { value: copied } }, dropped };
+  if (copied === undefined || copied === null) return { output: {}, dropped };
+  return { output: isObject(copied) ? copied : { value: copied }, dropped };
 }
 
-// JSON.stringify converts these to `{}`, which would be misleading.
-function unfitFor(value: object): string | undefined {
+function isObject(value: Json): value is JsonObject {
+  return typeof value === "object" && value !== null && !Array.isArray(value);
+}
+
+// `isUnfit` lists them: JSON.stringify converts them to `{}`, which would be misleading.
+function kindOf(value: object): string {
   if (types.isMap(value)) return "a Map";
   if (types.isSet(value)) return "a Set";
-  if (types.isWeakMap(value) || types.isWeakSet(value)) return "a weak collection";
   if (types.isPromise(value)) return "a Promise";
   if (types.isRegExp(value)) return "a RegExp";
   if (types.isNativeError(value)) return "an Error";
-  if (types.isAnyArrayBuffer(value) || ArrayBuffer.isView(value)) return "binary data";
-  return undefined;
+  return types.isWeakMap(value) || types.isWeakSet(value) ? "a weak collection" : "binary data";
 }
 
-/** The fields of a `Struct` as plain data, deeply frozen. */
-export function frozen(struct: Struct__Output | null): Readonly<Record<string, Json>> {
-  const fields = Object.entries(struct?.fields ?? {}).map(([key, value]) => [key, plain(value)] as const);
-  return Object.freeze(Object.fromEntries(fields));
-}
-
-function plain(value: Value__Output): Json {
-  switch (value.kind) {
-    case "boolValue":
-      return value.boolValue!;
-    case "numberValue":
-      return value.numberValue!;
-    case "stringValue":
-      return value.stringValue!;
-    case "structValue":
-      return frozen(value.structValue!) as Json;
-    case "listValue":
-      return Object.freeze(value.listValue!.values.map(plain)) as Json[];
-    default:
-      return null;
+/** The same plain data, deeply frozen: several modules get it. */
+export function frozen<T extends Json>(value: T): T {
+  if (typeof value === "object" && value !== null) {
+    Object.values(value).forEach(frozen);
+    Object.freeze(value);
   }
+  return value;
 }

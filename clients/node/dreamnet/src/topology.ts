@@ -1,17 +1,7 @@
 // DreamNet's 28 subsystems, in the order of its own loop. `examples/dreamnet.toml` declares the same for the
 // orchestrator; a test compares the two.
 
-import type { Registration } from "./gen/dreamnet/orchestrator/v1/Registration.js";
-import type { Json } from "./json.js";
-
-/**
- * The registration of a subsystem without its name and endpoint: see `Registration` in the contract. A duration is an
- * object, `{ seconds: 30 }` or `{ nanos: 500_000_000 }`.
- */
-export type Settings = Omit<Registration, "name" | "endpoint" | "parameters"> & {
-  /** Plain data. Numbers over 2^53 are refused: they are not exact. */
-  parameters?: Readonly<Record<string, Json>>;
-};
+import type { RegistrationOptions } from "dreamnet-subsystem";
 
 const place = (phase: number, reads = "", after = "") => ({ phase, after: words(after), reads: words(reads) });
 const words = (text: string) => text.split(" ").filter(Boolean);
@@ -77,7 +67,7 @@ export const TOPOLOGY = {
       "InitRitualCore EconomicEngineCore AgentRegistryCore NeuralMesh",
     "CivicPanelCore",
   ),
-} as const satisfies Record<string, Settings>;
+} as const satisfies Record<string, RegistrationOptions>;
 
 /** The name of one of the 28 modules. */
 export type SubsystemName = keyof typeof TOPOLOGY;
@@ -97,6 +87,9 @@ export const READ_ONLY = [
   "WolfPack",
   "PredatorScavengerLoop",
 ] as const satisfies readonly SubsystemName[];
+
+/** Modules that DreamNet's loop never runs: those in `READ_ONLY`, and two that have no `run`. */
+export const NOT_RUN: ReadonlySet<string> = new Set([...READ_ONLY, "NeuralMesh", "AgentWalletManager"]);
 
 // Keys that don't follow from the name.
 const KEYS: ReadonlyMap<string, string> = new Map([
