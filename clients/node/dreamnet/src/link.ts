@@ -6,6 +6,7 @@
 
 import { performance } from "node:perf_hooks";
 import { MessageChannel, receiveMessageOnPort, type MessagePort } from "node:worker_threads";
+import { describe } from "dreamnet-subsystem";
 import type { Call, CallMessage, Described, Description, Outcome } from "./messages.js";
 import { Remote } from "./remote.js";
 import { decode, decodeThrown, encode, encodeThrown, type Modules } from "./values.js";
@@ -15,6 +16,8 @@ const signal = new Int32Array(new SharedArrayBuffer(Int32Array.BYTES_PER_ELEMENT
 
 /** All links of this thread: while one waits, each has to answer. */
 const links = new Set<Link>();
+
+const CLOSED = "the modules of this process are no longer served";
 
 // How long this thread waits for the other one, beyond the limit that the other one keeps.
 const MARGIN_MS = 5000;
@@ -26,13 +29,15 @@ export class Link implements Modules {
   readonly signal = signal;
   private readonly calls: MessagePort;
   private lastId = 0;
-  private readonly outcomes = new Map<number, Outcome | Described>();
+  /** What has arrived and was not taken yet: a call can have two, and both while another one is waited for. */
+  private readonly outcomes = new Map<number, Array<Outcome | Described>>();
   private readonly promises = new Map<
     number,
     { resolve: (value: unknown) => void; reject: (reason: unknown) => void }
   >();
   private readonly remotes = new Map<string, Remote>();
   private readonly names = new Map<object, string>();
+  private isClosed = false;
 
   constructor(
     private readonly own: ReadonlyMap<string, object>,
@@ -49,10 +54,10 @@ export class Link implements Modules {
   }
 
   close(): void {
+    this.isClosed = true;
     links.delete(this);
     this.calls.close();
-    const reason = new Error("the modules of this process are no longer served");
-    for (const { reject } of this.promises.values()) reject(reason);
+    for (const { reject } of this.promises.values()) reject(new Error(CLOSED));
   }
 
   nameOf(object: object): string | undefined {
@@ -88,9 +93,9 @@ export class Link implements Modules {
     if ("returned" in outcome) return decode(outcome.returned, this);
     if ("threw" in outcome) throw decodeThrown(outcome.threw, this);
     return new Promise((resolve, reject) => {
-      const settled = this.outcomes.get(id);
       this.promises.set(id, { resolve, reject });
-      // It can have settled while this thread waited.
+      // It can have settled while this thread waited for something else.
+      const settled = this.next(id);
       if (settled) this.settle(id, settled as Outcome);
     });
   }
@@ -102,14 +107,14 @@ export class Link implements Modules {
   ): { id: number; outcome: Exclude<Outcome, { failed: string }> };
   private waitFor(kind: "describe", question: { names: string[] }, what: string): { described: readonly Description[] };
   private waitFor(kind: "call" | "describe", question: object, what: string): unknown {
+    if (this.isClosed) throw new Error(`${what}: ${CLOSED}`);
     const id = ++this.lastId;
     this.calls.postMessage({ kind, id, ...question } as CallMessage);
     const giveUp = performance.now() + this.callTimeoutMs + MARGIN_MS;
     for (;;) {
       const seen = Atomics.load(signal, 0);
-      const outcome = this.outcomes.get(id);
+      const outcome = this.next(id);
       if (outcome) {
-        this.outcomes.delete(id);
         if ("failed" in outcome) throw new Error(outcome.failed);
         return "described" in outcome ? outcome : { id, outcome };
       }
@@ -118,6 +123,14 @@ export class Link implements Modules {
       if (leftMs <= 0) throw new Error(`${what}: the thread of the network does not answer`);
       Atomics.wait(signal, 0, seen, leftMs);
     }
+  }
+
+  /** The next outcome that has arrived, if there is one. */
+  private next(id: number): Outcome | Described | undefined {
+    const [first, ...others] = this.outcomes.get(id) ?? [];
+    if (others.length > 0) this.outcomes.set(id, others);
+    else this.outcomes.delete(id);
+    return first;
   }
 
   /** Takes a message without waiting for the event loop. False if there is none. */
@@ -135,27 +148,35 @@ export class Link implements Modules {
         this.carryOut(message.call, answer);
         break;
       case "describe":
-        answer({ described: message.names.map((name) => this.describe(name)) });
+        answer(this.describe(message.names));
         break;
       case "outcome":
         if (this.promises.has(id)) this.settle(id, message.outcome as Outcome);
-        else this.outcomes.set(id, message.outcome);
+        else this.outcomes.set(id, [...(this.outcomes.get(id) ?? []), message.outcome]);
     }
   }
 
   private settle(id: number, outcome: Outcome): void {
     const { resolve, reject } = this.promises.get(id)!;
     this.promises.delete(id);
-    this.outcomes.delete(id);
-    if ("returned" in outcome) resolve(decode(outcome.returned, this));
-    else if ("threw" in outcome) reject(decodeThrown(outcome.threw, this));
-    else reject(new Error("failed" in outcome ? outcome.failed : "it was promised twice"));
+    try {
+      if ("returned" in outcome) resolve(decode(outcome.returned, this));
+      else if ("threw" in outcome) reject(decodeThrown(outcome.threw, this));
+      else reject(new Error("failed" in outcome ? outcome.failed : "it was promised twice"));
+    } catch (error) {
+      reject(error); // A module in it can't be described.
+    }
   }
 
   // ------------------------------------------------------------------------------------------ calls that come in
 
-  private describe(name: string): Description {
-    return Remote.describe(name, this.own.get(name)!, (value, place) => encode(value, place, this));
+  private describe(names: readonly string[]): Described {
+    const copy = (value: unknown, place: string) => encode(value, place, this);
+    try {
+      return { described: names.map((name) => Remote.describe(name, this.own.get(name)!, copy)) };
+    } catch (error) {
+      return { failed: describe(error) }; // A collection can't be copied.
+    }
   }
 
   private carryOut({ module, member, arguments: given }: Call, answer: (outcome: Outcome) => void): void {
@@ -164,8 +185,7 @@ export class Link implements Modules {
     const threw = (error: unknown) => answer({ threw: encodeThrown(error, this) });
     try {
       const object = this.own.get(module) as Record<string, any>;
-      if (!Remote.isMember(object, member))
-        throw new TypeError(`${module} has no ${given ? "method" : "property"} ${member}`);
+      if (!Remote.isMember(object, member)) throw new TypeError(`${module} has no member ${member}`);
       const result = given ? object[member](...(decode(given, this) as unknown[])) : object[member];
       if (isThenable(result)) {
         answer({ promised: true });

@@ -63,6 +63,12 @@ export class Owners {
   async describe(names: readonly string[], timeoutMs: number): Promise<Survey> {
     const missing: string[] = [];
     const failed: Undescribed[] = [];
+    const fail = (names: string[], code: status | undefined, why: string) => {
+      // Of several modules with the same problem, one issue names all.
+      const same = failed.findIndex((it) => it.why === why);
+      if (same < 0) failed.push({ names, code, why });
+      else failed[same] = { names: [...failed[same]!.names, ...names], code, why };
+    };
     const byEndpoint = new Map<string, string[]>();
     const others = names.filter((name) => !this.own.has(name));
     if (others.length > 0 && this.isAlone) {
@@ -77,7 +83,7 @@ export class Owners {
           if (endpoint === undefined) missing.push(name);
           else byEndpoint.set(endpoint, [...(byEndpoint.get(endpoint) ?? []), name]);
         } catch (error) {
-          failed.push({ names: [name], code: (error as OrchestratorError).code, why: (error as Error).message });
+          fail([name], (error as OrchestratorError).code, (error as Error).message);
         }
       }),
     );
@@ -88,7 +94,7 @@ export class Owners {
         } catch (error) {
           const { code, details, message } = error as ServiceError;
           const why = code === undefined ? message : `${endpoint} answered ${status[code]}: ${details}`;
-          failed.push({ names, code, why });
+          fail(names, code, why);
           return [];
         }
       }),

@@ -145,26 +145,30 @@ class Serving {
       const within = waitMs > 0 ? ` within ${waitMs / 1000} s` : "";
       notRegistered(`can't be reached${within}${problem ? `: ${problem.message}` : ""}`);
     };
-    const registered = new Promise<void>((resolve) => {
-      worker.on("message", (message: ToModules) => {
-        switch (message.kind) {
-          case "listening":
-            address = message.endpoint.replace(/^https?:\/\//, "");
-            return orchestrator ? undefined : resolve();
-          case "registered":
-            return resolve();
-          case "problem":
-            problem = message.problem;
-            if (problem.code !== status.UNAVAILABLE && problem.code !== status.DEADLINE_EXCEEDED) {
-              notRegistered(`answered ${problem.message}`);
-            } else if (waitMs === 0) late();
-            return;
-          case "ended":
-            return refuse(asError(message.error));
-          default:
-            this.take(message, tell);
+    let register!: () => void;
+    const registered = new Promise<void>((resolve) => (register = resolve));
+    worker.on("message", (message: ToModules) => {
+      switch (message.kind) {
+        case "listening":
+          address = message.endpoint.replace(/^https?:\/\//, "");
+          if (!orchestrator) register();
+          break;
+        case "registered":
+          register();
+          break;
+        case "problem": {
+          problem = message.problem;
+          const isDown = problem.code === status.UNAVAILABLE || problem.code === status.DEADLINE_EXCEEDED;
+          if (!isDown) notRegistered(`answered ${problem.message}`);
+          else if (waitMs === 0) late();
+          break;
         }
-      });
+        case "ended":
+          refuse(asError(message.error));
+          break;
+        default:
+          this.take(message, tell);
+      }
     });
     worker.once("error", (error) => {
       console.error(`the modules are no longer served: ${describeWithPlace(error)}`);

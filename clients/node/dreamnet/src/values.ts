@@ -112,13 +112,17 @@ interface Thrown {
   fields: Record<string, unknown>;
 }
 
-/** A thrown value as it crosses. What can't be copied of it is left out. Never throws. */
+/** A thrown value as it crosses. Parts that can't be copied are left out. Never throws. */
 export function encodeThrown(error: unknown, modules: Modules): Buffer {
   if (types.isNativeError(error)) {
-    const { name, message, stack = "" } = error;
-    const own = Object.entries({ ...error, ...("cause" in error && { cause: error.cause }) });
-    const fields = Object.fromEntries(own.filter(([, value]) => isCopied(value, modules)));
-    return encode({ error: { name, message, stack, fields } satisfies Thrown }, "an error", modules);
+    try {
+      const own = Object.entries({ ...error, ...("cause" in error && { cause: error.cause }) });
+      const fields = Object.fromEntries(own.filter(([, value]) => isCopied(value, modules)));
+      const made: Thrown = { name: `${error.name}`, message: `${error.message}`, stack: `${error.stack}`, fields };
+      return encode({ error: made }, "an error", modules);
+    } catch {
+      // It can't be read.
+    }
   }
   return encode({ value: isCopied(error, modules) ? error : describe(error) }, "a thrown value", modules);
 }

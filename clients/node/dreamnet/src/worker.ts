@@ -16,6 +16,7 @@ import type { CallRequest__Output } from "./gen/dreamnet/modules/v1/CallRequest.
 import type { CallResponse } from "./gen/dreamnet/modules/v1/CallResponse.js";
 import type { DescribeRequest__Output } from "./gen/dreamnet/modules/v1/DescribeRequest.js";
 import type { DescribeResponse } from "./gen/dreamnet/modules/v1/DescribeResponse.js";
+import type { Module } from "./gen/dreamnet/modules/v1/Module.js";
 import type {
   Call,
   CallMessage,
@@ -91,6 +92,9 @@ const owners = new Owners(options, new Set(modules.map(({ name }) => name)), pee
 /** The most calls of other processes that are in progress: far more than a cycle makes at a time. */
 const MAX_INCOMING = 1000;
 
+/** As many as inputs of a registration. The proto sets it. */
+const MAX_NAMES = 1024;
+
 /** Calls that come in, by their id, until their last outcome. */
 const incoming = new Map<number, (outcome: Outcome | Described) => void>();
 
@@ -113,6 +117,9 @@ function refusal(
   if (denied) return { code: status.PERMISSION_DENIED, details: denied };
   const unknown = names.find((name) => !modules.some((module) => module.name === name));
   if (unknown !== undefined) return { code: status.NOT_FOUND, details: `the module ${unknown} is not served here` };
+  if (names.length > MAX_NAMES) {
+    return { code: status.INVALID_ARGUMENT, details: `${names.length} names; give at most ${MAX_NAMES}` };
+  }
   if (incoming.size >= MAX_INCOMING) {
     return { code: status.RESOURCE_EXHAUSTED, details: `${MAX_INCOMING} calls are in progress here` };
   }
@@ -130,8 +137,7 @@ const service: UntypedServiceImplementation = {
     askModules(
       (id) => ({ kind: "describe", id, names }),
       (outcome) => {
-        if ("described" in outcome)
-          callback(null, { modules: outcome.described as DescribeResponse["modules"] & object });
+        if ("described" in outcome) callback(null, { modules: outcome.described as Module[] });
         else callback({ code: status.INTERNAL, details: "failed" in outcome ? outcome.failed : "no description" });
       },
     );

@@ -2,7 +2,6 @@
 
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { setTimeout } from "node:timers/promises";
 import { status, type ServiceError } from "@grpc/grpc-js";
 import {
   Cycle,
@@ -27,6 +26,7 @@ class Gate {
   begun = 0;
   readonly stopped: string[] = [];
   private readonly begins: Array<() => void> = [];
+  private readonly ends: Array<() => void> = [];
   private open = event();
 
   readonly run = async ({ signal }: Cycle) => {
@@ -37,6 +37,7 @@ class Gate {
     await Promise.race([this.open.happened, abort.happened]);
     if (signal.aborted) {
       this.stopped.push((signal.reason as Error).message);
+      this.ends.shift()?.();
       throw signal.reason;
     }
     return { begun: mine };
@@ -45,6 +46,11 @@ class Gate {
   /** Resolves when work begins next. */
   nextBegin(): Promise<void> {
     return new Promise((resolve) => this.begins.push(resolve));
+  }
+
+  /** Resolves when work is stopped next. */
+  nextStop(): Promise<void> {
+    return new Promise((resolve) => this.ends.push(resolve));
   }
 
   letThrough(): void {
@@ -130,11 +136,12 @@ test("work whose callers have gone is stopped", async () => {
   const gate = new Gate();
   const { caller } = await serving(fleetOf(gate.run));
   const begins = gate.nextBegin();
+  const stops = gate.nextStop();
   const first = caller.runCycle(1);
   await begins;
   first.cancel();
   await assert.rejects(first);
-  while (gate.stopped.length === 0) await setTimeout(50);
+  await stops;
   assert.deepEqual(gate.stopped, ["its callers have gone"]);
 });
 

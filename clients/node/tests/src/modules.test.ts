@@ -578,6 +578,27 @@ test("a superseded epoch is refused, an unknown name is not found, and health is
   assert.equal(await new Caller(served.address).health(), 1, "SERVING");
 });
 
+test("a module that blocks its thread costs neither its lease nor its health", async (t) => {
+  const error = t.mock.method(console, "error", () => {});
+  const block = () => void Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 2500);
+  await serve({ FieldLayer: { run: block } }, { orchestrator: at(), lease: "1s" });
+  assert.equal((await cycle(service.address)).state, "CYCLE_STATE_SUCCEEDED");
+  assert.equal((await cycle(service.address)).state, "CYCLE_STATE_SUCCEEDED");
+  assert.deepEqual(error.mock.calls, []);
+});
+
+test("without an orchestrator of its own, a process says that it can't find the others", async () => {
+  const served = await serve({ LatentCollaboration: { run() {} } });
+  const inputs = { NeuralMesh: {}, AgentWalletManager: {}, CitadelCore: {} };
+  const { issues } = await call(served.address, "LatentCollaboration", 1, { inputs });
+  const why = "its process can't be found without the option orchestrator";
+  const message = `only the output of NeuralMesh, AgentWalletManager can be had: ${why}`;
+  assert.deepEqual(
+    issues.map((it) => `${it.code}: ${it.message}`),
+    [`NO_METHODS: ${message}`],
+  );
+});
+
 test("an interval loop runs until it is stopped", async () => {
   let ran!: () => void;
   const twice = new Promise<void>((resolve) => (ran = resolve));

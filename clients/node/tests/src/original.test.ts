@@ -39,7 +39,6 @@ const dealt = (count: number) => Array.from({ length: count }, (_, i) => NAMES.f
 
 for (const count of [1, 4, 28]) {
   test(`in ${count} processes, modules end in the same state as in DreamNet's own loop`, async () => {
-    console.log(`seed ${SEED}`);
     const service = await startOrchestrator();
     atEnd(() => service.stop());
     const processes = await Promise.all(dealt(count).map((names) => start(SEED, service.address, names)));
@@ -64,7 +63,8 @@ for (const count of [1, 4, 28]) {
       );
       assert.equal(issues.length, READ_ONLY.length + 2);
       const { states, order } = await statesOf(processes);
-      for (const name of NAMES) assert.deepStrictEqual(states[name], plain[name]!.state(), `${name}, cycle ${n}`);
+      for (const name of NAMES)
+        assert.deepStrictEqual(states[name], plain[name]!.state(), `${name}, cycle ${n}, seed ${SEED}`);
       if (count === 1) assert.deepEqual(order, ran, "the same ones run, in the same order");
     }
 

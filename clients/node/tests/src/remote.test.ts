@@ -259,6 +259,35 @@ test("a promise is a promise: it settles later, while both processes go on", asy
   });
 });
 
+test("a promise that settles while its caller waits for another call is still a promise", async () => {
+  // The owner answers `both` while it calls back: its caller receives both outcomes of `later` meanwhile.
+  const mesh = {
+    both: (caller: any) => caller.later(),
+    settled: async () => "settled",
+    pass: () => "passed",
+  };
+  await serve({ NeuralMesh: mesh });
+  const seen: any = {};
+  let remote: any;
+  const CitadelCore = {
+    later() {
+      seen.inner = remote.settled();
+      for (let n = 0; n < 20; n++) seen.passed = remote.pass();
+      return "later";
+    },
+    async run({ neuralMesh }: any) {
+      remote = neuralMesh;
+      seen.outer = neuralMesh.both(CitadelCore);
+      seen.value = await seen.inner;
+    },
+  };
+  await serve({ CitadelCore });
+  const { state, error } = await cycle(service.address);
+  assert.equal(state, "CYCLE_STATE_SUCCEEDED", error);
+  assert.ok(seen.inner instanceof Promise);
+  assert.deepEqual([seen.outer, seen.passed, seen.value], ["later", "passed", "settled"]);
+});
+
 test("modules of two processes may call each other at the same time", async () => {
   const order: string[] = [];
   const make = (own: string, other: string) => ({
@@ -295,6 +324,16 @@ test("collections of other processes are copies", async () => {
   await serve({ LatentCollaboration }, { registrations: { LatentCollaboration: { reads: ["agents"] } } });
   await cycle(service.address);
   assert.deepEqual(seen, [{ id: "wolf" }]);
+});
+
+test("a collection that can't be copied is an issue of its readers", async () => {
+  await serve({ agents: [() => "wolf"] });
+  await serve({ LatentCollaboration: { run() {} } }, { registrations: { LatentCollaboration: { reads: ["agents"] } } });
+  const { subsystems } = await cycle(service.address);
+  const { issues } = subsystems.find(({ name }) => name === "LatentCollaboration")!;
+  const { code, message } = issues[0]!;
+  assert.equal(code, "NO_METHODS");
+  assert.match(message, /^only the output of agents can be had: .* INTERNAL: TypeError: agents\[0\] is a function/);
 });
 
 test("a module can be called after the cycle, and its new methods are there in the next one", async () => {
@@ -460,6 +499,6 @@ test("calls of modules that are not served here are refused", async () => {
   );
   stream.on("data", (response) => responses.push(response));
   await once(stream, "end");
-  assert.match(String(responses[0].threw), /NeuralMesh has no method constructor/);
+  assert.match(String(responses[0].threw), /NeuralMesh has no member constructor/);
   assert.ok("NeuralMesh" in (await registered(service.address)));
 });

@@ -5,6 +5,7 @@ import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { test } from "node:test";
+import { fileURLToPath } from "node:url";
 import { credentials, Server, ServerCredentials, type sendUnaryData, type ServerUnaryCall } from "@grpc/grpc-js";
 import { Fleet, Orchestrator, type Cycle, type FleetOptions } from "dreamnet-subsystem";
 import { ORCHESTRATOR } from "../../subsystem/dist/contract.js";
@@ -19,6 +20,7 @@ import {
   registered,
   run,
   serving,
+  start,
   startOrchestrator,
   untilRegistry,
 } from "./support.js";
@@ -154,6 +156,24 @@ test("a fleet that stops is served until the running cycle has ended", async () 
   proceed.happen();
   assert.equal((await record).state, "CYCLE_STATE_SUCCEEDED");
   await ended;
+});
+
+test("a program ends with one line, or on a signal with success", async () => {
+  const address = await service();
+  const program = fileURLToPath(new URL("./program.js", import.meta.url));
+  const env = { ORCHESTRATOR_ADDRESS: address };
+  const bad = await run(process.execPath, [program, address], { env });
+  assert.equal(bad.code, 1);
+  assert.match(bad.stderr, /can't listen on .*: No address added out of total 1 resolved errors: .*EADDRINUSE/);
+  assert.doesNotMatch(bad.stderr, /\n +at /);
+  for (const signal of ["SIGTERM", "SIGINT"] as const) {
+    const running = await start(process.execPath, [program, "127.0.0.1:0"], env);
+    await untilRegistry(address, (all) => "it" in all);
+    assert.equal((await cycle(address)).state, "CYCLE_STATE_SUCCEEDED");
+    assert.equal(await running.stop(signal), 0, running.log());
+    assert.match(running.log(), /^it is unregistered$/m);
+    assert.deepEqual(await registered(address), {});
+  }
 });
 
 test("it passes the conformance check", async () => {
