@@ -58,6 +58,7 @@ soak:
 lint-proto:
     npm ci --silent --prefix .ci
     .ci/node_modules/.bin/buf lint proto
+    .ci/node_modules/.bin/buf lint clients/node/dreamnet/proto
     for released in proto/released/*.binpb; do .ci/node_modules/.bin/buf breaking proto --against "$released"; done
 
 # The dashboard's scripts, and JavaScript and TypeScript elsewhere: types and lints. Needs npm.
