@@ -135,16 +135,16 @@ class Serving {
       })());
 
     const orchestrator = (options.orchestrator ?? process.env.ORCHESTRATOR_ADDRESS) || undefined;
-    const waitMs = orchestrator ? toMs(options.wait ?? "30s") : 0;
+    const waitMs = toMs(options.wait ?? "30s");
     let address = "";
+    let isSettled = false;
     let problem: Problem | undefined;
+    let limit: NodeJS.Timeout | undefined; // Only of an orchestrator that is down: this process may be slow itself.
     let refuse!: (error: Error) => void;
     const refused = new Promise<never>((_, reject) => (refuse = reject));
     const notRegistered = (what: string) => refuse(new Error(`the orchestrator at ${urlOf(options)} ${what}`));
-    const late = () => {
-      const within = waitMs > 0 ? ` within ${waitMs / 1000} s` : "";
-      notRegistered(`can't be reached${within}${problem ? `: ${problem.message}` : ""}`);
-    };
+    const late = () =>
+      notRegistered(`can't be reached${waitMs > 0 ? ` within ${waitMs / 1000} s` : ""}: ${problem!.message}`);
     let register!: () => void;
     const registered = new Promise<void>((resolve) => (register = resolve));
     worker.on("message", (message: ToModules) => {
@@ -157,10 +157,11 @@ class Serving {
           register();
           break;
         case "problem": {
+          if (isSettled) break; // Its line in the log is enough.
           problem = message.problem;
           const isDown = problem.code === status.UNAVAILABLE || problem.code === status.DEADLINE_EXCEEDED;
           if (!isDown) notRegistered(`answered ${problem.message}`);
-          else if (waitMs === 0) late();
+          else limit ??= setTimeout(late, waitMs);
           break;
         }
         case "ended":
@@ -175,13 +176,13 @@ class Serving {
       refuse(error);
     });
     worker.once("exit", () => link.close());
-    const limit = waitMs > 0 ? setTimeout(late, waitMs) : undefined;
     try {
       await Promise.race([registered, refused]);
     } catch (error) {
       await stop();
       throw error;
     } finally {
+      isSettled = true;
       clearTimeout(limit);
       refused.catch(() => {}); // It ends later, too.
     }
