@@ -204,7 +204,7 @@ export function isThenable(value: unknown): value is PromiseLike<unknown> {
   try {
     return typeof (value as { then?: unknown } | null | undefined)?.then === "function";
   } catch {
-    // It can't be read: whoever copies it reports that.
+    // It can't be read: the copy, which is made next, reports that.
     return false;
   }
 }

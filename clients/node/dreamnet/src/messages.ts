@@ -55,7 +55,7 @@ export type Outcome =
 export type Described = { readonly described: readonly Description[] } | { readonly failed: string };
 
 /**
- * On the port of the calls, in both directions. The one who asks chooses the id. A call has one `outcome`, or a second
+ * On the port of the calls, in both directions. The asking thread chooses the id. A call has one `outcome`, or a second
  * one after `promised`.
  */
 export type CallMessage =

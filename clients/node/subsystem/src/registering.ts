@@ -178,8 +178,8 @@ export class Registrar {
     const problem = problemOf(error);
     if (this.reported.get(name) === problem.message) return;
     this.reported.set(name, problem.message);
-    const who = name ? `${name} is` : "subsystems are";
-    this.observer.log(`${who} not registered with ${this.orchestrator.url}: ${problem.message}; trying again`);
+    const subject = name ? `${name} is` : "subsystems are";
+    this.observer.log(`${subject} not registered with ${this.orchestrator.url}: ${problem.message}; trying again`);
     if (!name) this.observer.problem(problem);
   }
 }
