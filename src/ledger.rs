@@ -11,6 +11,7 @@ mod entry;
 mod leaves;
 mod note;
 mod proof;
+mod proven;
 mod seal;
 mod tree;
 
@@ -21,6 +22,7 @@ pub use self::{
     leaves::Leaves,
     note::{Checkpoint, NoteError, Signer, SigningKey, VerifyingKey},
     proof::{Consistency, Inclusion, Path, ProofError},
+    proven::Proven,
     seal::{SealKeys, Sealed, SealedBy},
     tree::{Frontier, Hash, Node},
 };

@@ -810,7 +810,7 @@ async fn each_change_of_a_database_is_named_when_it_is_verified() {
         "{said}"
     );
 
-    let changes: [(&str, &[&str]); 18] = [
+    let changes: [(&str, &[&str]); 20] = [
         (
             "UPDATE cycles SET record = CAST(record || x'00' AS BLOB) WHERE cycle_id = 9",
             &["cycle 9 (leaf 17) was changed"],
@@ -834,6 +834,8 @@ async fn each_change_of_a_database_is_named_when_it_is_verified() {
             &["cycle 9 (leaf 15) was changed", "cycle 8 (leaf 17) was changed"],
         ),
         ("UPDATE cycles SET leaf = NULL WHERE cycle_id = 8", &["leaf 15 is missing", "cycle 8 has no leaf"]),
+        ("UPDATE cycles SET cycle_id = -8 WHERE cycle_id = 8", &["the table cycles has 1 row that no version"]),
+        ("UPDATE cycles SET leaf = -15 WHERE cycle_id = 8", &["the table cycles has 1 row that no version"]),
         ("UPDATE hashes SET hash = zeroblob(32) WHERE id = 47", &["event of leaf 25 was changed"]),
         ("UPDATE hashes SET hash = zeroblob(32) WHERE id = 6", &["the hash 6 in the table hashes is not that of the entries"]),
         ("DELETE FROM hashes WHERE id = 7", &["the table hashes lacks the hash of leaf 4"]),
@@ -1143,6 +1145,85 @@ async fn other_columns_of_older_records_have_none_removed_before_its_time() {
         database(&path).query_row(&format!("SELECT count(*) FROM {table}"), [], |row| row.get::<_, i64>(0)).unwrap()
     };
     assert_eq!((count("cycles"), count("control")), (6, 0));
+}
+
+/// Puts another entry in the place of a leaf, with the hash that this has then: without the hashes above it, which end in
+/// a seal.
+fn forge(database: &Connection, leaf: u64, entry: Entry<'_>, put: &str, bytes: &[u8]) {
+    assert_eq!(database.execute(put, (i64::try_from(leaf).unwrap(), bytes)).unwrap(), 1);
+    let number = i64::try_from(Node::of_leaf(leaf).number()).unwrap();
+    let forged = database.execute("UPDATE hashes SET hash = ?2 WHERE id = ?1", (number, &entry.leaf().0[..]));
+    assert_eq!(forged.unwrap(), 1);
+}
+
+#[tokio::test]
+async fn an_entry_with_a_forged_hash_neither_counts_as_a_removal_nor_is_removed() {
+    let mut stage = Stage::new().await;
+    for _ in 0..6 {
+        stage.client.run().await.unwrap();
+    }
+    let (_, key) = checkpoint(&mut ledger(&stage).await).await;
+    let Stage { mut home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    let path = home.path("o.db");
+    let untouched = fs::read(&path).unwrap();
+    let count = |table: &str| {
+        database(&path).query_row(&format!("SELECT count(*) FROM {table}"), [], |row| row.get::<_, i64>(0)).unwrap()
+    };
+    // The record of cycle n is leaf 2n - 2, and the event of its call leaf 2n - 1. As if retention had removed the event
+    // of the first cycle and all before leaf 8.
+    let removal = pb::RecordsPruned { leaves: Vec::new(), first_kept: 8 };
+    let removal = pb::ControlEntry { entry: Some(pb::control_entry::Entry::RecordsPruned(removal)) }.encode_to_vec();
+    database(&path).execute("DELETE FROM audit WHERE leaf = 1", []).unwrap();
+    let put = "INSERT INTO control (leaf, entry) VALUES (?1, ?2)";
+    forge(&database(&path), 1, Entry::Control(&removal), put, &removal);
+    home = home.with_args(["--set", "store.retention.max_cycles=5"]);
+    let service = home.serve().await;
+    let removed = async { while count("cycles") > 5 {} };
+    patiently("the oldest record to be removed", removed).await;
+    assert!(service.stop().await.success());
+    database(&path).execute("DELETE FROM control WHERE leaf = 1", []).unwrap();
+    let (code, said) = verify(&path, &key, &[]);
+    let named = "leaf 1 is missing, and no entry says that retention removed it";
+    assert!(code == Some(1) && said.contains(named), "{code:?}: {said}");
+
+    // As if the second cycle had been cancelled, of which none is kept.
+    fs::write(&path, &untouched).unwrap();
+    fs::remove_file(home.path("log")).unwrap();
+    let record: Vec<u8> =
+        database(&path).query_row("SELECT record FROM cycles WHERE cycle_id = 2", [], |row| row.get(0)).unwrap();
+    let state = pb::CycleState::Cancelled.into();
+    let record = pb::CycleTelemetry { state, ..decode(record.into()) }.encode_to_vec();
+    let put = "UPDATE cycles SET record = ?2, state = 4 WHERE leaf = ?1";
+    forge(&database(&path), 2, Entry::Cycle(&record), put, &record);
+    home = home.with_args(["--set", "store.retention.max_cycles=100", "--set", "store.retention.max_age=\"1ms\""]);
+    let service = home.serve().await;
+    home.logged("the record of cycle 2, revision 2, can't be read: its bytes were changed: the log does not", 1).await;
+    assert!(service.stop().await.success());
+    let kept = database(&path).query_row("SELECT 1 FROM cycles WHERE cycle_id = 2", [], |row| row.get::<_, i64>(0));
+    assert_eq!(kept, Ok(1));
+}
+
+#[tokio::test]
+async fn retention_of_records_that_are_older_than_the_log_leaves_the_log_as_it_is() {
+    let mut stage = Stage::new().await;
+    for _ in 0..4 {
+        stage.client.run().await.unwrap();
+    }
+    let Stage { fleet, home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    write_as_version(4, &home.path("o.db"));
+    fs::remove_file(home.path("o.db.checkpoint")).unwrap();
+    let url = format!("sqlite:{}", home.path("o.db").display());
+    assert_eq!(call(None, &["store", "accept", &url]).await.0, 0);
+    let mut stage = Stage::again(fleet, home.with_args(["--set", "store.retention.max_cycles=3"])).await;
+    let removed = async { while stage.client.status().await.unwrap().oldest_revision < 2 {} };
+    patiently("an old record to be removed", removed).await;
+    let (_, key) = checkpoint(&mut ledger(&stage).await).await;
+    let Stage { home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    let (code, said) = verify(&home.path("o.db"), &key, &[]);
+    assert_eq!(code, Some(0), "{said}");
 }
 
 /// Retention says only of what it has removed that it did.

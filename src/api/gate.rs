@@ -146,9 +146,8 @@ impl Gate {
     }
 
     /// Begins a call of an RPC, `None` if its method is unknown, once its headers are there and before its request is
-    /// read:
-    /// strangers have nothing decoded, and a caller that does not end its requests reaches its limits. [`Gate::enter`]
-    /// expects the returned value in the extensions of the request.
+    /// read: strangers have nothing decoded, and a caller that does not end its requests reaches its limits.
+    /// [`Gate::enter`] expects the returned value in the extensions of the request.
     ///
     /// # Errors
     /// The identity of the caller is not known, or has reached one of its limits.

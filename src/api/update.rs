@@ -110,7 +110,9 @@ impl Update {
             Selected::Paths(paths) => {
                 let keys = paths.iter().filter_map(|path| path.strip_prefix(PARAMETER));
                 changed.parameters = subsystem.parameters.with_keys_of(&self.parameters, keys).as_bytes().clone();
-                paths.iter().for_each(|path| copy(path, &self.values, &mut changed));
+                for path in paths {
+                    copy(path, &self.values, &mut changed);
+                }
             }
         }
         changed

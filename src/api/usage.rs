@@ -172,15 +172,6 @@ impl Pace {
         self.0 = Some(self.0.map_or(now, |even| even.max(now)) + interval(per_second));
     }
 
-    /// Begins and counts a call, unless there were too many within the last second.
-    fn begin(&mut self, per_second: u32, now: Instant) -> bool {
-        let is_due = self.is_due(per_second, Duration::from_secs(1), now);
-        if is_due {
-            self.count(per_second, now);
-        }
-        is_due
-    }
-
     fn is_ahead(&self, now: Instant) -> bool {
         self.0.is_some_and(|even| even > now)
     }
@@ -226,25 +217,32 @@ impl OfCaller {
         true
     }
 
-    /// Counts a call now, unless there were too many of late: then returns the key of the limit, and the limit.
-    fn begin(&mut self, load: Load, limits: &CallerLimits, now: Instant) -> Reached {
+    /// The key of the limit of its pace that a further call would exceed, and the limit.
+    fn paced(&self, load: Load, limits: &CallerLimits, now: Instant) -> Reached {
+        const SECOND: Duration = Duration::from_secs(1);
         let CallerLimits { calls_per_second, changes_per_second, renewals_per_second, .. } = *limits;
-        let reached = |key, per_second: u32| Some((key, per_second as usize));
+        let exceeded = |pace: &Pace, key, per_second: u32, saved| {
+            (!pace.is_due(per_second, saved, now)).then_some((key, per_second as usize))
+        };
         if load == Load::Renewal {
-            let is_due = self.pace_of_renewals.begin(renewals_per_second, now);
-            return if is_due { None } else { reached("limits.renewals_per_second", renewals_per_second) };
+            return exceeded(&self.pace_of_renewals, "limits.renewals_per_second", renewals_per_second, SECOND);
         }
-        if let Some(per_second) = calls_per_second
-            && !self.pace_of_calls.begin(per_second, now)
-        {
-            return reached("limits.calls_per_second", per_second);
+        let calls = calls_per_second
+            .and_then(|per_second| exceeded(&self.pace_of_calls, "limits.calls_per_second", per_second, SECOND));
+        calls.or_else(|| {
+            let saved = CallerLimits::SAVED_CHANGES;
+            let changes = || exceeded(&self.pace_of_changes, "limits.changes_per_second", changes_per_second, saved);
+            (load == Load::Change).then(changes).flatten()
+        })
+    }
+
+    /// Counts a call that begins. A change is counted when it is made.
+    fn count(&mut self, load: Load, limits: &CallerLimits, now: Instant) {
+        if load == Load::Renewal {
+            self.pace_of_renewals.count(limits.renewals_per_second, now);
+        } else if let Some(per_second) = limits.calls_per_second {
+            self.pace_of_calls.count(per_second, now);
         }
-        // It is counted when it has changed something.
-        let may_change = || self.pace_of_changes.is_due(changes_per_second, CallerLimits::SAVED_CHANGES, now);
-        if load == Load::Change && !may_change() {
-            return reached("limits.changes_per_second", changes_per_second);
-        }
-        None
     }
 
     /// Opens a call, which takes its places.
@@ -331,8 +329,10 @@ impl Usage {
         let number = callers.next;
         callers.next += 1;
         let of = callers.of.entry(identity.clone()).or_default();
-        let reached = of.make_room(identity, load, limits, now).or_else(|| of.begin(load, limits, now));
+        // A call that is refused for its pace puts no other out.
+        let reached = of.paced(load, limits, now).or_else(|| of.make_room(identity, load, limits, now));
         if reached.is_none() {
+            of.count(load, limits, now);
             of.open(number, Open { load, since: now, gives_way: Some(gives_way.clone()) });
         }
         callers.sweep(now);

@@ -5,8 +5,8 @@ use clap::Subcommand;
 use super::{
     Exit, Failure, known,
     output::{
-        age, clean, count, cycle_state, grouped, milliseconds, names, note, one_of, parse_positive, parse_time, payload,
-        print, sections, skip_reason, subsystem_state, telemetry, time, trigger, word,
+        age, clean, count, cycle_state, grouped, milliseconds, names, note, one_of, parse_positive, parse_time,
+        payload, print, sections, skip_reason, subsystem_state, telemetry, time, trigger, word,
     },
     remote::Remote,
     table::{Cell, Facts, Page, Table, left, long, number, right, state, text},

@@ -13,8 +13,8 @@ use super::{
     cycles::why,
     known,
     output::{
-        age, clean, count, duration, grouped, milliseconds, names, note, parse_duration, payload, print, subsystem_state,
-        time, word,
+        age, clean, count, duration, grouped, milliseconds, names, note, parse_duration, payload, print,
+        subsystem_state, time, word,
     },
     remote::{Client, Remote, has_timeout_by_environment},
     table::{Cell, Facts, Page, Table, left, long, right, state, text},
@@ -247,7 +247,7 @@ impl Command {
                         Some((now, previous)) => format!(
                             "subsystem {} is registered, in place of its previous registration\n{}",
                             clean(&name),
-                            changes(previous, now)
+                            changes(previous, now, format.page())
                         ),
                         None if response.created => format!("subsystem {} is registered\n", clean(&name)),
                         None => format!("subsystem {} is registered, as before\n", clean(&name)),
@@ -264,7 +264,7 @@ impl Command {
                     let name = response.subsystem.as_ref().map(name).unwrap_or_default();
                     match response.subsystem.as_ref().zip(response.previous.as_ref()) {
                         Some((now, previous)) => {
-                            format!("subsystem {} is changed\n{}", clean(&name), changes(previous, now))
+                            format!("subsystem {} is changed\n{}", clean(&name), changes(previous, now, format.page()))
                         }
                         None => format!("subsystem {} is unchanged: it had these values\n", clean(&name)),
                     }

@@ -78,13 +78,27 @@ impl Node {
     pub fn largest_of<E>(leaf: u64, size: u64, mut gone: impl FnMut(Range<u64>) -> Result<bool, E>) -> Result<Self, E> {
         let mut node = Self::of_leaf(leaf);
         loop {
-            let beside = Self { index: node.index ^ 1, ..node };
-            let above = Self { level: node.level + 1, index: node.index / 2 };
+            let (beside, above) = (node.beside(), node.above());
             if above.leaves().end > size || !gone(beside.leaves())? {
                 return Ok(node);
             }
             node = above;
         }
+    }
+
+    /// The other half of the node above it.
+    pub(super) fn beside(self) -> Self {
+        Self { index: self.index ^ 1, ..self }
+    }
+
+    /// The node of which it is a half.
+    pub(super) fn above(self) -> Self {
+        Self { level: self.level + 1, index: self.index / 2 }
+    }
+
+    /// True if it is the left half of the node above it.
+    pub(super) fn is_left(self) -> bool {
+        self.index.is_multiple_of(2)
     }
 
     /// Its leaves.
@@ -148,6 +162,11 @@ impl Frontier {
     /// one.
     pub fn of(size: u64, roots: Vec<Hash>) -> Option<Self> {
         (roots.len() == size.count_ones() as usize).then_some(Self { size, roots })
+    }
+
+    /// The hashes of its [nodes](Self::nodes).
+    pub(super) fn roots(&self) -> &[Hash] {
+        &self.roots
     }
 
     /// Number of leaves.

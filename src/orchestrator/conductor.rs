@@ -82,16 +82,20 @@ impl Shared {
         }
     }
 
-    /// Waits until the process drains and only cycles are left that can't be recorded, or can't begin, because the
-    /// store
+    /// Waits until the process drains and only cycles are left that can't be recorded, or can't begin, because the store
     /// can't be written: for longer than the longest pause between two attempts, and one more fails. Returns why.
     async fn can_not_record(&self) -> StoreError {
         const LOOK: Duration = Duration::from_millis(500);
         let mut store_error = self.state().store_error.subscribe();
         let mut since = None;
         loop {
-            // A commit that is late may still succeed. The sender lives as long as `self`.
-            let _ = store_error.wait_for(|error| error.as_ref().is_some_and(|error| !error.is_late())).await;
+            // A commit that is late may still succeed.
+            let fails = |error: &Option<StoreError>| error.as_ref().is_some_and(|error| !error.is_late());
+            if !fails(&store_error.borrow_and_update()) {
+                since = None;
+                // The sender lives as long as `self`.
+                let _ = store_error.wait_for(fails).await;
+            }
             if !self.state().draining || self.live.is_running() {
                 since = None;
             } else if since.get_or_insert_with(Instant::now).elapsed() > LONGEST_PAUSE {

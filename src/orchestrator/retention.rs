@@ -15,7 +15,8 @@ use crate::{
     ledger::RecordsPruned,
     model::{Cause, Revision},
     ports::{
-        AuditEntry, Durability, Excess, PageLimits, Removal, ResumeError, Retention, RetentionRule, StoreError, Write,
+        AuditEntry, Durability, Excess, Log, PageLimits, Removal, ResumeError, Retention, RetentionRule, StoreError,
+        Write,
     },
     record,
 };
@@ -226,7 +227,13 @@ impl Shared {
         if count > 0 {
             let (removed, written) = oneshot::channel();
             let write = async {
-                self.ask_to_write(Box::new(Removing { removal: removal(excess), cause, event: None, removed })).await?;
+                self.ask_to_write(Box::new(Removing {
+                    removal: removal(excess, &self.store.log()),
+                    cause,
+                    event: None,
+                    removed,
+                }))
+                .await?;
                 written.await.unwrap_or_else(|_| Err(self.store_ended()))
             };
             select! {
@@ -248,9 +255,11 @@ struct Removed {
 }
 
 /// The removal of these records and events, with its entry in the log.
-fn removal(Excess { records, events, first_kept, .. }: Excess) -> Removal {
+fn removal(Excess { records, events, first_kept, .. }: Excess, log: &Log) -> Removal {
     let mut leaves: Vec<_> = records.iter().filter_map(|(_, leaf)| *leaf).chain(events.iter().copied()).collect();
     leaves.sort_unstable();
+    // Without an entry that says so, nothing of the log is gone.
+    let first_kept = if leaves.is_empty() { log.first_kept } else { first_kept };
     let entry = |leaves| record::encode_pruned(&RecordsPruned::of(leaves, first_kept));
     Removal {
         revisions: records.into_iter().map(|(revision, _)| revision).collect(),

@@ -2,25 +2,29 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::super::output::{Table, duration, names, text};
+use super::super::{
+    output::{duration, names},
+    table::{Facts, Page, has_unicode},
+};
 use crate::{model::Payload, proto::orchestrator::v1 as pb};
 
 /// A line for each change between two states of a subsystem: `timeout  10s → 4s`.
-pub(super) fn changes(previous: &pb::SubsystemStatus, now: &pb::SubsystemStatus) -> String {
+pub(super) fn changes(previous: &pb::SubsystemStatus, now: &pb::SubsystemStatus, page: Page) -> String {
+    let becomes = if has_unicode() { "→" } else { "->" };
     let (before, after) = (fields(previous), fields(now));
     let paths: BTreeSet<_> = before.keys().chain(after.keys()).collect();
-    let mut table = Table::facts();
+    let mut facts = Facts::new();
     for path in paths {
         let [before, after] = [&before, &after].map(|fields| fields.get(path).map_or("", String::as_str));
         if before != after {
             let [before, after] = [before, after].map(|value| if value.is_empty() { "-" } else { value });
-            table.row([text(path), text(format!("{before} → {after}"))]);
+            facts.fact(path, format!("{before} {becomes} {after}"));
         }
     }
     if now.redacted {
-        table.fact("parameters", "left out: operators see them");
+        facts.fact("parameters", "left out: operators see them");
     }
-    table.finish_unless_empty()
+    facts.finish(page)
 }
 
 /// The values of all fields by their paths, in the form that flags accept. A value is empty if there is none.

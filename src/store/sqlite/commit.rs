@@ -9,7 +9,7 @@ use super::{
     identity::Identity,
     log,
     note::Mark,
-    rows::{integer, nanoseconds, number, state_number, to_json, trigger_number},
+    rows::{integer, leaf, nanoseconds, number, state_number, to_json, trigger_number},
     seal::{LOOPS, OPEN_CYCLES, OUTPUTS, SUBSYSTEMS, Sealer},
 };
 use crate::{
@@ -203,10 +203,9 @@ fn remove_entries(transaction: &Transaction<'_>, write: &Write, counts: &mut Cou
     let mut leaves = events.clone();
     let mut remove = transaction.prepare_cached("DELETE FROM cycles WHERE revision = ?1 RETURNING state, leaf")?;
     for revision in revisions {
-        let (state, leaf): (i64, Option<i64>) =
-            remove.query_row([integer(revision.0)], |row| Ok((row.get(0)?, row.get(1)?)))?;
+        let (state, leaf) = remove.query_row([integer(revision.0)], |row| Ok((row.get(0)?, leaf(row)?)))?;
         counts.remove_record(state);
-        leaves.extend(leaf.map(i64::unsigned_abs));
+        leaves.extend(leaf);
     }
     let mut remove = transaction.prepare_cached("DELETE FROM audit WHERE leaf = ?1 RETURNING kind")?;
     for leaf in events {

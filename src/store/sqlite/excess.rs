@@ -7,12 +7,12 @@ use rusqlite::{Row, Statement, Transaction};
 use super::{
     commit::Term,
     log,
-    rows::{COLUMNS, HAS_REVISION, MAX_RECORD, event, integer, number, read},
+    rows::{COLUMNS, HAS_REVISION, MAX_RECORD, event, integer, leaf, number, read},
 };
 use crate::{
-    ledger::{Entry, Leaves},
+    ledger::{Entry, Leaves, Proven},
     model::{CycleState, EventKind, Revision},
-    ports::{Checks, Excess, Retention, UnreadableEvent},
+    ports::{Check, Checks, EventCheck, Excess, Record, Retention, Unreadable, UnreadableEvent},
     store::pruning::{Limits, rules},
 };
 
@@ -43,8 +43,8 @@ struct Search {
 
 /// What an entry turns out to be.
 enum Examined {
-    /// One of the rule, from this time.
-    Ours(Timestamp),
+    /// One of the rule, from this time, with its leaf in the log.
+    Ours(Timestamp, Option<u64>),
     Other,
     /// It is not what was written.
     Damaged(String),
@@ -70,6 +70,7 @@ impl Searches {
         limit: usize,
     ) -> rusqlite::Result<(Excess, Option<String>)> {
         let mut budget = Budget { limit, entries: MOST_EXAMINED, bytes: MOST_BYTES };
+        let mut proven = Proven::of(&term.frontier.log.frontier);
         let newest = term.frontier.last_revision.0;
         let mut records = Vec::new();
         let mut query = transaction.prepare_cached(&format!(
@@ -80,37 +81,44 @@ impl Searches {
         for (rule, states) in &rules {
             let search = self.of_states(states);
             let limits = rule.limits(states.iter().map(|state| term.counts.records_of(*state)).sum(), now);
-            let examine = |row: &Row<'_>| match read(transaction, row, checks.record) {
-                Ok(record) if states.contains(&record.state) => Examined::Ours(record.finished_at),
-                Ok(_) => Examined::Other,
-                Err(unreadable) => Examined::Damaged(unreadable.to_string()),
+            let examine = |row: &Row<'_>| {
+                let (record, leaf) = match examine_record(transaction, row, checks.record, &mut proven)? {
+                    Ok(examined) => examined,
+                    Err(unreadable) => return Ok(Examined::Damaged(unreadable.to_string())),
+                };
+                let is_ours = states.contains(&record.state);
+                Ok(if is_ours { Examined::Ours(record.finished_at, leaf) } else { Examined::Other })
             };
             records.extend(search.oldest(&mut query, newest, limits, &mut budget, examine)?);
         }
         records.sort_unstable();
         records.truncate(limit);
+        let records: Vec<_> = records.into_iter().map(|(revision, leaf)| (Revision(revision), leaf)).collect();
         let room = limit - records.len();
         let mut events = Vec::new();
         let mut query =
             transaction.prepare_cached("SELECT * FROM audit WHERE leaf >= ?1 AND leaf < ?2 ORDER BY leaf")?;
         for (kind, search) in EventKind::ALL.into_iter().zip(&mut self.events) {
             let limits = retention.events.limits(term.counts.events_of(kind), now);
-            let examine = |row: &Row<'_>| match examine_event(transaction, row, checks) {
-                Ok((found, time)) if found == kind => Examined::Ours(time),
-                Ok(_) => Examined::Other,
-                Err(unreadable) => Examined::Damaged(unreadable.to_string()),
+            let examine = |row: &Row<'_>| {
+                Ok(match examine_event(transaction, row, checks.event, &mut proven)? {
+                    Ok((found, time)) if found == kind => Examined::Ours(time, None),
+                    Ok(_) => Examined::Other,
+                    Err(unreadable) => Examined::Damaged(unreadable.to_string()),
+                })
             };
             let end = term.frontier.log.frontier.size();
-            events.extend(search.oldest(&mut query, end, limits, &mut budget, examine)?);
+            let oldest = search.oldest(&mut query, end, limits, &mut budget, examine)?;
+            events.extend(oldest.into_iter().map(|(leaf, _)| leaf));
         }
         events.sort_unstable();
         events.truncate(room);
-        let leaves = log::leaves_of(transaction, &records)?;
-        let removed = leaves.iter().flatten().chain(&events).map(|leaf| *leaf..*leaf + 1).collect();
+        let leaves = records.iter().filter_map(|(_, leaf)| *leaf).chain(events.iter().copied());
+        let removed = leaves.map(|leaf| leaf..leaf + 1).collect();
         let excess = Excess {
-            records: records.into_iter().map(Revision).zip(leaves).collect(),
+            first_kept: first_kept(transaction, &mut proven, term, &removed)?,
+            records,
             events,
-            first_kept: first_kept(transaction, term, &removed)?,
             is_partial: budget.is_spent(),
             damaged: None,
         };
@@ -134,16 +142,16 @@ impl Searches {
 }
 
 impl Search {
-    /// The oldest entries of the rule, as far as they exceed its limits and the budget reaches. `query` gives the
-    /// entries from a place on, up to `end`.
+    /// The oldest entries of the rule, as far as they exceed its limits and the budget reaches: their places, with what
+    /// `examine` finds of them. `query` gives the entries from a place on, up to `end`.
     fn oldest(
         &mut self,
         query: &mut Statement<'_>,
         end: u64,
         limits: Limits,
         budget: &mut Budget,
-        mut examine: impl FnMut(&Row<'_>) -> Examined,
-    ) -> rusqlite::Result<Vec<u64>> {
+        mut examine: impl FnMut(&Row<'_>) -> rusqlite::Result<Examined>,
+    ) -> rusqlite::Result<Vec<(u64, Option<u64>)>> {
         let mut oldest = Vec::new();
         if limits.exceed_none() {
             return Ok(oldest);
@@ -154,17 +162,20 @@ impl Search {
             && !budget.is_spent()
             && let Some(row) = rows.next()?
         {
-            budget.spend(row);
             let place = number(row, 0)?;
-            match examine(row) {
-                Examined::Ours(time) if limits.are_exceeded(oldest.len() as u64 + damaged, time) => oldest.push(place),
-                Examined::Ours(_) => break,
+            match examine(row)? {
+                Examined::Ours(time, leaf) if limits.are_exceeded(oldest.len() as u64 + damaged, time) => {
+                    oldest.push((place, leaf));
+                }
+                // It stays, and is examined again by the next search: without end, if it took from the budget.
+                Examined::Ours(..) => break,
                 Examined::Other => {}
                 Examined::Damaged(problem) => {
                     damaged += 1;
                     self.problem.get_or_insert(problem);
                 }
             }
+            budget.spend(row);
             if oldest.is_empty() {
                 (self.next, self.damaged) = (place + 1, damaged);
             }
@@ -185,29 +196,65 @@ impl Budget {
     }
 }
 
-/// The kind and the time of an audit event that has the bytes that were written.
+/// A record that is in the log with the bytes that it has, or older than the log, and its leaf.
+fn examine_record(
+    transaction: &Transaction<'_>,
+    row: &Row<'_>,
+    check: Check,
+    proven: &mut Proven,
+) -> rusqlite::Result<Result<(Record, Option<u64>), Unreadable>> {
+    let record = match read(transaction, row, check) {
+        Ok(record) => record,
+        Err(unreadable) => return Ok(Err(unreadable)),
+    };
+    let leaf = leaf(row)?;
+    let is_sound = match leaf {
+        Some(leaf) => log::is_in_log(transaction, proven, leaf, Entry::Cycle(&record.bytes))?,
+        None => true,
+    };
+    let Record { cycle_id, revision, .. } = record;
+    let problem = NOT_IN_LOG.into();
+    Ok(if is_sound { Ok((record, leaf)) } else { Err(Unreadable { cycle_id, revision, problem }) })
+}
+
+/// The kind and the time of an audit event that is in the log with the bytes that it has.
 fn examine_event(
     transaction: &Transaction<'_>,
     row: &Row<'_>,
-    checks: Checks,
-) -> Result<(EventKind, Timestamp), UnreadableEvent> {
-    let leaf = number(row, "leaf").unwrap_or_default();
-    let examined = event(row).map_err(|error| error.to_string()).and_then(|entry| {
-        log::check(transaction, leaf, Entry::Audit(&entry.bytes))?;
-        (checks.event)(&entry)?;
-        Ok((entry.kind, entry.time))
-    });
-    examined.map_err(|problem| UnreadableEvent { leaf, problem })
+    check: EventCheck,
+    proven: &mut Proven,
+) -> rusqlite::Result<Result<(EventKind, Timestamp), UnreadableEvent>> {
+    let leaf = number(row, "leaf")?;
+    let unreadable = |problem| Ok(Err(UnreadableEvent { leaf, problem }));
+    let entry = match event(row) {
+        Ok(entry) => entry,
+        Err(error) => return unreadable(error.to_string()),
+    };
+    if !log::is_in_log(transaction, proven, leaf, Entry::Audit(&entry.bytes))? {
+        return unreadable(NOT_IN_LOG.into());
+    }
+    match check(&entry) {
+        Ok(()) => Ok(Ok((entry.kind, entry.time))),
+        Err(problem) => unreadable(problem),
+    }
 }
+
+/// The problem of an entry whose hashes do not lead to the end of the log.
+const NOT_IN_LOG: &str = "its bytes were changed: the log does not have them as its leaf";
 
 /// The first leaf whose entry retention has not removed, without these either. Entries about earlier removals go with
 /// what is around them. An entry that is missing without a removal stays in the way: nothing may say that retention
 /// removed it.
-fn first_kept(transaction: &Transaction<'_>, term: &Term, removed: &Leaves) -> rusqlite::Result<u64> {
+fn first_kept(
+    transaction: &Transaction<'_>,
+    proven: &mut Proven,
+    term: &Term,
+    removed: &Leaves,
+) -> rusqlite::Result<u64> {
     let mut leaf = term.frontier.log.first_kept;
     while leaf < term.frontier.log.frontier.size() {
         let next = term.removed.from(leaf).end.max(removed.from(leaf).end);
-        if next == leaf && log::control_entry(transaction, leaf)?.is_none() {
+        if next == leaf && log::control_entry(transaction, proven, leaf)?.is_none() {
             break;
         }
         leaf = next.max(leaf + 1);

@@ -13,7 +13,7 @@ use super::{
     rows::{MAX_RECORD, integer, kind_number, nanoseconds, number},
 };
 use crate::{
-    ledger::{Content, Entry, Frontier, Hash, Leaves, Node, Part},
+    ledger::{Content, Entry, Frontier, Hash, Leaves, Node, Part, Proven},
     model::CycleId,
     ports::{Log, PageLimits, Pruned, StoreError, Write},
     store::{frontier::Appended, pruning::needless_hashes},
@@ -54,7 +54,7 @@ pub(super) fn read(connection: &Connection, path: &Path) -> Result<Log, StoreErr
 pub(super) fn leaf(connection: &Connection, cycle_id: CycleId) -> rusqlite::Result<Option<u64>> {
     let mut query = connection.prepare_cached("SELECT leaf FROM cycles WHERE cycle_id = ?1")?;
     let leaf = query.query_row([integer(cycle_id.0)], |row| row.get::<_, Option<i64>>(0)).optional()?;
-    Ok(leaf.flatten().map(i64::unsigned_abs))
+    Ok(leaf.flatten().and_then(|leaf| u64::try_from(leaf).ok()))
 }
 
 /// The hashes of these nodes; `None` if one is missing.
@@ -68,20 +68,36 @@ fn hash(connection: &Connection, node: Node) -> rusqlite::Result<Option<Hash>> {
     Ok(query.query_row([integer(node.number())], |row| row.get(0)).optional()?.map(Hash))
 }
 
-/// The entry about the log itself that is this leaf, if there is one with the bytes that were written.
-pub(super) fn control_entry(connection: &Connection, leaf: u64) -> rusqlite::Result<Option<Vec<u8>>> {
+/// The entry about the log itself that is this leaf, if it is in the log.
+pub(super) fn control_entry(
+    connection: &Connection,
+    proven: &mut Proven,
+    leaf: u64,
+) -> rusqlite::Result<Option<Vec<u8>>> {
     let mut query = connection.prepare_cached("SELECT entry FROM control WHERE leaf = ?1")?;
     let entry: Option<Vec<u8>> = query.query_row([integer(leaf)], |row| row.get(0)).optional()?;
-    Ok(entry.filter(|entry| check(connection, leaf, Entry::Control(entry)).is_ok()))
+    let Some(entry) = entry else { return Ok(None) };
+    Ok(is_in_log(connection, proven, leaf, Entry::Control(&entry))?.then_some(entry))
+}
+
+/// True if an entry is this leaf of the log: by its hashes up to the end of the log, which is sealed. The hash of the
+/// leaf alone could have been changed with the entry.
+pub(super) fn is_in_log(
+    connection: &Connection,
+    proven: &mut Proven,
+    leaf: u64,
+    entry: Entry<'_>,
+) -> rusqlite::Result<bool> {
+    proven.has(leaf, entry.leaf(), |node| hash(connection, node))
 }
 
 /// The leaves that retention has removed, by the entries that say so.
 pub(super) fn removed(connection: &Connection, log: &Log, pruned: Pruned) -> rusqlite::Result<Leaves> {
-    let mut removed = Leaves::default();
+    let (mut removed, mut proven) = (Leaves::default(), Proven::of(&log.frontier));
     removed.add(0..log.first_kept);
-    let mut query = connection.prepare("SELECT leaf FROM control ORDER BY leaf")?;
+    let mut query = connection.prepare("SELECT leaf FROM control WHERE leaf >= 0 ORDER BY leaf")?;
     for leaf in query.query_map([], |row| number(row, 0))? {
-        let entry = control_entry(connection, leaf?)?;
+        let entry = control_entry(connection, &mut proven, leaf?)?;
         // One that can't be read proves no removal.
         if let Some(pruned) = entry.and_then(|entry| pruned(&entry).ok()) {
             pruned.all().for_each(|leaves| removed.add(leaves));
@@ -233,11 +249,4 @@ pub(super) fn forget(
         delete.execute([numbers.start, numbers.end].map(integer))?;
     }
     Ok(())
-}
-
-/// The leaves of these records.
-pub(super) fn leaves_of(connection: &Connection, revisions: &[u64]) -> rusqlite::Result<Vec<Option<u64>>> {
-    let mut query = connection.prepare_cached("SELECT leaf FROM cycles WHERE revision = ?1")?;
-    let mut leaf = |revision: &u64| query.query_row([integer(*revision)], |row| row.get::<_, Option<i64>>(0));
-    revisions.iter().map(|revision| Ok(leaf(revision)?.map(i64::unsigned_abs))).collect()
 }

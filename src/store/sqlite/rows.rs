@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use jiff::Timestamp;
-use rusqlite::{Connection, Row, types::ValueRef};
+use rusqlite::{Connection, Row, RowIndex, types::ValueRef};
 
 use super::log;
 use crate::{
@@ -26,7 +26,7 @@ pub(super) const MAX_RECORD: usize = 64 << 20;
 pub(super) fn read(connection: &Connection, row: &Row<'_>, check: Check) -> Found {
     let unreadable = |problem| Unreadable {
         cycle_id: CycleId(number(row, "cycle_id").unwrap_or_default()),
-        revision: revision(row).unwrap_or_default(),
+        revision: Revision(number(row, "revision").unwrap_or_default()),
         problem,
     };
     if let Ok(ValueRef::Blob(bytes)) = row.get_ref("record")
@@ -35,9 +35,8 @@ pub(super) fn read(connection: &Connection, row: &Row<'_>, check: Check) -> Foun
         return Err(unreadable(format!("it is {} bytes long", bytes.len())));
     }
     let record = record(row).map_err(|error| unreadable(error.to_string()))?;
-    let leaf: Option<i64> = row.get("leaf").map_err(|error| unreadable(error.to_string()))?;
-    match leaf {
-        Some(leaf) => log::check(connection, leaf.unsigned_abs(), Entry::Cycle(&record.bytes)).map_err(unreadable)?,
+    match leaf(row).map_err(|error| unreadable(error.to_string()))? {
+        Some(leaf) => log::check(connection, leaf, Entry::Cycle(&record.bytes)).map_err(unreadable)?,
         None if row.get("is_unlogged").unwrap_or(false) => {}
         None => return Err(unreadable("it is not in the log, although it was written since the log began".into())),
     }
@@ -55,7 +54,7 @@ pub(super) fn record(row: &Row<'_>) -> rusqlite::Result<Record> {
 pub(super) fn found(row: &Row<'_>) -> rusqlite::Result<Record> {
     Ok(Record {
         cycle_id: CycleId(number(row, "cycle_id")?),
-        revision: revision(row)?,
+        revision: Revision(number(row, "revision")?),
         epoch: Epoch(number(row, "epoch")?),
         state: state(row)?,
         trigger: trigger(row)?,
@@ -66,10 +65,12 @@ pub(super) fn found(row: &Row<'_>) -> rusqlite::Result<Record> {
     })
 }
 
-/// The place of a record in the history; one without a place has a negative number.
-fn revision(row: &Row<'_>) -> rusqlite::Result<Revision> {
-    let number: i64 = row.get("revision")?;
-    u64::try_from(number).map(Revision).map_err(|error| wrong(row, "revision", error))
+/// The leaf of a record; `None` if it is older than the log.
+pub(super) fn leaf(row: &Row<'_>) -> rusqlite::Result<Option<u64>> {
+    match row.get_ref("leaf")? {
+        ValueRef::Null => Ok(None),
+        _ => number(row, "leaf").map(Some),
+    }
 }
 
 /// An audit event.
@@ -156,9 +157,11 @@ fn trigger(row: &Row<'_>) -> rusqlite::Result<Trigger> {
     }
 }
 
-pub(super) fn number(row: &Row<'_>, column: impl rusqlite::RowIndex) -> rusqlite::Result<u64> {
+/// A number that is not negative, as all are that this software writes.
+pub(super) fn number(row: &Row<'_>, column: impl RowIndex) -> rusqlite::Result<u64> {
     let number: i64 = row.get(column)?;
-    Ok(number.unsigned_abs())
+    let index = column.idx(row.as_ref())?;
+    u64::try_from(number).map_err(|_| rusqlite::Error::IntegralValueOutOfRange(index, number))
 }
 
 /// Ids and counts stay far below the 63 bits of SQLite's integers.

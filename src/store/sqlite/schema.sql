@@ -240,10 +240,16 @@ CREATE TABLE history (
     leaf         INTEGER,
     record       BLOB NOT NULL
 );
-INSERT INTO history
-    SELECT iif(typeof(revision) = 'integer' AND revision > 0, revision, -cycle_id), cycle_id, epoch, state, trigger, loop,
-           request_id, triggered_by, finished_at, leaf, record
-    FROM cycles ORDER BY revision;
+-- By the table itself: its index may be damaged, and then one revision may be there twice.
+INSERT OR IGNORE INTO history
+    SELECT iif(typeof(revision) = 'integer' AND revision > 0, revision, -abs(cycle_id)), cycle_id, coalesce(epoch, 0),
+           coalesce(state, 0), coalesce(trigger, 0), loop, request_id, triggered_by, coalesce(finished_at, 0), leaf,
+           coalesce(record, x'')
+    FROM cycles NOT INDEXED ORDER BY cycle_id;
+INSERT OR IGNORE INTO history
+    SELECT -abs(cycle_id), cycle_id, coalesce(epoch, 0), coalesce(state, 0), coalesce(trigger, 0), loop, request_id,
+           triggered_by, coalesce(finished_at, 0), leaf, coalesce(record, x'')
+    FROM cycles NOT INDEXED WHERE cycle_id NOT IN (SELECT cycle_id FROM history);
 DROP TABLE cycles;
 PRAGMA legacy_alter_table = ON;  -- views of other programs stay as they are
 ALTER TABLE history RENAME TO cycles;

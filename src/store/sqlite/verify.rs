@@ -80,7 +80,7 @@ struct Leaf {
 #[derive(Clone, Copy)]
 struct RecordRow {
     revision: i64,
-    cycle_id: u64,
+    cycle_id: i64,
 }
 
 /// The entry that a row claims to be.
@@ -92,6 +92,7 @@ enum Claimed {
 
 impl Verifier<'_> {
     fn verify(mut self) -> rusqlite::Result<Verified> {
+        self.check_numbers()?;
         self.read_pruned()?;
         self.check_entries()?;
         self.check_unlogged()?;
@@ -117,14 +118,36 @@ impl Verifier<'_> {
         Ok(())
     }
 
+    /// No row has a number that this software gives to none: what follows leaves such rows out.
+    fn check_numbers(&mut self) -> rusqlite::Result<()> {
+        for (table, condition) in [
+            ("cycles", "revision < 1 OR cycle_id < 1 OR leaf < 0"),
+            ("audit", "leaf < 0"),
+            ("control", "leaf < 0"),
+            ("hashes", "id < 0 OR typeof(hash) <> 'blob'"),
+            ("meta", "id <> 0"),
+        ] {
+            let query = format!("SELECT count(*) FROM {table} WHERE {condition}");
+            let rows = self.database.query_row(&query, [], |row| number(row, 0))?;
+            if rows > 0 {
+                let rows = count(rows, "row");
+                (self.wrong)(format!("the table {table} has {rows} that no version of this software has written"));
+            }
+        }
+        Ok(())
+    }
+
     /// What control entries say of removed records.
     fn read_pruned(&mut self) -> rusqlite::Result<()> {
-        let mut query = self.database.prepare("SELECT leaf, entry FROM control ORDER BY leaf")?;
+        let mut query = self.database.prepare("SELECT leaf, entry FROM control WHERE leaf >= 0 ORDER BY leaf")?;
         let mut rows = query.query([])?;
         let mut first_kept = 0;
         while let Some(row) = rows.next()? {
             let (leaf, entry) = (number(row, 0)?, row.get::<_, Vec<u8>>(1)?);
             match (self.rules.checks.pruned)(&entry) {
+                Ok(pruned) if pruned.all().any(|leaves| leaves.end > leaf) => {
+                    (self.wrong)(format!("leaf {leaf}, a control entry, names leaves that are not before it"));
+                }
                 Ok(pruned) => {
                     first_kept = first_kept.max(pruned.first_kept);
                     pruned.all().for_each(|leaves| self.removed.add(leaves));
@@ -147,13 +170,13 @@ impl Verifier<'_> {
     /// Walks over all leaves, and makes the tree anew.
     fn check_entries(&mut self) -> rusqlite::Result<()> {
         let Verified { entries: size, .. } = self.verified;
-        let claims = "SELECT leaf, 1, revision, cycle_id FROM cycles WHERE leaf IS NOT NULL
-                      UNION ALL SELECT leaf, 2, 0, 0 FROM audit UNION ALL SELECT leaf, 3, 0, 0 FROM control
-                      ORDER BY leaf";
+        let claims = "SELECT leaf, 1, revision, cycle_id FROM cycles WHERE leaf >= 0
+                      UNION ALL SELECT leaf, 2, 0, 0 FROM audit WHERE leaf >= 0
+                      UNION ALL SELECT leaf, 3, 0, 0 FROM control WHERE leaf >= 0 ORDER BY leaf";
         let mut query = self.database.prepare(claims)?;
         let claims = query.query_map([], |row| {
             let entry = match row.get(1)? {
-                1 => Claimed::Record(RecordRow { revision: row.get(2)?, cycle_id: number(row, 3)? }),
+                1 => Claimed::Record(RecordRow { revision: row.get(2)?, cycle_id: row.get(3)? }),
                 2 => Claimed::Event,
                 _ => Claimed::Control,
             };
@@ -309,7 +332,7 @@ impl Verifier<'_> {
         let mut query = self.database.prepare(unlogged)?;
         let mut rows = query.query([])?;
         while let Some(row) = rows.next()? {
-            let row = RecordRow { revision: row.get(0)?, cycle_id: number(row, 1)? };
+            let row = RecordRow { revision: row.get(0)?, cycle_id: row.get(1)? };
             let Some(record) = self.record(row)? else { continue };
             self.verified.unlogged += 1;
             if integer(record.revision.0) > last {
