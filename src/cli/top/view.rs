@@ -210,8 +210,8 @@ impl View {
         }
     }
 
-    /// What the service is asked for: the subsystem whose detail is shown, or the cycle until its record is known, which
-    /// does not change.
+    /// What the service is asked for: the subsystem whose detail is shown, or the cycle until its record is known,
+    /// which does not change.
     pub(super) fn wants(&self) -> Option<&Subject> {
         match &self.mode {
             Mode::Detail(Detail { of: Subject::Cycle(_), is: Some(Ok(_)), .. }) => None,
