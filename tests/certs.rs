@@ -334,6 +334,7 @@ async fn mistakes_are_named_and_change_nothing() {
         (&["issue", "viewer", "a", "--valid-for", "11y"], "10 years"),
         (&["init", "--fleet", "A/b"], "small letters"),
         (&["renew", "nobody"], "nobody"),
+        (&["renew", "admni"], "Did you mean admin?"),
     ] {
         let (exit, text) = pki.certs(args).await;
         assert!((exit == 2 || exit == 1) && text.contains(named), "{args:?}: {exit} {text}");

@@ -27,7 +27,7 @@ use super::{
 use crate::{
     config::secure::{AUTHORITY, CERTIFICATE, KEY, SERVICE},
     file::{self, create_private},
-    model::{Identity, Name},
+    model::{Identity, Name, nearest},
 };
 
 /// Create an authority for a fleet, and issue and renew certificates that it signs
@@ -311,7 +311,12 @@ fn renew(dir: &Path, names: &[Name], within: SignedDuration) -> Result<(), Failu
     let end = HOST.clock.now().saturating_add(within).unwrap_or(Timestamp::MAX);
     let all = all(dir)?;
     if let Some(unknown) = names.iter().find(|name| !all.iter().any(|(known, _)| known == name.as_str())) {
-        let message = format!("{} has no certificate for {unknown}; see `orchestrator certs list`", dir.display());
+        let meant = nearest(unknown.as_str(), all.iter().map(|(known, _)| known.as_str()));
+        let did_you_mean = meant.map_or_else(String::new, |meant| format!(" Did you mean {meant}?"));
+        let message = format!(
+            "{} has no certificate for {unknown}.{did_you_mean} To list all: orchestrator certs list",
+            dir.display()
+        );
         return Err(Failure::new(Exit::Refused, message));
     }
     let is_wanted = |name: &str, issued: &Issued| match names {

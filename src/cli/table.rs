@@ -436,7 +436,7 @@ pub(super) mod tests {
     const PAGE: Page = Page { width: None, is_wide: false, has_colours: false, has_unicode: true };
 
     /// Checks what is shown at 40, 80 and 120 columns against the file of this name in `src/cli/screens`. With
-    /// `UPDATE_SCREENS` in the environment, the file is written instead: look at its changes.
+    /// `ORCHESTRATOR_TEST_UPDATE` in the environment, the file is written instead: look at its changes.
     #[track_caller]
     pub(in super::super) fn assert_screens(name: &str, show: impl Fn(Page) -> String) {
         let mut screens = String::new();
@@ -451,7 +451,7 @@ pub(super) mod tests {
             screens.extend([&*ruler, "\n", &*shown]);
         }
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("src/cli/screens/{name}.txt"));
-        if env::var_os("UPDATE_SCREENS").is_some() {
+        if env::var_os("ORCHESTRATOR_TEST_UPDATE").is_some() {
             fs::write(&path, &screens).unwrap();
         }
         assert_eq!(screens, fs::read_to_string(&path).unwrap(), "{name}");
