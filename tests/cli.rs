@@ -277,13 +277,17 @@ timeout             10s → 4s
                --timeout-per-cycle 2s --critical --record-output --params-json {\"n\":1} --retry-max-attempts 5 \
                --retry-initial-backoff 10ms --retry-max-backoff 20ms --retry-backoff-multiplier 1.5 \
                --retry-retryable-status-codes aborted --breaker-failure-threshold 7 --breaker-open-for 1m \
-               --breaker-disabled --limits-max-message-bytes 1000 --limits-max-output-bytes 900 \
+               --limits-max-message-bytes 1000 --limits-max-output-bytes 900 \
                --limits-max-metrics 8 --limits-max-issues 9";
     let changed = cli.run(all).await;
     for name in ["x", "y", "z"] {
         assert!(changed.stderr.contains(&format!("subsystem {name} is not registered")), "{}", changed.stderr);
     }
-    assert_eq!(changed.with(0).lines().count(), 24);
+    assert_eq!(changed.with(0).lines().count(), 23);
+    // A disabled breaker has no policy to keep.
+    let disabled = cli.run("subsystems set a --breaker-disabled").await.with(0);
+    assert_eq!(row(&disabled, "breaker.disabled"), ["breaker.disabled", "no", "→", "yes"]);
+    assert_eq!(row(&disabled, "breaker.failure_threshold"), ["breaker.failure_threshold", "7", "→", "5"]);
     let replaced = cli.run(&register).await.with(0);
     assert!(replaced.starts_with("subsystem a is registered, in place of its previous registration\n"), "{replaced}");
     assert_eq!(row(&replaced, "limits.max_issues"), ["limits.max_issues", "9", "→", "32"]);

@@ -236,8 +236,8 @@ pub(super) fn subsystem_status<Q>(
 /// The version of a registration: half of a keyed digest, which is enough to recognize a change.
 pub(super) fn etag(digests: &DigestKey, registration: &pb::Registration) -> String {
     let digest = digests.digest(&registration.encode_to_vec());
-    let (half, _) = digest.split_first_chunk().unwrap_or((&[0; 16], &[]));
-    format!("{:032x}", u128::from_be_bytes(*half))
+    let half = digest.first_chunk().map_or(0, |half| u128::from_be_bytes(*half));
+    format!("{half:032x}")
 }
 
 /// A part in a list: details of a large one are left out, so that other parts fit.

@@ -111,8 +111,8 @@ Examples:
 #[command(after_help = "\
 The flags are the keys of [[subsystems]] in the configuration file. A flag that is not given takes its default, even \
 if the registration had another value before; `orchestrator subsystems set` changes some fields only. The output has \
-what has changed in a registration that is replaced. The subsystem takes part from the next cycle that starts, and survives \
-restarts of the service.
+what has changed in a registration that is replaced. The subsystem takes part from the next cycle that starts, and \
+survives restarts of the service.
 
 With --file, all [[subsystems]] of the file are registered, up to 1,000 at once: all of these or none. Other tables of \
 the file are ignored, so that a configuration file can be used.
