@@ -299,7 +299,7 @@ timeout             10s → 4s
     cli.run(&format!("subsystems set a --etag {etag} --phase 1")).await.with(0);
     let outdated = cli.run(&format!("subsystems set a --etag {etag} --phase 2")).await.refused_with(1);
     assert!(outdated.contains("orchestrator subsystems show a") && outdated.contains("ETAG_MISMATCH"), "{outdated}");
-    let unknown = cli.run("subsystems set a --clear time").await.refused_with(1);
+    let unknown = cli.run("subsystems set a --clear time").await.refused_with(2);
     assert!(unknown.contains("\"time\", which is not a field") && unknown.contains("timeout"), "{unknown}");
     for line in ["subsystems set a", "subsystems set a --phase 1 --clear phase"] {
         cli.run(line).await.refused_with(2);

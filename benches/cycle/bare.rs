@@ -1,6 +1,6 @@
-//! What SQLite needs without ledger and audit: the same records, as durable and as atomic, with the numbers of the table
-//! `meta`, the checks of the epoch and of the files, and the note beside the database. It has no log, no hashes, no seals
-//! and no events. What a cycle costs more with the store of the service is the cost of these.
+//! What SQLite needs without ledger and audit: the same records, as durable and as atomic, with the numbers of the
+//! table `meta`, the checks of the epoch and of the files, and the note beside the database. It has no log, no hashes,
+//! no seals and no events. What a cycle costs more with the store of the service is the cost of these.
 
 use std::{
     fs::{self, File},

@@ -43,7 +43,7 @@ Examples:
   orchestrator serve
   orchestrator serve --config orchestrator.toml
   orchestrator serve --config orchestrator.toml --paused
-  orchestrator serve --read-only --store sqlite:backup.db --listen 127.0.0.1:7701 \\
+  orchestrator serve --read-only --store sqlite:b.db --listen 127.0.0.1:7701 \\
       --admin-listen 127.0.0.1:7781
   orchestrator serve --listen 127.0.0.1:7701 --store sqlite:/var/lib/fleet.db
   orchestrator serve --set cycle.deadline=30s --log-format json

@@ -82,8 +82,8 @@ impl Shared {
         }
     }
 
-    /// Waits until the process drains and only cycles are left that can't be recorded, or can't begin, because the store
-    /// can't be written: for longer than the longest pause between two attempts, and one more fails. Returns why.
+    /// Waits until the process drains and only cycles are left that can't be recorded, or can't begin, because the
+    /// store can't be written: for longer than the longest pause between two attempts, and one more fails. Returns why.
     async fn can_not_record(&self) -> StoreError {
         const LOOK: Duration = Duration::from_millis(500);
         let mut store_error = self.state().store_error.subscribe();

@@ -56,7 +56,9 @@ pub(super) fn read_contents(
 ) -> Result<Read, StoreError> {
     let explained = |error| explain(path, &error);
     let transaction = connection.transaction().map_err(explained)?;
-    let (current, mark, mut contents, numbers) = (|| {
+    let numbers = Numbers::read(&transaction).map_err(explained)?;
+    numbers.check().map_err(|problem| StoreError::Corrupt { store: path.display().to_string(), problem })?;
+    let (current, mark, mut contents) = (|| {
         let boot_id = boot_id();
         let (current, mark, mut contents) = transaction.query_row("SELECT * FROM meta", [], |row| {
             let (was_closed, last_boot_id): (bool, Option<String>) = (row.get("is_closed")?, row.get("boot_id")?);
@@ -71,7 +73,6 @@ pub(super) fn read_contents(
             };
             Ok((current, mark, contents))
         })?;
-        let numbers = Numbers::read(&transaction)?;
         contents.last_record = transaction
             .query_row(
                 &format!("SELECT {COLUMNS} FROM cycles WHERE {HAS_REVISION} ORDER BY revision DESC LIMIT 1"),
@@ -79,10 +80,9 @@ pub(super) fn read_contents(
                 |row| Ok(read(&transaction, row, checks.record)),
             )
             .optional()?;
-        Ok((current, mark, contents, numbers))
+        Ok((current, mark, contents))
     })()
     .map_err(explained)?;
-    numbers.check().map_err(|problem| StoreError::Corrupt { store: path.display().to_string(), problem })?;
     let log = log::read(&transaction, path)?;
     let removed = log::removed(&transaction, &log, checks.pruned).map_err(explained)?;
     let (keys, are_checked) = match seals {
