@@ -67,7 +67,7 @@ impl Example {
 }
 
 #[rustfmt::skip]
-static EXAMPLES: [Example; 7] = [
+static EXAMPLES: [Example; 8] = [
     Example::new("python", "python3 --version", "python3 -m grpc_tools.protoc -I ../../proto --python_out=. \
                                                  --grpc_python_out=. ../../proto/dreamnet/*/v1/*.proto", "python3 \
                                                  subsystem.py"),
@@ -80,6 +80,8 @@ static EXAMPLES: [Example; 7] = [
     Example::new("ruby", "grpc_tools_ruby_protoc --version && ruby -e 'require \"grpc\"'",
                  "grpc_tools_ruby_protoc -I ../../proto --ruby_out=. --grpc_out=. ../../proto/dreamnet/*/v1/*.proto",
                  "ruby subsystem.rb"),
+    Example::new("cpp", "cmake --version && pkg-config --exists grpc++ && command -v grpc_cpp_plugin",
+                 "cmake -S . -B build && cmake --build build -j2", "./build/ramp"),
     // With the kit, which is not installed here: its README says how to.
     Example::new("python", "python3 --version", "python3 -c 'import grpc, google.protobuf'",
                  "env PYTHONPATH=../../clients/python/src python3 kit.py").named("python-kit"),
@@ -225,7 +227,7 @@ async fn recorded(client: &mut Client) -> pb::CycleTelemetry {
 }
 
 #[tokio::test]
-#[ignore = "needs Python with grpcio-tools, Go, Maven, npm and Ruby; .ci/run runs it"]
+#[ignore = "needs Python with grpcio-tools, Go, Maven, npm, Ruby and C++ with gRPC; .ci/run runs it"]
 async fn outputs_flow_across_languages_and_the_others_continue_when_one_is_killed() {
     let fleet = Fleet::start().await;
     fleet.run("sensor", Run::output(&json!({ "value": 40 })));
@@ -248,7 +250,7 @@ async fn outputs_flow_across_languages_and_the_others_continue_when_one_is_kille
     show_cycle(&service, "a cycle across languages", &cycle).await;
     assert_eq!(cycle.state(), CycleState::Succeeded, "{cycle:?}");
     // The number passes through the chain: the average of 40 is 40, the sum of that is 40, the forecast without growth
-    // is 40, and the peak and the median of the number plus one are 41.
+    // is 40, and the peak of the number plus one, the median of that, and what follows that are 41.
     let mut expected = 40.0;
     for (example, before, _) in &chain {
         let part = part(&cycle, example.name);
@@ -349,7 +351,7 @@ async fn cycles(client: &mut SubsystemClient<Channel>) -> Value {
 }
 
 #[tokio::test]
-#[ignore = "needs Python with grpcio-tools, Go, Maven, npm and Ruby; .ci/run runs it"]
+#[ignore = "needs Python with grpcio-tools, Go, Maven, npm, Ruby and C++ with gRPC; .ci/run runs it"]
 async fn each_passes_the_conformance_check() {
     for example in examples().await {
         let running = example.start(&["--listen", "127.0.0.1:0", "--name", "it"]).await;
@@ -363,7 +365,7 @@ async fn each_passes_the_conformance_check() {
 }
 
 #[tokio::test]
-#[ignore = "needs Python with grpcio-tools, Go, Maven, npm and Ruby; .ci/run runs it"]
+#[ignore = "needs Python with grpcio-tools, Go, Maven, npm, Ruby and C++ with gRPC; .ci/run runs it"]
 async fn each_keeps_the_contract() {
     for example in examples().await {
         let running = example.start(&["--listen", "127.0.0.1:0", "--name", "it"]).await;
@@ -435,7 +437,7 @@ async fn each_keeps_the_contract() {
 }
 
 #[tokio::test]
-#[ignore = "needs Python with grpcio-tools, Go, Maven, npm and Ruby; .ci/run runs it"]
+#[ignore = "needs Python with grpcio-tools, Go, Maven, npm, Ruby and C++ with gRPC; .ci/run runs it"]
 async fn each_stops_although_a_client_stays_connected() {
     for example in examples().await {
         let mut running = example.start(&["--listen", "127.0.0.1:0", "--name", "it"]).await;
@@ -574,7 +576,7 @@ async fn lock_out(address: &str, name: &str, tls: ClientTlsConfig) -> Status {
 }
 
 #[tokio::test]
-#[ignore = "needs Python with grpcio-tools, Go, Maven, npm and Ruby; .ci/run runs it"]
+#[ignore = "needs Python with grpcio-tools, Go, Maven, npm, Ruby and C++ with gRPC; .ci/run runs it"]
 async fn each_registers_with_its_certificate_and_accepts_only_the_orchestrator() {
     const NOBODY: &str = "a client without a certificate";
     let examples = examples().await;

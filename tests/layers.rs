@@ -515,6 +515,7 @@ fn the_reader_skips_code_that_only_tests_compile() {
 /// The first characters of prose in files of these kinds: of a comment, or of any line of Markdown. Tables and code
 /// between ``` are exempt.
 const PROSE: &[(&str, &[&str])] = &[
+    ("cpp", &["//"]),
     ("go", &["//"]),
     ("java", &["//", "/*", "*"]),
     ("js", &["//", "/*", "*"]),
@@ -528,7 +529,7 @@ const PROSE: &[(&str, &[&str])] = &[
 ];
 
 /// Directories of installed packages and of generated code.
-const NOT_OURS: &[&str] = &["dist", "gen", "node_modules", "target", "venv"];
+const NOT_OURS: &[&str] = &["build", "dist", "gen", "node_modules", "target", "venv"];
 
 #[test]
 fn prose_has_at_most_120_columns() {
