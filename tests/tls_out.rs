@@ -446,7 +446,7 @@ async fn link_local_addresses_are_refused_when_they_are_registered_and_when_a_na
     let (_home, _service, own) = enforcing(Home::new(), &[]).await;
     for host in ["169.254.169.254", "[::ffff:169.254.169.254]", "[64:ff9b::a9fe:a9fe]", "0.0.0.0", "[fe80::1]"] {
         let (code, text) = own.register("metadata", &format!("https://{host}:80")).await;
-        assert!(code == 1 && text.contains("registration.endpoint"), "{host}: {code} {text}");
+        assert!(code == 2 && text.contains("registration.endpoint"), "{host}: {code} {text}");
         assert!(text.contains("link-local or unspecified, which access.mode = \"enforce\" refuses"), "{text}");
     }
     // The system's resolver knows this name: it is the address as one number.
@@ -470,7 +470,7 @@ async fn enforced_access_needs_tls_to_other_machines_and_a_directory_of_sockets(
         (other.endpoint(), "not in dial.unix_dir"),
     ] {
         let (code, text) = own.register("a", endpoint).await;
-        assert!(code == 1 && text.contains("registration.endpoint") && text.contains(why), "{code} {text}");
+        assert!(code == 2 && text.contains("registration.endpoint") && text.contains(why), "{code} {text}");
     }
     assert_eq!(own.register("inside", inside.endpoint()).await.0, 0);
     let link = format!("unix:{}", sockets.join("link.sock").display());
@@ -482,7 +482,7 @@ async fn enforced_access_needs_tls_to_other_machines_and_a_directory_of_sockets(
     let (_home, _service, own) = enforcing(Home::new(), &["dial.allow_http=true"]).await;
     assert_eq!(own.register("a", "http://192.0.2.1:80").await.0, 0);
     let (code, text) = own.register("a", inside.endpoint()).await;
-    assert!(code == 1 && text.contains("refuses without dial.unix_dir"), "{code} {text}");
+    assert!(code == 2 && text.contains("refuses without dial.unix_dir"), "{code} {text}");
 }
 
 #[tokio::test]
