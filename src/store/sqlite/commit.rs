@@ -212,7 +212,7 @@ fn remove_entries(transaction: &Transaction<'_>, write: &Write, counts: &mut Cou
         counts.remove_event(remove.query_row([integer(*leaf)], |row| row.get(0))?);
     }
     // The entry of this removal replaces them.
-    let mut query = transaction.prepare_cached("DELETE FROM control WHERE leaf < ?1 RETURNING leaf")?;
+    let mut query = transaction.prepare_cached("DELETE FROM control WHERE leaf >= 0 AND leaf < ?1 RETURNING leaf")?;
     let control = query.query_map([integer(*first_kept)], |row| number(row, 0))?;
     for leaf in control {
         leaves.push(leaf?);

@@ -197,7 +197,8 @@ ALTER TABLE meta DROP COLUMN audit_events;
 
 -- The highest revision of the records that are older than the log: all others have a leaf.
 ALTER TABLE meta ADD COLUMN unlogged_to INTEGER NOT NULL DEFAULT 0;
-UPDATE meta SET unlogged_to = coalesce((SELECT max(revision) FROM cycles WHERE leaf IS NULL), 0);
+UPDATE meta SET unlogged_to =
+    coalesce((SELECT max(revision) FROM cycles WHERE leaf IS NULL AND typeof(revision) = 'integer'), 0);
 
 -- migration 13
 
