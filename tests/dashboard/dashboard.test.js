@@ -833,6 +833,8 @@ test("all controls can be reached by keyboard", async (t) => {
   await sees(page, "#help[open]");
   await page.keyboard.press("Escape");
   await page.waitForSelector("#help:not([open])");
+  // The browser moves the focus out of a closed dialog a little later.
+  await page.waitForFunction(() => !document.activeElement?.closest("dialog"));
   await page.keyboard.press("t");
   assert.equal(await page.evaluate(() => document.documentElement.dataset.theme), "light");
 
