@@ -103,7 +103,7 @@ impl Writer {
         self.succeeded += write.records.len() as u64;
         let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let revision = write.records.last().map(|record| record.revision.0);
-        transaction
+        let written = transaction
             .prepare_cached(
                 "UPDATE meta SET epoch = ?1, last_cycle_id = ?2, last_revision = coalesce(?3, last_revision),
                  commits = ?4, is_closed = ?5, succeeded = ?6 WHERE epoch <= ?1",
@@ -116,6 +116,9 @@ impl Writer {
                 write.close,
                 integer(self.succeeded),
             ))?;
+        if written == 0 {
+            return Err("a later epoch has taken over".into());
+        }
         for open in &write.open {
             let (started_at, request) = match &open.stage {
                 Stage::Begun(at) => (Some(nanoseconds(*at)), None),

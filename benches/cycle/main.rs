@@ -232,9 +232,8 @@ async fn compare(fleet: &Fleet, server: &NoopServer) -> Result<()> {
         }
         let to_bare = bare.map(|bare| cpu / bare);
         let shown = to_bare.map(|ratio| format!("{ratio:.3}")).unwrap_or_default();
-        println!(
-            "{name:>12} {side_name:>7} {p50:>10.3} {p99:>10.3} {cpu:>14.3} {p50_ratio:>12.2} {cpu_ratio:>12.2} {shown:>11}"
-        );
+        let ratios = format!("{p50_ratio:>12.2} {cpu_ratio:>12.2} {shown:>11}");
+        println!("{name:>12} {side_name:>7} {p50:>10.3} {p99:>10.3} {cpu:>14.3} {ratios}");
         let json = serde_json::json!({
             "fleet": name, "side": side_name, "p50_ms": p50, "p99_ms": p99, "cpu_ms": cpu,
             "p50_to_floor": p50_ratio, "cpu_to_floor": cpu_ratio, "cpu_to_bare": to_bare,

@@ -21,8 +21,8 @@ use crate::{
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Reads the configuration as `orchestrator serve` would with the same flags and environment, and needs no service. All \
-problems are reported together, each with its file and line. The files of TLS are read as well. Subsystems that were registered with a running service \
-are not included: see `orchestrator plan`.
+problems are reported together, each with its file and line. The files of TLS are read as well. Subsystems that were \
+registered with a running service are not included: see `orchestrator plan`.
 
 Exit codes:
   0    it is valid

@@ -34,8 +34,8 @@ enum Command {
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Records are removed in steps, oldest first, up to the first one that is within the limit; the newest one stays. Cycles \
-go on meanwhile. The log of the history tells which entries were removed, and the audit who asked for it. To interrupt \
-it is safe. It needs the role admin. `orchestrator backup` and `orchestrator export` keep what is removed.
+go on meanwhile. The log of the history lists the removed entries, and the audit has the caller. It can be interrupted \
+safely. It needs the role admin. `orchestrator backup` and `orchestrator export` keep what is removed.
 
 The file of the database keeps its size, and new records use the free pages; `orchestrator store compact` makes it \
 smaller.
@@ -49,7 +49,7 @@ struct Prune {
     #[arg(long, value_name = "NUMBER", value_parser = parse_positive::<u64>, required_unless_present = "finished_before",
           conflicts_with = "finished_before")]
     keep_newest: Option<u64>,
-    /// Remove cycles that finished before this time (RFC 3339), or longer ago than this, such as 2160h
+    /// Remove cycles that finished before this time: 2026-01-31T12:00:00Z, 2026-01-31, yesterday, or 2160h (ago)
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     finished_before: Option<prost_types::Timestamp>,
     /// Remove nothing, and tell the number of records that would be removed

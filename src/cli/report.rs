@@ -51,8 +51,8 @@ The table:
   OTHER ENDS   its parts that did not succeed, by state
 
 A quantile is the shortest duration that this share does not exceed: definition 1 of Hyndman and Fan (1996), \
-percentile_disc of SQL. It is accurate to 0.5 %. Durations and success of whole cycles are those of the SUCCEEDED, DEGRADED and FAILED \
-ones with a subsystem in them; only SUCCEEDED is success.
+percentile_disc of SQL. It is accurate to 0.5 %. Durations and success of whole cycles are those of the SUCCEEDED, \
+DEGRADED and FAILED ones with a subsystem in them; only SUCCEEDED is success.
 
 With --output json, one object:
   since, until   the period
@@ -71,7 +71,8 @@ With --output json, one object:
                  p95Change (relative)
 
 Rates and shares are 0 to 1, and null where there is nothing to say. --output ndjson has the subsystems, a line each, \
-and --output csv has a column for each of these; null is empty. Names begin with a letter and other values are numbers, so that no cell is a formula.
+and --output csv has a column for each of these; null is empty. Names begin with a letter and other values are \
+numbers, so that no cell is a formula.
 
 Examples:
   orchestrator report

@@ -402,7 +402,7 @@ fn interrupted(
 }
 
 /// Logs unreadable rows of the earlier process's state, which are skipped. Each is an ERROR, also one without its seal:
-/// whoever damaged it, a registration, a loop or a cycle may be missing from now on, and a person has to see to it.
+/// a registration, a loop or a cycle may be missing from now on, and an operator has to see to it.
 fn tell_unreadable_rows(rows: &[UnreadableRow]) {
     /// Most rows that are logged: if all are damaged, a few are enough.
     const TOLD: usize = 64;

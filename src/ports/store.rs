@@ -434,7 +434,7 @@ pub struct Checks {
     pub record: Check,
     /// The check of audit events.
     pub event: EventCheck,
-    /// What was removed with a control entry.
+    /// The decoder of removals.
     pub pruned: Pruned,
 }
 

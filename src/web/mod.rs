@@ -70,7 +70,7 @@ pub(crate) struct Web {
     started: Arc<OnceLock<Started>>,
 }
 
-/// What is served once the service has started.
+/// The pages and the RPCs of a service that has started.
 struct Started {
     api: Api,
     pages: Router,

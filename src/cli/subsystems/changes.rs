@@ -27,7 +27,7 @@ pub(super) fn changes(previous: &pb::SubsystemStatus, now: &pb::SubsystemStatus,
     facts.finish(page)
 }
 
-/// The values of all fields by their paths, in the form that flags accept. A value is empty if there is none.
+/// The values of all fields by their paths, in the form that flags accept. A field without a value has an empty one.
 fn fields(status: &pb::SubsystemStatus) -> BTreeMap<String, String> {
     let pb::Registration {
         name: _,

@@ -330,7 +330,7 @@ impl Asker {
         Ok(subsystem.map(Box::new))
     }
 
-    /// The record of a cycle, or why there is none.
+    /// The record of a cycle, or the reason for its absence.
     async fn cycle(&mut self, cycle_id: u64) -> Result<Result<Box<pb::CycleTelemetry>, String>, Failure> {
         let call = async {
             match self.client.get_cycle(pb::GetCycleRequest { cycle_id }).await {

@@ -11,7 +11,7 @@ use rusqlite::Connection;
 use super::{
     error::explain,
     opening::read_only,
-    place::{DatabaseFileError, LockedDatabase, beside, log_of, private},
+    place::{DatabaseFileError, LockedDatabase, beside, log_of, logs_of, private},
     rows::number,
     schema::check_version,
 };
@@ -55,8 +55,8 @@ pub(in crate::store) fn put<E: From<BackupError>>(
     replaces: bool,
     verify: impl FnOnce(&Path) -> Result<(), E>,
 ) -> Result<(), E> {
-    // What is in these files belongs to the database, and is in no copy of it.
-    for log in [log_of(from), beside(from, "-journal")] {
+    // A copy of the database lacks their contents.
+    for log in logs_of(from) {
         if log.exists() {
             return Err(BackupError::Unfinished { backup: from.to_owned(), log }.into());
         }
@@ -112,7 +112,7 @@ fn create_new(path: &Path) -> io::Result<File> {
 /// Copies the bytes of a database.
 fn copy_new(from: &Path, new: &Path) -> io::Result<()> {
     // A log of an earlier copy would be read as part of this one.
-    let _ = (fs::remove_file(log_of(new)), fs::remove_file(beside(new, "-journal")));
+    let _ = logs_of(new).map(fs::remove_file);
     io::copy(&mut File::open(from)?, &mut create_new(new)?).map(drop)
 }
 

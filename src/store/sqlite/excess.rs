@@ -1,6 +1,8 @@
 //! Finds what retention removes next, in the order of the tables, and by what the entries themselves say: a column or
 //! an index that another program has changed can't have something removed before its time.
 
+use std::collections::BTreeMap;
+
 use jiff::Timestamp;
 use rusqlite::{Row, Statement, Transaction};
 
@@ -25,7 +27,7 @@ const MOST_BYTES: usize = MAX_RECORD;
 #[derive(Debug, Default)]
 pub(super) struct Searches {
     /// By the states of the rule. A rule with other states begins at the oldest record.
-    records: Vec<(Vec<CycleState>, Search)>,
+    records: BTreeMap<Vec<CycleState>, Search>,
     /// In the order of [`EventKind::ALL`].
     events: [Search; EventKind::ALL.len()],
 }
@@ -37,7 +39,7 @@ struct Search {
     next: u64,
     /// Number of entries before it that are not what was written. They may be those of the rule, and stay.
     damaged: u64,
-    /// What is wrong with the first one of them.
+    /// The problem of the first one of them.
     problem: Option<String>,
 }
 
@@ -59,7 +61,7 @@ struct Budget {
 }
 
 impl Searches {
-    /// What exceeds these limits: at most `limit` records and events; and what is wrong with the first damaged one.
+    /// What exceeds these limits: at most `limit` records and events; and the problem of a damaged one.
     pub(super) fn excess(
         &mut self,
         transaction: &Transaction<'_>,
@@ -77,9 +79,9 @@ impl Searches {
             "SELECT {COLUMNS} FROM cycles WHERE {HAS_REVISION} AND revision >= ?1 AND revision < ?2 ORDER BY revision"
         ))?;
         let rules = rules(retention);
-        self.records.retain(|(states, _)| rules.iter().any(|(_, known)| known == states));
+        self.records.retain(|states, _| rules.iter().any(|(_, known)| known == states));
         for (rule, states) in &rules {
-            let search = self.of_states(states);
+            let search = self.records.entry(states.clone()).or_default();
             let limits = rule.limits(states.iter().map(|state| term.counts.records_of(*state)).sum(), now);
             let examine = |row: &Row<'_>| {
                 let (record, leaf) = match examine_record(transaction, row, checks.record, &mut proven)? {
@@ -125,18 +127,9 @@ impl Searches {
         Ok((excess, self.problem()))
     }
 
-    fn of_states(&mut self, states: &[CycleState]) -> &mut Search {
-        let known = self.records.iter().position(|(known, _)| known == states);
-        let index = known.unwrap_or(self.records.len());
-        if known.is_none() {
-            self.records.push((states.to_vec(), Search::default()));
-        }
-        &mut self.records[index].1
-    }
-
-    /// What is wrong with the first damaged entry that was found.
+    /// The problem of the first search that has found a damaged entry.
     fn problem(&self) -> Option<String> {
-        let mut searches = self.records.iter().map(|(_, search)| search).chain(&self.events);
+        let mut searches = self.records.values().chain(&self.events);
         searches.find_map(|search| search.problem.clone())
     }
 }

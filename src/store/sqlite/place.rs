@@ -178,8 +178,8 @@ impl LockedDatabase {
         if is_served || !lock_file(&database, Lock::Shared) {
             return Err(OpenError::InUse { store: path.display().to_string(), by: beside.and_then(holder_of) });
         }
-        // What is in these files belongs to the database, and can't be read without writing beside it.
-        for log in [log_of(&path), self::beside(&path, "-journal")] {
+        // They can't be read without writing beside the database.
+        for log in logs_of(&path) {
             if fs::metadata(&log).is_ok_and(|log| log.len() > 0) {
                 let (database, log) = (path.display().to_string(), log.display().to_string());
                 return Err(DatabaseFileError::Unfinished { database, log }.into());
@@ -312,6 +312,12 @@ pub(super) fn note_of(path: &Path) -> PathBuf {
 /// SQLite's log of a database.
 pub(super) fn log_of(path: &Path) -> PathBuf {
     beside(path, "-wal")
+}
+
+/// The files beside a database whose contents belong to it: its log, and a journal that another program may have left
+/// there.
+pub(super) fn logs_of(path: &Path) -> [PathBuf; 2] {
+    [log_of(path), beside(path, "-journal")]
 }
 
 /// The file beside this one with this suffix.
