@@ -18,7 +18,7 @@ mod tree;
 pub use self::{
     bundle::{BundleError, Content, Head, LogVerifier, Part, Pin},
     digest::DigestKey,
-    entry::{Entry, LogBegan, LogBeganReason, RecordsPruned},
+    entry::{Control, Entry, LogBegan, LogBeganReason, RecordsPruned},
     leaves::Leaves,
     note::{Checkpoint, NoteError, Signer, SigningKey, VerifyingKey},
     proof::{Consistency, Inclusion, Path, ProofError},

@@ -7,10 +7,10 @@ mod subsystems;
 pub use self::{
     spans::{Spans, Untraced},
     store::{
-        AuditEntry, Check, Checks, Contents, Durability, EventCheck, EventFilter, EventPage, EventRule, Excess, Filter,
-        Found, FoundEvent, Log, LoggedEvent, Lost, OpenCycle, Page, PageLimits, Pruned, Record, Removal, ResumeError,
-        Retention, RetentionRule, SCAN_LIMIT, Seals, Stage, Store, StoreError, StoreSize, StoredLoop, StoredOutput,
-        StoredSubsystem, TriggerKind, Unreadable, UnreadableEvent, UnreadableRow, Write,
+        AuditEntry, Check, Checks, Contents, ControlDecoder, Durability, EventCheck, EventFilter, EventPage, EventRule,
+        Excess, Filter, Found, FoundEvent, Log, LoggedEvent, Lost, OpenCycle, Page, PageLimits, Record, Removal,
+        ResumeError, Retention, RetentionRule, SCAN_LIMIT, Seals, Stage, Store, StoreError, StoreSize, StoredLoop,
+        StoredOutput, StoredSubsystem, TriggerKind, Unreadable, UnreadableEvent, UnreadableRow, Write,
     },
     subsystems::{CallError, Callee, InitializeCall, Left, Reply, RunCall, Snapshot, Subsystems},
 };

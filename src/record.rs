@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use prost::Message;
 
 use crate::{
-    ledger::{LogBegan, LogBeganReason, RecordsPruned},
+    ledger::{Control, LogBegan, LogBeganReason, RecordsPruned},
     model::{
         CycleRequest, CycleState, FinishedCycle, Identity, Issue, Name, Payload, Revision, Severity, SkipReason,
         SpanContext, SubsystemReport, SubsystemState, Trigger, excerpt,
@@ -24,7 +24,7 @@ use crate::{
 pub use self::audit::{check_event, copies_events, copy_event, decode_cause, encode_cause, encode_event};
 
 /// What the records and audit events of a store have to pass.
-pub const CHECKS: Checks = Checks { record: check, event: check_event, pruned: decode_pruned };
+pub const CHECKS: Checks = Checks { record: check, event: check_event, control: decode_control };
 
 /// Most bytes of an error message in a record.
 const MAX_MESSAGE: usize = 1 << 10;
@@ -157,15 +157,26 @@ pub fn encode_began(began: &LogBegan) -> Bytes {
     pb::ControlEntry { entry }.encode_to_vec().into()
 }
 
-/// Decodes the result of [`encode_pruned`]. Other control entries remove nothing.
+/// Decodes a control entry of the log: the result of [`encode_pruned`] or [`encode_began`].
 ///
 /// # Errors
 /// The problem.
-pub fn decode_pruned(bytes: &[u8]) -> Result<RecordsPruned, String> {
+pub fn decode_control(bytes: &[u8]) -> Result<Control, String> {
     let entry = pb::ControlEntry::decode(bytes).map_err(|error| error.to_string())?.entry;
-    let Some(pb::control_entry::Entry::RecordsPruned(pruned)) = entry else { return Ok(RecordsPruned::default()) };
-    let range = |range: &pb::LeafRange| range.first..range.first.saturating_add(range.count);
-    Ok(RecordsPruned { leaves: pruned.leaves.iter().map(range).collect(), first_kept: pruned.first_kept })
+    Ok(match entry {
+        Some(pb::control_entry::Entry::RecordsPruned(pb::RecordsPruned { leaves, first_kept })) => {
+            let range = |range: &pb::LeafRange| range.first..range.first.saturating_add(range.count);
+            Control::Pruned(RecordsPruned { leaves: leaves.iter().map(range).collect(), first_kept })
+        }
+        Some(pb::control_entry::Entry::LogBegan(began)) => Control::Began(match began.reason() {
+            pb::LogBeganReason::Unspecified => None,
+            pb::LogBeganReason::KeyMissing => Some(LogBeganReason::KeyMissing),
+            pb::LogBeganReason::CheckpointMissing => Some(LogBeganReason::CheckpointMissing),
+            pb::LogBeganReason::Behind => Some(LogBeganReason::Behind),
+            pb::LogBeganReason::Accepted => Some(LogBeganReason::Accepted),
+        }),
+        None => Control::Unknown,
+    })
 }
 
 /// The SHA-256 of the output of a subsystem, by a record that was checked; `None` if it had none in that cycle, or an
@@ -568,10 +579,16 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_about_removed_records_is_read_as_it_was() {
+    fn a_control_entry_is_read_as_it_was() {
         let pruned = RecordsPruned { leaves: vec![3..7, 9..10], first_kept: 2 };
-        assert_eq!(decode_pruned(&encode_pruned(&pruned)), Ok(pruned));
-        assert!(decode_pruned(b"\x0a").is_err());
+        assert_eq!(decode_control(&encode_pruned(&pruned)), Ok(Control::Pruned(pruned)));
+        use LogBeganReason::{Accepted, Behind, CheckpointMissing, KeyMissing};
+        for reason in [KeyMissing, CheckpointMissing, Behind, Accepted] {
+            let began = LogBegan { reason, previous: "p".into() };
+            assert_eq!(decode_control(&encode_began(&began)), Ok(Control::Began(Some(reason))));
+        }
+        assert_eq!(decode_control(b""), Ok(Control::Unknown));
+        assert!(decode_control(b"\x0a").is_err());
     }
 
     #[test]

@@ -279,7 +279,7 @@ async fn a_record_that_is_not_what_its_columns_say_stays_and_others_are_removed(
     for _ in 0..70 {
         client.run().await.unwrap();
     }
-    home.logged("retention keeps what it can't verify: the record of cycle 2, revision 2,", 1).await;
+    home.logged("retention keeps more than its limits allow: the record of cycle 2, revision 2,", 1).await;
     let mut query = database.prepare("SELECT revision FROM cycles WHERE revision < 60").unwrap();
     let kept: Vec<i64> = query.query_map([], |row| row.get(0)).unwrap().collect::<Result<_, _>>().unwrap();
     assert_eq!(kept, [2]);

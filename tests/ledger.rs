@@ -810,7 +810,7 @@ async fn each_change_of_a_database_is_named_when_it_is_verified() {
         "{said}"
     );
 
-    let changes: [(&str, &[&str]); 20] = [
+    let changes: [(&str, &[&str]); 24] = [
         (
             "UPDATE cycles SET record = CAST(record || x'00' AS BLOB) WHERE cycle_id = 9",
             &["cycle 9 (leaf 17) was changed"],
@@ -839,6 +839,19 @@ async fn each_change_of_a_database_is_named_when_it_is_verified() {
         ("UPDATE hashes SET hash = zeroblob(32) WHERE id = 47", &["event of leaf 25 was changed"]),
         ("UPDATE hashes SET hash = zeroblob(32) WHERE id = 6", &["the hash 6 in the table hashes is not that of the entries"]),
         ("DELETE FROM hashes WHERE id = 7", &["the table hashes lacks the hash of leaf 4"]),
+        (
+            "UPDATE hashes SET hash = x'00' WHERE id = 6",
+            &["the table hashes has 1 row that no version", "the hash 6 in the table hashes is not that of the entries"],
+        ),
+        (
+            "UPDATE cycles SET leaf = 'x' WHERE cycle_id = 8",
+            &["the table cycles has 1 row that no version", "leaf 15 is missing"],
+        ),
+        ("UPDATE cycles SET cycle_id = 'x' WHERE cycle_id = 8", &["the table cycles has 1 row that no version"]),
+        (
+            "UPDATE control SET entry = 'x'",
+            &["the table control has 1 row that no version", "leaf 23, a control entry, can't be read"],
+        ),
         ("INSERT INTO hashes VALUES (99, zeroblob(32))", &["the hash 99 in the table hashes belongs to no entry"]),
         (
             "DELETE FROM cycles WHERE cycle_id = 12; DELETE FROM audit WHERE leaf = 25; DELETE FROM hashes WHERE id >= 46;
@@ -1037,7 +1050,7 @@ async fn retention_removes_nothing_that_is_not_what_its_columns_say() {
         database(&path).execute_batch(change).unwrap();
         home = home.with_args(["--set", rule]);
         let service = home.serve().await;
-        home.logged(&format!("retention keeps what it can't verify: {named}"), 1).await;
+        home.logged(&format!("retention keeps more than its limits allow: {named}"), 1).await;
         let kept = |table: &str| {
             database(&path).query_row(&format!("SELECT count(*) FROM {table}"), [], |row| row.get::<_, i64>(0)).unwrap()
         };
@@ -1139,7 +1152,8 @@ async fn other_columns_of_older_records_have_none_removed_before_its_time() {
     let home =
         home.with_args(["--set", "store.retention.max_cycles=3", "--set", "store.retention.failed.max_cycles=100"]);
     let service = home.serve().await;
-    home.logged("retention keeps what it can't verify: the record of cycle 1, revision 1, can't be read", 1).await;
+    home.logged("retention keeps more than its limits allow: the record of cycle 1, revision 1, can't be read", 1)
+        .await;
     assert!(service.stop().await.success());
     let count = |table: &str| {
         database(&path).query_row(&format!("SELECT count(*) FROM {table}"), [], |row| row.get::<_, i64>(0)).unwrap()
@@ -1221,8 +1235,15 @@ async fn retention_of_records_that_are_older_than_the_log_leaves_the_log_as_it_i
     let (_, key) = checkpoint(&mut ledger(&stage).await).await;
     let Stage { home, service, .. } = stage;
     assert!(service.stop().await.success());
-    let (code, said) = verify(&home.path("o.db"), &key, &[]);
+    let path = home.path("o.db");
+    let (code, said) = verify(&path, &key, &[]);
     assert_eq!(code, Some(0), "{said}");
+    // Only the sealed numbers say that there were more of them.
+    let older = "DELETE FROM cycles WHERE leaf IS NULL AND revision = 2";
+    assert_eq!(database(&path).execute(older, []).unwrap(), 1);
+    let (code, said) = verify(&path, &key, &["--key-file", home.path("o.db.key").to_str().unwrap()]);
+    let named = "by the table meta, the number of succeeded is 3; by the rows, it is 2";
+    assert!(code == Some(1) && said.contains(named), "{code:?}: {said}");
 }
 
 /// Retention says only of what it has removed that it did.
@@ -1253,6 +1274,74 @@ async fn what_another_program_has_removed_is_missing_also_after_retention_has_re
     for missing in [0, 3] {
         let named = format!("leaf {missing} is missing, and no entry says that retention removed it");
         assert!(said.contains(&named), "{missing}: {said}");
+    }
+}
+
+/// What another program takes away, and puts back later, has nothing younger removed in its place.
+#[tokio::test]
+async fn retention_removes_nothing_in_the_place_of_what_is_missing() {
+    let mut stage = Stage::new().await;
+    for _ in 0..6 {
+        stage.client.run().await.unwrap();
+    }
+    let (_, key) = checkpoint(&mut ledger(&stage).await).await;
+    let Stage { home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    let path = home.path("o.db");
+    let untouched = fs::read(&path).unwrap();
+    let count = |table: &str| {
+        database(&path).query_row(&format!("SELECT count(*) FROM {table}"), [], |row| row.get::<_, i64>(0)).unwrap()
+    };
+    let mut home = home.with_args(["--set", "store.retention.max_cycles=3", "--set", "audit.retention.max_events=3"]);
+    // The record of cycle n is leaf 2n - 2, and the event of its call leaf 2n - 1.
+    for (take, put_back, kept) in [
+        // A missing record may have been an event, for all that is known, so one event less is removed for each.
+        (
+            "UPDATE cycles SET revision = -revision WHERE cycle_id <= 3",
+            "UPDATE cycles SET revision = -revision WHERE revision < 0",
+            (6, 5),
+        ),
+        (
+            "CREATE TABLE away AS SELECT * FROM audit WHERE leaf IN (1, 3); DELETE FROM audit WHERE leaf IN (1, 3)",
+            "INSERT INTO audit SELECT * FROM away; DROP TABLE away",
+            (4, 5),
+        ),
+        // With others in their places.
+        (
+            "CREATE TABLE away AS SELECT * FROM cycles WHERE cycle_id <= 3; DELETE FROM cycles WHERE cycle_id <= 3;
+             INSERT INTO audit SELECT leaf - 1, time, caller, rpc, denied, event, kind FROM audit WHERE leaf < 6;
+             INSERT INTO control SELECT 20, event FROM audit WHERE leaf = 1",
+            "INSERT INTO cycles SELECT * FROM away; DROP TABLE away; DELETE FROM audit WHERE leaf IN (0, 2, 4);
+             DELETE FROM control WHERE leaf = 20",
+            (6, 5),
+        ),
+    ] {
+        database(&path).execute_batch(take).unwrap();
+        let service = home.serve().await;
+        home.logged("retention keeps more than its limits allow", 1).await;
+        assert!(service.stop().await.success());
+        database(&path).execute_batch(put_back).unwrap();
+        assert_eq!((count("cycles"), count("audit")), kept, "{take}");
+        let (code, said) = verify(&path, &key, &["--key-file", home.path("o.db.key").to_str().unwrap()]);
+        assert_eq!(code, Some(0), "{take}: {said}");
+        fs::write(&path, &untouched).unwrap();
+        fs::remove_file(home.path("log")).unwrap();
+    }
+
+    // Once an operator has accepted it, the limits are those of the entries that were there.
+    database(&path).execute_batch("DELETE FROM cycles WHERE cycle_id <= 2").unwrap();
+    assert_eq!(call(None, &["store", "accept", &format!("sqlite:{}", path.display())]).await.0, 0);
+    for _ in 0..2 {
+        let service = home.serve().await;
+        let waited = async {
+            while count("cycles") > 3 || count("audit") > 3 {
+                tokio::task::yield_now().await;
+            }
+        };
+        patiently("old entries to be removed", waited).await;
+        service.client().await.run().await.unwrap();
+        assert!(service.stop().await.success());
+        home = home.with_args(["--set", "store.retention.max_cycles=3"]);
     }
 }
 

@@ -139,7 +139,8 @@ impl Contents {
             Some(Entry::Audit(_)) => self.events += 1,
             Some(Entry::Control(control)) => {
                 self.controls += 1;
-                let pruned = record::decode_pruned(&control.encode_to_vec()).map_err(|error| unreadable(&error))?;
+                let pruned =
+                    record::decode_control(&control.encode_to_vec()).map_err(|error| unreadable(&error))?.pruned();
                 pruned.all().for_each(|leaves| self.removed.add(leaves));
             }
             None => return Err(unreadable(&"it is of no kind that this version knows")),

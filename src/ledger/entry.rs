@@ -56,6 +56,28 @@ impl Entry<'_> {
     }
 }
 
+/// What a control entry says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Control {
+    /// Retention removed entries.
+    Pruned(RecordsPruned),
+    /// A new log began, for this reason; `None` if only a later version knows it.
+    Began(Option<LogBeganReason>),
+    /// Something else, which only a later version knows.
+    Unknown,
+}
+
+impl Control {
+    /// The removals that it is about; none if it is about something else.
+    #[must_use]
+    pub fn pruned(self) -> RecordsPruned {
+        match self {
+            Self::Pruned(pruned) => pruned,
+            Self::Began(_) | Self::Unknown => RecordsPruned::default(),
+        }
+    }
+}
+
 /// The removals of retention, in a control entry: an entry that is missing without one was removed by someone else.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RecordsPruned {
@@ -93,7 +115,8 @@ pub struct LogBegan {
     pub previous: String,
 }
 
-/// Why a new log began.
+/// Why a new log began. Its numbers of entries were counted anew if nothing had sealed the earlier ones, or an operator
+/// accepted the store: entries that were missing then are in none of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogBeganReason {
     /// The key that had signed and sealed was missing.
@@ -104,6 +127,14 @@ pub enum LogBeganReason {
     Behind,
     /// An operator accepted the store as it was.
     Accepted,
+}
+
+impl LogBeganReason {
+    /// True if the entries were counted anew.
+    #[must_use]
+    pub fn counts_anew(self) -> bool {
+        matches!(self, Self::KeyMissing | Self::Accepted)
+    }
 }
 
 #[cfg(test)]

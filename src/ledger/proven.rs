@@ -21,8 +21,8 @@ impl Proven {
         Self { nodes, size: log.size() }
     }
 
-    /// True if the log has this hash as this leaf. `stored` gives the hash of a node that is not proved yet, if it is
-    /// there.
+    /// True if the log has this hash as this leaf, and what is stored of the nodes above it is theirs: a stored hash
+    /// may outlive all that is below it. `stored` gives the hash of a node that is not proved yet, if it is there.
     ///
     /// # Errors
     /// Those of `stored`.
@@ -41,7 +41,10 @@ impl Proven {
                 break *proven;
             }
             let beside = node.beside();
-            let Some(other) = stored(beside)? else { return Ok(false) };
+            let (own, Some(other)) = (stored(node)?, stored(beside)?) else { return Ok(false) };
+            if own != Some(hash) {
+                return Ok(false);
+            }
             climbed.extend([(node.number(), hash), (beside.number(), other)]);
             hash = if node.is_left() { Hash::of_children(hash, other) } else { Hash::of_children(other, hash) };
             // Each leaf is below a node of the frontier.
@@ -80,23 +83,23 @@ mod tests {
                 let hash = nodes.get(usize::try_from(number).unwrap()).copied();
                 Ok::<_, Infallible>(if number == changed { Some(entry(999)) } else { hash })
             };
-            // The nodes beside the way from a leaf to the frontier.
-            let beside = |leaf: u64| {
+            // The nodes on the way from a leaf to the frontier, and beside it.
+            let nodes_of = |leaf: u64| {
                 let frontier = Frontier::nodes(size);
                 let mut node = Node::of_leaf(leaf);
-                let mut beside = Vec::new();
+                let mut nodes = Vec::new();
                 while !frontier.contains(&node) {
-                    beside.push(node.beside().number());
+                    nodes.extend([node, node.beside()].map(Node::number));
                     node = node.above();
                 }
-                beside
+                nodes
             };
             for leaf in leaves {
                 let Ok(other) = proven.has(leaf, entry(leaf + 1), stored);
                 prop_assert!(!other);
                 let Ok(has) = proven.has(leaf, entry(leaf), stored);
                 // A proved node is not read again.
-                prop_assert!(leaf >= size || has || beside(leaf).contains(&changed));
+                prop_assert!(leaf >= size || has || nodes_of(leaf).contains(&changed));
                 prop_assert!(!has || leaf < size);
             }
         }

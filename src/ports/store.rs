@@ -7,7 +7,7 @@ use futures_util::{future::BoxFuture, stream::BoxStream};
 use jiff::Timestamp;
 
 use crate::{
-    ledger::{Frontier, Hash, Node, Part, RecordsPruned, SealKeys},
+    ledger::{Control, Frontier, Hash, Node, Part, SealKeys},
     model::{
         CycleId, CycleState, Epoch, EventKind, Identity, LoopSpec, LoopState, Name, Output, RequestKey, Revision,
         SubsystemSpec, TraceId, Trigger,
@@ -424,8 +424,8 @@ pub type Check = fn(&Record) -> Result<(), String>;
 /// Checks the bytes of an audit event in the same way.
 pub type EventCheck = fn(&AuditEntry) -> Result<(), String>;
 
-/// Decodes a `ControlEntry`; empty if it is not about removals.
-pub type Pruned = fn(&[u8]) -> Result<RecordsPruned, String>;
+/// Decodes a `ControlEntry`, or returns the problem.
+pub type ControlDecoder = fn(&[u8]) -> Result<Control, String>;
 
 /// What records and audit events have to pass when they are read, and before retention removes them.
 #[derive(Clone, Copy, Debug)]
@@ -434,8 +434,8 @@ pub struct Checks {
     pub record: Check,
     /// The check of audit events.
     pub event: EventCheck,
-    /// The decoder of removals.
-    pub pruned: Pruned,
+    /// The decoder of control entries.
+    pub control: ControlDecoder,
 }
 
 /// A filter of records.
@@ -611,8 +611,8 @@ pub struct Excess {
     pub first_kept: u64,
     /// True if the search ended at its limit, before all of them were found. A further search goes on from there.
     pub is_partial: bool,
-    /// The first record or event among the oldest ones that is not what was written. Such ones are in no list, and
-    /// stay.
+    /// The first entry among the oldest ones that is missing or not what was written. Such ones are in no list, and
+    /// count as kept by every rule, since they may be its.
     pub damaged: Option<StoreError>,
 }
 

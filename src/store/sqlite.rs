@@ -39,6 +39,7 @@ mod seal;
 #[cfg(test)]
 mod tests;
 mod verify;
+mod walk;
 mod writer;
 
 use std::{

@@ -15,8 +15,8 @@ use super::{StoreUrl, open};
 use crate::{
     clock::Clock,
     ledger::{
-        Checkpoint, Entry, Frontier, Inclusion, LogVerifier, Node, Part, Path, RecordsPruned, SealKeys, Signer,
-        SigningKey,
+        Checkpoint, Control, Entry, Frontier, Inclusion, LogVerifier, Node, Part, Path, RecordsPruned, SealKeys,
+        Signer, SigningKey,
     },
     model::{
         CycleId, CycleState, Epoch, EventKind, Identity, LoopSpec, LoopState, Name, Output, Payload, RequestKey,
@@ -194,7 +194,7 @@ pub(super) async fn refuses(store: &dyn Store, write: Write) {
     assert_eq!(store.size().await.unwrap().records, size, "{write:?}");
 }
 
-pub(super) const CHECKS: Checks = Checks { record: check, event: |_| Ok(()), pruned: decode_pruned };
+pub(super) const CHECKS: Checks = Checks { record: check, event: |_| Ok(()), control: decode_control };
 
 /// An entry about a removal, as these tests encode it: numbers of eight bytes.
 pub(super) fn encode_pruned(pruned: &RecordsPruned) -> Bytes {
@@ -202,12 +202,13 @@ pub(super) fn encode_pruned(pruned: &RecordsPruned) -> Bytes {
     ends.chain([pruned.first_kept]).flat_map(u64::to_be_bytes).collect()
 }
 
-fn decode_pruned(bytes: &[u8]) -> Result<RecordsPruned, String> {
+fn decode_control(bytes: &[u8]) -> Result<Control, String> {
     let (numbers, rest) = bytes.as_chunks();
     let numbers: Vec<_> = numbers.iter().copied().map(u64::from_be_bytes).collect();
     match (numbers.as_chunks(), rest) {
         ((leaves, &[first_kept]), []) => {
-            Ok(RecordsPruned { leaves: leaves.iter().map(|&[start, end]| start..end).collect(), first_kept })
+            let leaves = leaves.iter().map(|&[start, end]| start..end).collect();
+            Ok(Control::Pruned(RecordsPruned { leaves, first_kept }))
         }
         _ => Err("as scripted".into()),
     }

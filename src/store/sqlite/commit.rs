@@ -35,6 +35,8 @@ pub(super) struct Term {
     pub(super) frontier: Frontier,
     /// The leaves that retention has removed: those below `log.first_kept` of the frontier, and others.
     pub(super) removed: Leaves,
+    /// The entries before this leaf were counted anew: those that were missing then are in no number of `counts`.
+    pub(super) counted_from: u64,
     pub(super) sealer: Sealer,
     /// What the first commit of the term seals anew, if anything.
     pub(super) renewal: Option<Renewal>,

@@ -10,7 +10,7 @@ use super::{
     commit::{Renewal, boot_id},
     counts::Counts,
     error::explain,
-    log,
+    log::{self, Said},
     note::Mark,
     rows::{
         COLUMNS, HAS_REVISION, identity, integer, json, key, name, number, open_cycle, read, time, unknown_cycle, wrong,
@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     clock::Clock,
-    ledger::{Leaves, SealedBy},
+    ledger::SealedBy,
     model::{CycleId, Epoch, Output, Payload, Revision, text::count},
     ports::{
         Checks, Contents, Log, Seals, Stage, StoreError, StoredLoop, StoredOutput, StoredSubsystem, UnreadableRow,
@@ -36,8 +36,7 @@ pub(super) struct Read {
     pub(super) unlogged_to: Revision,
     pub(super) counts: Counts,
     pub(super) log: Log,
-    /// The leaves that retention has removed.
-    pub(super) removed: Leaves,
+    pub(super) said: Said,
     pub(super) sealer: Sealer,
     /// The rows that are to be sealed anew.
     pub(super) renewal: Option<Renewal>,
@@ -84,7 +83,7 @@ pub(super) fn read_contents(
     })()
     .map_err(explained)?;
     let log = log::read(&transaction, path)?;
-    let removed = log::removed(&transaction, &log, checks.pruned).map_err(explained)?;
+    let mut said = log::said(&transaction, &log, checks.control).map_err(explained)?;
     let (keys, are_checked) = match seals {
         Seals::Checked(keys) => (keys, true),
         Seals::Renewed(keys) => (keys, false),
@@ -111,6 +110,7 @@ pub(super) fn read_contents(
         check_unsealed_epoch(current)
             .map_err(|problem| StoreError::Corrupt { store: path.display().to_string(), problem })?;
         counts = Counts::count(&transaction).map_err(explained)?;
+        said.counted_from = log.frontier.size();
     }
     let (mut unreadable, mut changed) = (Vec::new(), None);
     let mut rows = Rows {
@@ -172,7 +172,7 @@ pub(super) fn read_contents(
         !(open.is_empty() && subsystems.is_empty() && loops.is_empty() && outputs.is_empty() && unreadable.is_empty());
     let is_empty = *last_cycle_id == CycleId(0) && !has_rows;
     contents.is_sealed = is_empty || (are_checked && seal != Seal::Missing);
-    Ok(Read { contents, current, mark, unlogged_to, counts, log, removed, sealer, renewal })
+    Ok(Read { contents, current, mark, unlogged_to, counts, log, said, sealer, renewal })
 }
 
 /// Refuses an epoch that no clock can have given, if nothing shows that this software wrote it: the next epochs would

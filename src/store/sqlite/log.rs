@@ -13,9 +13,9 @@ use super::{
     rows::{MAX_RECORD, integer, kind_number, nanoseconds, number},
 };
 use crate::{
-    ledger::{Content, Entry, Frontier, Hash, Leaves, Node, Part, Proven},
+    ledger::{Content, Control, Entry, Frontier, Hash, Leaves, Node, Part, Proven},
     model::CycleId,
-    ports::{Log, PageLimits, Pruned, StoreError, Write},
+    ports::{ControlDecoder, Log, PageLimits, StoreError, Write},
     store::{frontier::Appended, pruning::needless_hashes},
 };
 
@@ -59,13 +59,15 @@ pub(super) fn leaf(connection: &Connection, cycle_id: CycleId) -> rusqlite::Resu
 
 /// The hashes of these nodes; `None` if one is missing.
 pub(super) fn hashes(connection: &Connection, nodes: &[Node]) -> rusqlite::Result<Option<Vec<Hash>>> {
-    nodes.iter().map(|node| hash(connection, *node)).collect()
+    nodes.iter().map(|node| hash(connection, node.number())).collect()
 }
 
-/// The hash of this node, if it is there.
-fn hash(connection: &Connection, node: Node) -> rusqlite::Result<Option<Hash>> {
+/// The hash of the node with this number, if it is there.
+pub(super) fn hash(connection: &Connection, node: u64) -> rusqlite::Result<Option<Hash>> {
     let mut query = connection.prepare_cached("SELECT hash FROM hashes WHERE id = ?1")?;
-    Ok(query.query_row([integer(node.number())], |row| row.get(0)).optional()?.map(Hash))
+    let hash = query.query_row([integer(node)], |row| Ok(row.get(0).ok())).optional()?;
+    // Other values than hashes are none.
+    Ok(hash.flatten().map(Hash))
 }
 
 /// The entry about the log itself that is this leaf, if it is in the log.
@@ -75,8 +77,8 @@ pub(super) fn control_entry(
     leaf: u64,
 ) -> rusqlite::Result<Option<Vec<u8>>> {
     let mut query = connection.prepare_cached("SELECT entry FROM control WHERE leaf = ?1")?;
-    let entry: Option<Vec<u8>> = query.query_row([integer(leaf)], |row| row.get(0)).optional()?;
-    let Some(entry) = entry else { return Ok(None) };
+    let entry: Option<Option<Vec<u8>>> = query.query_row([integer(leaf)], |row| Ok(row.get(0).ok())).optional()?;
+    let Some(entry) = entry.flatten() else { return Ok(None) };
     Ok(is_in_log(connection, proven, leaf, Entry::Control(&entry))?.then_some(entry))
 }
 
@@ -88,22 +90,33 @@ pub(super) fn is_in_log(
     leaf: u64,
     entry: Entry<'_>,
 ) -> rusqlite::Result<bool> {
-    proven.has(leaf, entry.leaf(), |node| hash(connection, node))
+    proven.has(leaf, entry.leaf(), |node| hash(connection, node.number()))
 }
 
-/// The leaves that retention has removed, by the entries that say so.
-pub(super) fn removed(connection: &Connection, log: &Log, pruned: Pruned) -> rusqlite::Result<Leaves> {
-    let (mut removed, mut proven) = (Leaves::default(), Proven::of(&log.frontier));
+/// What the control entries of a log say.
+pub(super) struct Said {
+    /// The leaves that retention has removed.
+    pub(super) removed: Leaves,
+    /// The entries before this leaf were counted anew: those that were missing then are in no number of entries.
+    pub(super) counted_from: u64,
+}
+
+/// What the control entries say that the log has.
+pub(super) fn said(connection: &Connection, log: &Log, decode: ControlDecoder) -> rusqlite::Result<Said> {
+    let (mut removed, mut counted_from, mut proven) = (Leaves::default(), 0, Proven::of(&log.frontier));
     removed.add(0..log.first_kept);
     let mut query = connection.prepare("SELECT leaf FROM control WHERE leaf >= 0 ORDER BY leaf")?;
     for leaf in query.query_map([], |row| number(row, 0))? {
-        let entry = control_entry(connection, &mut proven, leaf?)?;
-        // One that can't be read proves no removal.
-        if let Some(pruned) = entry.and_then(|entry| pruned(&entry).ok()) {
-            pruned.all().for_each(|leaves| removed.add(leaves));
+        let leaf = leaf?;
+        let entry = control_entry(connection, &mut proven, leaf)?;
+        // One that can't be read proves nothing.
+        match entry.and_then(|entry| decode(&entry).ok()) {
+            Some(Control::Pruned(pruned)) => pruned.all().for_each(|leaves| removed.add(leaves)),
+            Some(Control::Began(Some(reason))) if reason.counts_anew() => counted_from = leaf,
+            Some(Control::Began(_) | Control::Unknown) | None => {}
         }
     }
-    Ok(removed)
+    Ok(Said { removed, counted_from })
 }
 
 /// The first revision whose record is this leaf or a later one. Records in the log have increasing leaves.
@@ -159,7 +172,7 @@ pub(super) fn parts(
             let is_gone = |beside: Range<u64>| Ok(beside.start > next && beside.end <= first);
             Node::largest_of::<rusqlite::Error>(next, leaves.end, is_gone)?
         };
-        let Some(hash) = hash(&transaction, subtree)? else { return Ok(None) };
+        let Some(hash) = hash(&transaction, subtree.number())? else { return Ok(None) };
         let mut content = Content::Hash(hash);
         while let Some(entry) = stored.iter_mut().find_map(|kind| kind.next_if(|entry| of(entry) <= next)) {
             let (_, entry) = entry?;

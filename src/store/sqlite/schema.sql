@@ -243,12 +243,12 @@ CREATE TABLE history (
 );
 -- By the table itself: its index may be damaged, and then one revision may be there twice.
 INSERT OR IGNORE INTO history
-    SELECT iif(typeof(revision) = 'integer' AND revision > 0, revision, -abs(cycle_id)), cycle_id, coalesce(epoch, 0),
+    SELECT iif(typeof(revision) = 'integer' AND revision > 0, revision, min(cycle_id, -cycle_id)), cycle_id, coalesce(epoch, 0),
            coalesce(state, 0), coalesce(trigger, 0), loop, request_id, triggered_by, coalesce(finished_at, 0), leaf,
            coalesce(record, x'')
     FROM cycles NOT INDEXED ORDER BY cycle_id;
 INSERT OR IGNORE INTO history
-    SELECT -abs(cycle_id), cycle_id, coalesce(epoch, 0), coalesce(state, 0), coalesce(trigger, 0), loop, request_id,
+    SELECT min(cycle_id, -cycle_id), cycle_id, coalesce(epoch, 0), coalesce(state, 0), coalesce(trigger, 0), loop, request_id,
            triggered_by, coalesce(finished_at, 0), leaf, coalesce(record, x'')
     FROM cycles NOT INDEXED WHERE cycle_id NOT IN (SELECT cycle_id FROM history);
 DROP TABLE cycles;

@@ -153,7 +153,7 @@ impl Sealer {
         self.add_row(&mut sealed, table.name, []);
         for (index, value) in (1..).zip(values) {
             let value = value.to_sql()?;
-            add_value(&mut sealed, value_of(&value));
+            add_value(&mut sealed, value_of(&value)?);
             statement.raw_bind_parameter(index, value)?;
         }
         statement.raw_bind_parameter(N + 1, &self.keys.seal(&sealed)[..])?;
@@ -256,11 +256,14 @@ fn values<'r>(row: &'r Row<'_>, columns: impl Iterator<Item = &'static str>) -> 
     columns.map(|column| row.get_ref(column)).collect()
 }
 
-/// The value that is written. None of the kinds that take no value is used.
-fn value_of<'a>(value: &'a ToSqlOutput<'_>) -> ValueRef<'a> {
+/// The value that is written.
+///
+/// # Errors
+/// It is of a kind that takes no value: none of these is used.
+fn value_of<'a>(value: &'a ToSqlOutput<'_>) -> rusqlite::Result<ValueRef<'a>> {
     match value {
-        ToSqlOutput::Borrowed(value) => *value,
-        ToSqlOutput::Owned(value) => value.into(),
-        _ => ValueRef::Null,
+        ToSqlOutput::Borrowed(value) => Ok(*value),
+        ToSqlOutput::Owned(value) => Ok(value.into()),
+        _ => Err(rusqlite::Error::ToSqlConversionFailure("it has no value".into())),
     }
 }

@@ -1,13 +1,14 @@
 //! Verifies a database from the outside: every entry of its log, every column that a read relies on, every hash, and
 //! every index.
 
-use std::{convert::Infallible, ops::Range, path::Path};
+use std::{cell::Cell, convert::Infallible, ops::Range, path::Path};
 
 use rusqlite::{Connection, OptionalExtension};
 
 use super::{
+    counts::Counts,
     error::explain,
-    log::hashes,
+    log::{hash, hashes},
     note::Mark,
     opening::read_only,
     place::DatabaseFileError,
@@ -16,7 +17,7 @@ use super::{
     seal::{Seal, Sealer, TABLES},
 };
 use crate::{
-    ledger::{Checkpoint, Entry, Frontier, Hash, Leaves, Node, SealKeys},
+    ledger::{Checkpoint, Control, Entry, Frontier, Hash, Leaves, Node, SealKeys},
     model::text::count,
     ports::Record,
     store::{OpenError, Rules, Verified},
@@ -43,12 +44,18 @@ pub(in super::super) fn verify(
         .map_err(explained)?;
     let verified = Verified { entries: size, first_kept, ..Verified::default() };
     let id = Mark::read(&transaction).map_err(explained)?.id;
+    let faults = Cell::new(0);
+    let mut counted = |fault| {
+        faults.set(faults.get() + 1);
+        wrong(fault);
+    };
     let verifier = Verifier {
         database: &transaction,
+        faults: &faults,
         checkpoint,
         sealer: keys.map(|keys| Sealer::new(keys, id)),
         rules,
-        wrong,
+        wrong: &mut counted,
         verified,
         removed: Leaves::default(),
         is_compared: false,
@@ -58,6 +65,8 @@ pub(in super::super) fn verify(
 
 struct Verifier<'a> {
     database: &'a Connection,
+    /// Number of faults so far.
+    faults: &'a Cell<u64>,
     checkpoint: &'a Checkpoint,
     /// `None` if the key is not at hand.
     sealer: Option<Sealer>,
@@ -99,6 +108,7 @@ impl Verifier<'_> {
         self.check_outputs()?;
         if let Some(sealer) = self.sealer.take() {
             self.check_seals(&sealer)?;
+            self.check_counts()?;
         }
         self.check_indexes()?;
         Ok(self.verified)
@@ -121,10 +131,14 @@ impl Verifier<'_> {
     /// No row has a number that this software gives to none: what follows leaves such rows out.
     fn check_numbers(&mut self) -> rusqlite::Result<()> {
         for (table, condition) in [
-            ("cycles", "revision < 1 OR cycle_id < 1 OR leaf < 0"),
+            (
+                "cycles",
+                "revision < 1 OR cycle_id < 1 OR typeof(cycle_id) <> 'integer' OR leaf < 0
+                 OR typeof(leaf) NOT IN ('integer', 'null')",
+            ),
             ("audit", "leaf < 0"),
-            ("control", "leaf < 0"),
-            ("hashes", "id < 0 OR typeof(hash) <> 'blob'"),
+            ("control", "leaf < 0 OR typeof(entry) <> 'blob'"),
+            ("hashes", "id < 0 OR typeof(hash) <> 'blob' OR length(hash) <> 32"),
             ("meta", "id <> 0"),
         ] {
             let query = format!("SELECT count(*) FROM {table} WHERE {condition}");
@@ -143,8 +157,9 @@ impl Verifier<'_> {
         let mut rows = query.query([])?;
         let mut first_kept = 0;
         while let Some(row) = rows.next()? {
-            let (leaf, entry) = (number(row, 0)?, row.get::<_, Vec<u8>>(1)?);
-            match (self.rules.checks.pruned)(&entry) {
+            let leaf = number(row, 0)?;
+            let entry = row.get::<_, Vec<u8>>(1).map_err(|error| error.to_string());
+            match entry.and_then(|entry| (self.rules.checks.control)(&entry)).map(Control::pruned) {
                 Ok(pruned) if pruned.all().any(|leaves| leaves.end > leaf) => {
                     (self.wrong)(format!("leaf {leaf}, a control entry, names leaves that are not before it"));
                 }
@@ -170,13 +185,13 @@ impl Verifier<'_> {
     /// Walks over all leaves, and makes the tree anew.
     fn check_entries(&mut self) -> rusqlite::Result<()> {
         let Verified { entries: size, .. } = self.verified;
-        let claims = "SELECT leaf, 1, revision, cycle_id FROM cycles WHERE leaf >= 0
+        let claims = "SELECT leaf, 1, revision, cycle_id FROM cycles WHERE leaf >= 0 AND typeof(leaf) = 'integer'
                       UNION ALL SELECT leaf, 2, 0, 0 FROM audit WHERE leaf >= 0
                       UNION ALL SELECT leaf, 3, 0, 0 FROM control WHERE leaf >= 0 ORDER BY leaf";
         let mut query = self.database.prepare(claims)?;
         let claims = query.query_map([], |row| {
             let entry = match row.get(1)? {
-                1 => Claimed::Record(RecordRow { revision: row.get(2)?, cycle_id: row.get(3)? }),
+                1 => Claimed::Record(RecordRow { revision: row.get(2)?, cycle_id: row.get(3).unwrap_or_default() }),
                 2 => Claimed::Event,
                 _ => Claimed::Control,
             };
@@ -260,8 +275,9 @@ impl Verifier<'_> {
             Claimed::Event => return self.check_event(claim),
             Claimed::Control => {
                 let mut query = self.database.prepare_cached("SELECT entry FROM control WHERE leaf = ?1")?;
-                let entry: Vec<u8> = query.query_row([integer(claim.leaf)], |row| row.get(0))?;
-                return Ok(Some(Entry::Control(&entry).leaf()));
+                // One that can't be read was reported.
+                let entry: Option<Vec<u8>> = query.query_row([integer(claim.leaf)], |row| Ok(row.get(0).ok()))?;
+                return Ok(entry.map(|entry| Entry::Control(&entry).leaf()));
             }
         };
         let Some(record) = self.record(row)? else { return Ok(None) };
@@ -302,10 +318,8 @@ impl Verifier<'_> {
 
     /// Compares the nodes that become complete with a subtree.
     fn compare_nodes(&mut self, subtree: Node, nodes: &[Hash]) -> rusqlite::Result<()> {
-        let mut query = self.database.prepare_cached("SELECT hash FROM hashes WHERE id = ?1")?;
         for (id, node) in (subtree.number()..).zip(nodes) {
-            let stored = query.query_row([integer(id)], |row| row.get(0)).optional()?.map(Hash);
-            if stored != Some(*node) {
+            if hash(self.database, id)? != Some(*node) {
                 (self.wrong)(format!("the hash {id} in the table hashes is not that of the entries below it"));
             }
         }
@@ -332,7 +346,7 @@ impl Verifier<'_> {
         let mut query = self.database.prepare(unlogged)?;
         let mut rows = query.query([])?;
         while let Some(row) = rows.next()? {
-            let row = RecordRow { revision: row.get(0)?, cycle_id: row.get(1)? };
+            let row = RecordRow { revision: row.get(0)?, cycle_id: row.get(1).unwrap_or_default() };
             let Some(record) = self.record(row)? else { continue };
             self.verified.unlogged += 1;
             if integer(record.revision.0) > last {
@@ -405,6 +419,24 @@ impl Verifier<'_> {
         self.verified.sealed = Some(sealed);
         Ok(())
     }
+
+    /// The numbers of records and events, which are sealed, are those of the rows. If anything else is wrong, that
+    /// may be why they are not. So this finds missing records that are older than the log.
+    fn check_counts(&mut self) -> rusqlite::Result<()> {
+        let sealed = self.database.query_row("SELECT * FROM meta", [], Counts::of_row)?;
+        let found = Counts::count(self.database)?;
+        if self.faults.get() > 0 {
+            return Ok(());
+        }
+        for (column, (sealed, found)) in Counts::COLUMNS.iter().zip(sealed.columns().iter().zip(found.columns())) {
+            if *sealed != found {
+                (self.wrong)(format!(
+                    "by the table meta, the number of {column} is {sealed}; by the rows, it is {found}"
+                ));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// The record of a cycle, if it exists.
@@ -454,8 +486,9 @@ mod tests {
     /// The leaves of the records that are removed, in place of a `ControlEntry`.
     const REMOVED: &[u8] = b"0, 1, 3";
 
-    fn pruned(entry: &[u8]) -> Result<RecordsPruned, String> {
-        if entry == REMOVED { Ok(RecordsPruned::of([0, 1, 3], 2)) } else { Err("as scripted".into()) }
+    fn control(entry: &[u8]) -> Result<Control, String> {
+        let pruned = RecordsPruned::of([0, 1, 3], 2);
+        if entry == REMOVED { Ok(Control::Pruned(pruned)) } else { Err("as scripted".into()) }
     }
 
     /// Events of this caller stand for such with other keys.
@@ -487,7 +520,7 @@ mod tests {
     /// The result of verifying a database, and the faults.
     fn verified(path: &Path, checkpoint: &Checkpoint) -> (Verified, Vec<String>) {
         let mut faults = Vec::new();
-        let rules = Rules { checks: Checks { record: check, event: check_event, pruned }, output: output_sha256 };
+        let rules = Rules { checks: Checks { record: check, event: check_event, control }, output: output_sha256 };
         let verified = verify(path, checkpoint, Some(keys()), rules, &mut |fault| faults.push(fault)).unwrap();
         (verified, faults)
     }
@@ -713,7 +746,7 @@ mod tests {
         let path = directory.path().join("o.db");
         drop(database_of_version(&path, 4));
         let checkpoint = Checkpoint { origin: "log".into(), size: 0, root: Frontier::default().root() };
-        let rules = Rules { checks: Checks { record: check, event: check_event, pruned }, output: output_sha256 };
+        let rules = Rules { checks: Checks { record: check, event: check_event, control }, output: output_sha256 };
         let refused = verify(&path, &checkpoint, None, rules, &mut |_| {});
         assert!(matches!(refused, Err(OpenError::TooOld { found: 4, .. })), "{refused:?}");
     }

@@ -119,7 +119,7 @@ impl Writer {
     fn take_over(&mut self, seals: Seals) -> Result<Contents, StoreError> {
         let earlier = self.term.take().map(|term| term.epoch.next());
         let read = read_contents(&mut self.connection, &self.path, self.checks, self.clock, seals)?;
-        let Read { mut contents, current, mark, unlogged_to, counts, log, removed, sealer, renewal } = read;
+        let Read { mut contents, current, mark, unlogged_to, counts, log, said, sealer, renewal } = read;
         contents.epoch = contents.epoch.max(earlier.unwrap_or_default());
         contents.lost = self.noted.and_then(|noted| lost(&mark, &noted));
         let frontier = Frontier {
@@ -141,7 +141,8 @@ impl Writer {
             unlogged_to,
             counts,
             frontier,
-            removed,
+            removed: said.removed,
+            counted_from: said.counted_from,
             sealer,
             renewal,
         });
@@ -256,9 +257,9 @@ impl Writer {
     }
 }
 
-/// The error for something that retention keeps, since it is not what was written.
+/// The error for what retention keeps, since an entry is missing or not what was written.
 fn kept(path: &Path, what: &str) -> StoreError {
-    let problem = format!("retention keeps what it can't verify: {what}");
+    let problem = format!("retention keeps more than its limits allow: {what}");
     StoreError::Corrupt { store: path.display().to_string(), problem }
 }
 
