@@ -580,9 +580,10 @@ mod tests {
 
     #[test]
     fn a_control_entry_is_read_as_it_was() {
+        use LogBeganReason::{Accepted, Behind, CheckpointMissing, KeyMissing};
+
         let pruned = RecordsPruned { leaves: vec![3..7, 9..10], first_kept: 2 };
         assert_eq!(decode_control(&encode_pruned(&pruned)), Ok(Control::Pruned(pruned)));
-        use LogBeganReason::{Accepted, Behind, CheckpointMissing, KeyMissing};
         for reason in [KeyMissing, CheckpointMissing, Behind, Accepted] {
             let began = LogBegan { reason, previous: "p".into() };
             assert_eq!(decode_control(&encode_began(&began)), Ok(Control::Began(Some(reason))));

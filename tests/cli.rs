@@ -1542,7 +1542,41 @@ async fn help_needs_no_other_page() {
     }
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
         let script = ended(orchestrator().args(["completions", shell])).await.with(0);
-        assert!(script.contains("validate-only"), "{shell}");
+        assert!(script.contains("ORCHESTRATOR_COMPLETE"), "{shell}");
+    }
+}
+
+#[tokio::test]
+async fn completions_have_the_names_that_the_service_knows() {
+    let (_home, _fleet, service, _) = house(&["prices", "news"]).await;
+    Cli::of(&service).run("loops start heartbeat --interval 24h").await.with(0);
+    let address = service.address().to_string();
+    // As the script for bash asks; the last word is the one to complete.
+    let asked = async |address: &str, line: &str| {
+        let words: Vec<_> = line.split(' ').collect();
+        let mut command = orchestrator();
+        command.env("ORCHESTRATOR_COMPLETE", "bash").env("_CLAP_COMPLETE_INDEX", (words.len() - 1).to_string());
+        command.env("ORCHESTRATOR_ADDRESS", address).arg("--").args(words);
+        let completions = ended(&mut command).await.with(0);
+        completions.lines().filter(|line| !line.starts_with('-')).map(str::to_owned).collect::<Vec<_>>()
+    };
+    for (line, expected) in [
+        ("orchestrator subsystems show ", &["news", "prices"][..]),
+        ("orchestrator subsystems set p", &["prices"]),
+        ("orchestrator run --subsystem prices,n", &["prices,news"]),
+        ("orchestrator subsystems register other --requires ", &["news", "prices"]),
+        ("orchestrator loops pause ", &["heartbeat"]),
+        ("orchestrator watch --loop ", &["heartbeat"]),
+        ("orchestrator cancel ", &[]),
+    ] {
+        assert_eq!(asked(&address, line).await, expected, "{line}");
+    }
+    // The line itself says which service is meant; one that is not there has none.
+    let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().to_string();
+    assert_eq!(asked(&nobody, "orchestrator subsystems show ").await, Vec::<String>::new());
+    for option in [format!("--address {address}"), format!("--address={address}")] {
+        let line = format!("orchestrator subsystems {option} show n");
+        assert_eq!(asked(&nobody, &line).await, ["news"], "{line}");
     }
 }
 

@@ -44,17 +44,10 @@ impl Unknown {
 
     /// The known name that was probably meant.
     async fn meant<F: clap::Args>(&self, remote: &Remote<F>, client: &mut Client) -> Result<Option<String>, Failure> {
-        let mut names = Vec::new();
-        match self {
-            Self::Subsystem(_) => {
-                let take = |page: Vec<pb::SubsystemStatus>| {
-                    names.extend(page.iter().map(subsystems::name));
-                    Ok(())
-                };
-                subsystems::pages(remote, client, take).await?;
-            }
-            Self::Loop(_) => names = loops(remote, client).await?,
-        }
+        let names = match self {
+            Self::Subsystem(_) => subsystems(remote, client).await?,
+            Self::Loop(_) => loops(remote, client).await?,
+        };
         Ok(nearest(self.name(), names.iter().map(String::as_str)).map(str::to_owned))
     }
 
@@ -144,8 +137,25 @@ async fn missing<F: clap::Args>(
     Ok(missing)
 }
 
+/// The names of all registered subsystems.
+///
+/// # Errors
+/// The service does not say.
+pub(super) async fn subsystems<F: clap::Args>(remote: &Remote<F>, client: &mut Client) -> Result<Vec<String>, Failure> {
+    let mut names = Vec::new();
+    let take = |page: Vec<pb::SubsystemStatus>| {
+        names.extend(page.iter().map(subsystems::name));
+        Ok(())
+    };
+    subsystems::pages(remote, client, take).await?;
+    Ok(names)
+}
+
 /// The names of all loops.
-async fn loops<F: clap::Args>(remote: &Remote<F>, client: &mut Client) -> Result<Vec<String>, Failure> {
+///
+/// # Errors
+/// The service does not say.
+pub(super) async fn loops<F: clap::Args>(remote: &Remote<F>, client: &mut Client) -> Result<Vec<String>, Failure> {
     let loops = super::loops::all(remote, client).await?;
     Ok(loops.into_iter().filter_map(|status| status.r#loop).map(|settings| settings.name).collect())
 }

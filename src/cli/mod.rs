@@ -145,8 +145,10 @@ fn version() -> String {
 }
 
 impl Cli {
-    /// Reads the command line and the environment. If they are invalid, or ask for help, the process exits here.
+    /// Reads the command line and the environment. If they are invalid, or ask for help, or a shell asks for
+    /// completions, the process exits here.
     pub fn read() -> Self {
+        completions::answer();
         Self::try_parse().unwrap_or_else(|error| Self::without_environment(error).exit())
     }
 
