@@ -10,6 +10,8 @@ pub mod codec;
 pub mod framing;
 #[cfg(feature = "service")]
 pub mod json;
+#[cfg(feature = "service")]
+pub mod schema;
 
 /// The contract of subsystems.
 pub mod subsystem {

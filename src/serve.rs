@@ -273,7 +273,7 @@ impl Service {
             let expiries = Box::new(move || of_files.expiries());
             let (dialed, memory_of_all) = (dialer.counts(), memory.clone());
             let metrics = Metrics::default().and_of(calls, exporter, in_front, dialed, expiries, memory_of_all);
-            web.open(api.clone(), metrics.into(), &memory.admin);
+            web.open(api.clone(), metrics.into(), &memory);
         }
         if let Some(address) = admin_address {
             tracing::info!(%address, "dashboard");

@@ -9,7 +9,7 @@ use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt};
 use bytes::Bytes;
 use common::{
     command::orchestrator,
-    http::{Answer, send},
+    http::{Answer, send, send_json},
     patiently,
     raw::Raw,
     service::{Home, Service},
@@ -259,6 +259,46 @@ async fn the_admin_address_asks_for_a_token() {
     assert_eq!(error["error"]["reason"], "CREDENTIAL_MISSING");
     let error = stage.get(Some("monitor"), "/api/status").await.json().await;
     assert_eq!(error["error"]["metadata"]["rpc"], "GetStatus");
+}
+
+#[tokio::test]
+async fn changes_over_http_need_the_same_rights_as_over_grpc() {
+    let stage = Stage::with_roles().await;
+    let post = async |name: Option<&str>, path: &str, body: &str| {
+        let bearer = name.map(|name| format!("Authorization: Bearer {}", stage.texts[name]));
+        let headers: Vec<_> = bearer.as_deref().into_iter().collect();
+        send_json(stage.service.admin(), &format!("POST {path}"), &headers, body).await
+    };
+    for (path, rpc, body) in [
+        ("/api/cycles", "RunCycle", "{}"),
+        ("/api/cycles/1/cancel", "CancelCycle", ""),
+        ("/api/cycles/prune", "PruneCycles", "{}"),
+        ("/api/subsystems", "RegisterSubsystem", "{}"),
+        ("/api/registrations", "RegisterSubsystems", "{}"),
+        ("/api/subsystems/a/suspend", "SuspendSubsystem", ""),
+        ("/api/subsystems/a/renew", "RenewLease", ""),
+        ("/api/loops", "StartIntervalLoop", "{}"),
+        ("/api/loops/pause", "PauseIntervalLoops", r#"{"all": true}"#),
+    ] {
+        let (_, allowed) = GOLDEN.iter().find(|(name, _)| *name == rpc).unwrap();
+        assert_eq!(post(None, path, body).await.status, 401, "{rpc} by nobody");
+        for role in ROLES {
+            let answer = post(Some(role), path, body).await;
+            let (status, text) = (answer.status, answer.text().await);
+            assert_eq!(status != 403, allowed.contains(&role), "{rpc} by {role}: {status} {text}");
+            assert!(status == 403 || !text.contains("NOT_ALLOWED"), "{text}");
+        }
+    }
+    // Nothing of strangers is read, and they can read why.
+    let unread = post(None, "/api/registrations", &" ".repeat(200 << 10)).await;
+    assert_eq!((unread.status, &unread.json().await["error"]["reason"]), (401, &"CREDENTIAL_MISSING".into()));
+    let denied = post(Some("viewer"), "/api/cycles", r#"{"subsystems": ["a"]}"#).await.json().await;
+    assert_eq!(denied["error"]["metadata"], serde_json::json!({ "rpc": "RunCycle", "target": "" }));
+    // The description is for every caller, as reflection is.
+    assert_eq!(stage.get(None, "/api/openapi.json").await.status, 401);
+    for role in ROLES {
+        assert_eq!(stage.get(Some(role), "/api/openapi.json").await.status, 200, "{role}");
+    }
 }
 
 #[tokio::test]

@@ -597,7 +597,18 @@ async fn knock(doors: &Doors, channel: &Channel, seed: u64) {
             assert_eq!(code, "16", "{text}");
         }
         _ => {
-            let path = rng.choice(&["/api/status", "/", "/metrics", "/api/whoami", "/login", "/logout"]).unwrap();
+            let path = rng
+                .choice(&[
+                    "/api/status",
+                    "/",
+                    "/metrics",
+                    "/api/whoami",
+                    "/api/cycles",
+                    "/api/loops/pause",
+                    "/login",
+                    "/logout",
+                ])
+                .unwrap();
             let method = rng.choice(&["GET", "POST", "HEAD", "OPTIONS"]).unwrap();
             // None of these is valid, whatever becomes of it.
             let (token, jwt) = (&doors.token[..doors.token.len() - 1], &doors.jwt[..doors.jwt.len() - 9]);

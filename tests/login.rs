@@ -9,7 +9,7 @@ use std::{collections::BTreeMap, fs};
 use common::{
     command::run_with,
     fleet::to_struct,
-    http::{Answer, get, send, send_form},
+    http::{Answer, get, send, send_form, send_json, send_with_body},
     patiently,
     pki::Authority,
     service::{Home, Service, registration},
@@ -296,8 +296,7 @@ async fn a_login_that_fails_says_why() {
     assert!(!log.contains(&of_expired[21..]), "{log}");
 }
 
-/// A cookie is sent by the browser whatever page has caused a request. So nothing at this address changes anything,
-/// except for the forms, which only its own pages may send.
+/// A cookie is sent by the browser whatever page has caused a request: a page of another port of this host, too.
 #[tokio::test]
 async fn a_cookie_authorizes_nothing_that_another_page_asks_for() {
     let stage = Stage::new().await;
@@ -306,33 +305,42 @@ async fn a_cookie_authorizes_nothing_that_another_page_asks_for() {
     let other_port = format!("http://localhost:{}", stage.service.address().port());
     let longer = format!("http://{host}.evil.example");
     for origin in ["http://evil.example", "null", "", &other_port, &longer] {
-        for path in ["/login", "/logout"] {
+        for path in ["/login", "/logout", "/api/cycles"] {
             let answer = stage.post(path, origin, &cookie, &form).await;
             assert_eq!((answer.status, answer.header("set-cookie")), (403, None), "{path} from {origin:?}");
         }
     }
-    let bare =
-        send_form(stage.service.admin(), "/logout", &["Host: localhost", &format!("Cookie: {cookie}")], "").await;
+    let with_cookie = format!("Cookie: {cookie}");
+    let bare = send_form(stage.service.admin(), "/logout", &["Host: localhost", &with_cookie], "").await;
     assert_eq!(bare.status, 403, "a form of no origin");
-    for method in ["POST", "PUT", "PATCH", "DELETE", "OPTIONS"] {
-        for path in [
-            "/",
-            "/api/status",
-            "/api/cycles",
-            "/api/subsystems/a",
-            "/api/loops",
-            "/api/audit",
-            "/api/events",
-            "/metrics",
-        ] {
-            let headers = [format!("Host: {host}"), format!("Origin: http://{host}"), format!("Cookie: {cookie}")];
-            let headers: Vec<_> = headers.iter().map(String::as_str).chain(["Content-Length: 0"]).collect();
-            let answer = send(stage.service.admin(), &format!("{method} {path}"), &headers).await;
-            assert_eq!(answer.status, 405, "{method} {path}");
-        }
-    }
+    let bare = send_json(stage.service.admin(), "POST /api/cycles", &[&with_cookie], "{}").await;
+    assert_eq!(bare.status, 403, "a change of no origin");
     assert_eq!(stage.visit("/logout", &cookie).await.status, 405);
-    assert_eq!(stage.get("/api/status", &cookie).await.status, 200, "the session has ended");
+    let status = stage.get("/api/status", &cookie).await;
+    assert_eq!(status.status, 200, "the session has ended");
+    assert_eq!(status.json().await["status"]["totalCycles"], serde_json::Value::Null);
+}
+
+#[tokio::test]
+async fn a_session_changes_what_its_token_may_from_a_page_of_this_address() {
+    let stage = Stage::new().await;
+    stage.register_as("admin", 0).await.unwrap();
+    let suspend = async |cookie: &str| {
+        let headers = [format!("Host: {}", stage.host()), format!("Origin: http://{}", stage.host())];
+        let cookie = format!("Cookie: {cookie}");
+        let headers = [&headers[0], &headers[1], &cookie, "Content-Type: application/json", "Content-Length: 2"];
+        send_with_body(stage.service.admin(), "POST /api/subsystems/a/suspend", &headers, "{}").await
+    };
+    let refused = suspend(&stage.session(&stage.texts["viewer"]).await).await;
+    assert_eq!((refused.status, &refused.json().await["error"]["reason"]), (403, &"NOT_ALLOWED".into()));
+    let cookie = stage.session(&stage.texts["admin"]).await;
+    assert_eq!(suspend(&cookie).await.json().await["subsystem"]["suspended"], true);
+    // It is in the audit, by its caller.
+    let page = stage.get("/api/audit?kind=AUDIT_KIND_CHANGE&rpc=SuspendSubsystem", &cookie).await.json().await;
+    let event = &page["events"][0]["event"];
+    assert_eq!((&event["caller"], &event["targets"]), (&"token:admin".into(), &json!(["a"])), "{page}");
+    let log_out = stage.post("/logout", &format!("http://{}", stage.host()), &cookie, "").await;
+    assert_eq!((log_out.status, suspend(&cookie).await.status), (303, 401));
 }
 
 #[tokio::test]

@@ -85,7 +85,7 @@ async fn errors_are_reported() {
 }
 
 #[tokio::test]
-async fn only_this_machine_can_read_and_no_client_can_write() {
+async fn only_this_machine_can_ask() {
     let stage = Stage::new().await;
     let admin = stage.service.admin();
     for host in ["evil.example", "10.0.0.1:7780"] {
@@ -93,7 +93,6 @@ async fn only_this_machine_can_read_and_no_client_can_write() {
     }
     let cross_site = ["Host: localhost", "Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: cors"];
     assert_eq!(send(admin, "GET /api/status", &cross_site).await.status, 403);
-    assert_eq!(send(admin, "POST /api/status", &["Host: localhost", "Content-Length: 0"]).await.status, 405);
 
     let page = get(admin, "/").await;
     assert_eq!(page.status, 200);

@@ -38,7 +38,7 @@ pub(super) struct Gate {
 /// A call whose headers have arrived, in the extensions of its request. It counts under the limits of its caller while
 /// the policy is enforced.
 #[derive(Clone)]
-pub(super) struct Begun(Option<Used>);
+pub struct Begun(Option<Used>);
 
 /// A call that was let in. It reaches the orchestrator, for as long as it lives: a stream keeps it to its end.
 pub struct Entered<Q> {
@@ -216,7 +216,7 @@ impl Gate {
         let caller = extensions.remove::<Caller>().ok_or_else(|| Status::internal("the caller is not known"))?;
         let begun = match extensions.remove::<Begun>() {
             Some(begun) => begun,
-            // At the admin address, a call has no request besides its headers.
+            // At the admin address, the request of a call that only reads is in its headers.
             None => self.begin_rpc(&caller, Q::RPC)?,
         };
         self.has_arrived(&begun, &caller, Q::RPC.name())?;

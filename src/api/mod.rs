@@ -23,12 +23,13 @@ mod usage;
 use std::{future::ready, pin::Pin, sync::Arc};
 
 use futures_util::Stream;
+use tokio::select;
 use tonic::{Request, Response, Status, codegen::http::HeaderMap};
 
 pub use self::{
     caller::{Caller, Way},
     calls::CallCounts,
-    gate::Entered,
+    gate::{Begun, Entered},
     response::{interval_loop, plan, registration},
     rpc::{LogIn, Scrape},
 };
@@ -36,6 +37,7 @@ use self::{
     gate::Gate,
     handlers::Handlers,
     judge::Judge,
+    rpc::Rpc,
     streaming::{Called, Watching},
 };
 use crate::{
@@ -119,6 +121,43 @@ impl Api {
         headers: &HeaderMap,
     ) -> Result<impl Send + Unpin + 'static + use<>, Status> {
         self.gate.begin_reflection(&Caller::of(Way::Grpc, peer, headers))
+    }
+
+    /// Begins a call of the RPC with this name at the admin address, before the body of its request is read.
+    ///
+    /// # Errors
+    /// The identity of the caller is not known, or has reached one of its limits.
+    pub(crate) fn begin(&self, rpc: &str, caller: &Caller) -> Result<Begun, Status> {
+        self.gate.begin(caller, Rpc::of_name(rpc))
+    }
+
+    /// The request of a call that has begun, as `read` makes it.
+    ///
+    /// # Errors
+    /// Those of `read`. Or it took its time, and gave way to another call of its caller.
+    pub(crate) async fn receive<Q>(
+        &self,
+        rpc: &str,
+        caller: Caller,
+        begun: Begun,
+        read: impl Future<Output = Result<Q, Status>>,
+    ) -> Result<Request<Q>, Status> {
+        let request = select! {
+            biased;
+            request = read => request?,
+            status = self.gate.gives_way(begun.clone(), &caller, Rpc::of_name(rpc)) => return Err(status),
+        };
+        let mut request = caller.asks(request);
+        request.extensions_mut().insert(begun);
+        Ok(request)
+    }
+
+    /// Checks that a caller may have a description of the contract.
+    ///
+    /// # Errors
+    /// Its identity is not known.
+    pub(crate) fn check_description(&self, caller: &Caller) -> Result<(), Status> {
+        self.gate.judge.check_beside(caller, "OpenAPI", rules::REFLECTION)
     }
 
     /// Checks that a caller may have the files of the dashboard.

@@ -25,7 +25,7 @@ const OPERATORS: Rule = Rule::Roles(&[Role::Operator, Role::Admin]);
 /// The roles that may change the registry.
 pub(super) const REGISTRARS: &[Role] = &[Role::Registrar, Role::Admin];
 
-/// The rule of reflection, which describes the contract.
+/// The rule of reflection and of the OpenAPI document, which describe the contract.
 pub(super) const REFLECTION: Rule = Rule::Authenticated;
 /// The rule of the files of the dashboard, which are useless to callers that may not read.
 pub(super) const DASHBOARD: Rule = READERS;

@@ -4,11 +4,14 @@
 
 use std::collections::HashMap;
 
-use prost::Message;
-use prost_reflect::{DynamicMessage, Kind, MessageDescriptor, SerializeOptions};
+use prost::{Message, Name};
+use prost_reflect::{DynamicMessage, FieldDescriptor, Kind, MessageDescriptor, SerializeOptions, Value as Content};
 use serde_json::Value;
 
-use super::{bounds, descriptors};
+use super::{
+    bounds::{self, Unreadable},
+    descriptors,
+};
 use crate::model::{Field, Fields, Wire};
 
 /// Why a message, or its JSON, is invalid.
@@ -26,6 +29,15 @@ pub enum JsonError {
     /// It can't be encoded.
     #[error("{0}")]
     Json(#[from] serde_json::Error),
+    /// The text is not the JSON of this message type.
+    #[error("the body is no {0} in JSON: {1}; /api/openapi.json describes it")]
+    Body(&'static str, String),
+    /// The text contains more values than the limit.
+    #[error("the body has more than {MAX_VALUES} values, which is the most that are allowed")]
+    TooManyValues,
+    /// The request exceeds a limit of the contract.
+    #[error(transparent)]
+    Unreadable(#[from] Unreadable),
     /// A value is invalid for its field.
     #[error("{field} is {value:?}; give {allowed}")]
     Value {
@@ -91,50 +103,135 @@ fn count(kind: &'static str, of: &MessageDescriptor, bytes: &[u8], messages: &mu
     Ok(())
 }
 
-/// The message from the parameters of a URL: names are those of fields, as in JSON or as in the contract; a list takes
-/// several parameters. A field that is a message is given in its JSON form as a string, such as a time.
+/// Most values in the JSON of a request, at all depths together: as many as a request has fields. Each takes almost
+/// 1 KiB while the text becomes a message, as in the other direction.
+pub const MAX_VALUES: usize = bounds::MAX_FIELDS;
+
+/// The request from its JSON, and from the parameters of a URL. An empty text stands for `{}`. A field may be in both
+/// if the values are the same.
+///
+/// The names of parameters are those of fields, as in JSON or as in the contract; a list takes several parameters. A
+/// field that is a message is given in its JSON form as a string, such as a time. A field of a field is given by its
+/// path, such as `registration.name`.
 ///
 /// # Errors
-/// A field is unknown, a value is invalid, a field that is not a list is given more than once, or a list is too long.
-pub fn from_parameters<M: Message + Default>(
-    kind: &'static str,
-    parameters: impl IntoIterator<Item = (String, String)>,
+/// The text is not the JSON of this message, or has more than [`MAX_VALUES`]. A field is unknown, a value is invalid, a
+/// field that is not a list is given more than once, or a list is too long.
+pub fn from_request<M: Message + Name + Default>(
+    text: &[u8],
+    parameters: Vec<(String, String)>,
 ) -> Result<M, JsonError> {
-    let descriptor = descriptor(kind)?;
-    let mut bytes = Vec::new();
-    let mut given: HashMap<u32, usize> = HashMap::new();
+    let descriptor = descriptor(M::NAME)?;
+    let body = read::<M>(&descriptor, text)?;
+    let mut bytes = body.encode_to_vec();
+    let mut given: HashMap<Vec<u32>, usize> = HashMap::new();
     for (name, text) in parameters {
-        let field = descriptor.get_field_by_json_name(&name).or_else(|| descriptor.get_field_by_name(&name));
-        let Some(field) = field else {
-            let names: Vec<_> = descriptor.fields().map(|field| field.json_name().to_owned()).collect();
-            let allowed = if names.is_empty() { "there are none".into() } else { format!("give {}", names.join(", ")) };
-            return Err(JsonError::NoField { field: name, allowed });
-        };
-        let count = given.entry(field.number()).or_default();
-        *count += 1;
-        if *count > 1 && !field.is_list() {
-            return Err(JsonError::Twice(name));
-        }
-        if field.is_list() && *count > bounds::max_entries(field.full_name()) {
-            return Err(JsonError::TooMany(name, bounds::max_entries(field.full_name())));
-        }
-        // JSON accepts numbers as strings, but not booleans.
-        let value = match (field.kind(), text.as_str()) {
-            (Kind::Bool, "true" | "") => Value::Bool(true),
-            (Kind::Bool, "false") => Value::Bool(false),
-            _ => Value::String(text.clone()),
-        };
-        let value = if field.is_list() { Value::Array(vec![value]) } else { value };
-        let object = Value::Object([(field.json_name().to_owned(), value)].into_iter().collect());
-        let message = DynamicMessage::deserialize(descriptor.clone(), object).map_err(|error| JsonError::Value {
-            field: name,
-            value: text,
-            allowed: allowed(&field.kind(), &error),
-        })?;
+        let path = path(&descriptor, &name)?;
+        let others = given.entry(path.iter().map(FieldDescriptor::number).collect()).or_default();
         // Concatenated encoded messages are one merged message.
-        bytes.extend(message.encode_to_vec());
+        bytes.extend(parameter(&path, &body, name, text, *others)?.encode_to_vec());
+        *others += 1;
     }
-    M::decode(bytes.as_slice()).map_err(|error| JsonError::bytes(kind, error))
+    bounds::check(&M::full_name(), &bytes)?;
+    M::decode(bytes.as_slice()).map_err(|error| JsonError::bytes(M::NAME, error))
+}
+
+/// The message in the JSON of a request.
+fn read<M: Name>(descriptor: &MessageDescriptor, text: &[u8]) -> Result<DynamicMessage, JsonError> {
+    if text.is_empty() {
+        return Ok(DynamicMessage::new(descriptor.clone()));
+    }
+    if values(text) > MAX_VALUES {
+        return Err(JsonError::TooManyValues);
+    }
+    let mut deserializer = serde_json::Deserializer::from_slice(text);
+    let read = DynamicMessage::deserialize(descriptor.clone(), &mut deserializer);
+    let read = read.and_then(|message| deserializer.end().map(|()| message));
+    read.map_err(|error| JsonError::Body(M::NAME, error.to_string()))
+}
+
+/// At least the number of values in a JSON text, before anything is built: each of them is the first of the text or of
+/// a list or an object, or follows a comma.
+fn values(text: &[u8]) -> usize {
+    let (mut values, mut in_string, mut is_escaped) = (1, false, false);
+    for byte in text {
+        match byte {
+            _ if is_escaped => is_escaped = false,
+            b'\\' if in_string => is_escaped = true,
+            b'"' => in_string = !in_string,
+            b',' | b'[' | b'{' if !in_string => values += 1,
+            _ => {}
+        }
+    }
+    values
+}
+/// The fields from the message to the one with this name.
+fn path(of: &MessageDescriptor, name: &str) -> Result<Vec<FieldDescriptor>, JsonError> {
+    let (first, rest) = name.split_once('.').map_or((name, None), |(first, rest)| (first, Some(rest)));
+    let field = of.get_field_by_json_name(first).or_else(|| of.get_field_by_name(first));
+    let inner = field.as_ref().map(FieldDescriptor::kind);
+    match (field, rest, inner.as_ref().and_then(Kind::as_message)) {
+        (Some(field), None, _) => Ok(vec![field]),
+        (Some(field), Some(rest), Some(inner)) if !field.is_list() => {
+            Ok(std::iter::once(field).chain(path(inner, rest)?).collect())
+        }
+        _ => {
+            let names: Vec<_> = of.fields().map(|field| field.json_name().to_owned()).collect();
+            let allowed = if names.is_empty() { "there are none".into() } else { format!("give {}", names.join(", ")) };
+            Err(JsonError::NoField { field: name.to_owned(), allowed })
+        }
+    }
+}
+
+/// A message that has only this field, with the value of a parameter. The field has this number of `others` before.
+fn parameter(
+    path: &[FieldDescriptor],
+    body: &DynamicMessage,
+    name: String,
+    text: String,
+    others: usize,
+) -> Result<DynamicMessage, JsonError> {
+    let [first, rest @ ..] = path else { return Err(JsonError::NoMessage(name)) };
+    let field = rest.last().unwrap_or(first);
+    let is_first = others == 0 || field.is_list();
+    if !is_first || in_body(body, path).is_some_and(|value| !is_text(&value, &text)) {
+        return Err(JsonError::Twice(name));
+    }
+    if field.is_list() && others >= bounds::max_entries(field.full_name()) {
+        return Err(JsonError::TooMany(name, bounds::max_entries(field.full_name())));
+    }
+    // JSON accepts numbers as strings, but not booleans.
+    let value = match (field.kind(), text.as_str()) {
+        (Kind::Bool, "true" | "") => Value::Bool(true),
+        (Kind::Bool, "false") => Value::Bool(false),
+        _ => Value::String(text.clone()),
+    };
+    let value = if field.is_list() { Value::Array(vec![value]) } else { value };
+    let object = path
+        .iter()
+        .rev()
+        .fold(value, |value, field| Value::Object([(field.json_name().to_owned(), value)].into_iter().collect()));
+    DynamicMessage::deserialize(first.parent_message().clone(), object).map_err(|error| JsonError::Value {
+        field: name,
+        value: text,
+        allowed: allowed(&field.kind(), &error),
+    })
+}
+
+/// The value of the field at this path, if the body has it.
+fn in_body(body: &DynamicMessage, path: &[FieldDescriptor]) -> Option<Content> {
+    let (first, rest) = path.split_first()?;
+    let value = body.has_field(first).then(|| body.get_field(first))?;
+    if rest.is_empty() { Some(value.into_owned()) } else { in_body(value.as_message()?, rest) }
+}
+
+/// True if this is the value of a parameter with this text. There are such fields in the paths of URLs.
+fn is_text(value: &Content, text: &str) -> bool {
+    match value {
+        Content::String(value) => value == text,
+        Content::U64(value) => value.to_string() == text,
+        _ => false,
+    }
 }
 
 /// The valid values of a parameter of this type, for `error`.
@@ -166,8 +263,12 @@ mod tests {
     use crate::proto::orchestrator::v1 as pb;
 
     fn list(parameters: &[(&str, &str)]) -> Result<pb::ListCyclesRequest, JsonError> {
-        let parameters = parameters.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
-        from_parameters("ListCyclesRequest", parameters)
+        request("", parameters)
+    }
+
+    fn request<M: Message + Name + Default>(text: &str, parameters: &[(&str, &str)]) -> Result<M, JsonError> {
+        let parameters = parameters.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        from_request(text.as_bytes(), parameters)
     }
 
     #[test]
@@ -211,7 +312,46 @@ mod tests {
 
     #[test]
     fn a_boolean_is_text_in_a_url() {
-        let parameters = [("progress".to_owned(), "true".to_owned())];
-        assert!(from_parameters::<pb::WatchCyclesRequest>("WatchCyclesRequest", parameters).unwrap().progress);
+        assert!(request::<pb::WatchCyclesRequest>("", &[("progress", "true")]).unwrap().progress);
+    }
+
+    #[test]
+    fn a_body_and_parameters_are_one_request() {
+        let run = |text: &str, parameters: &[(&str, &str)]| request::<pb::RunCycleRequest>(text, parameters);
+        assert_eq!(run("", &[]).unwrap(), run(" {} ", &[]).unwrap());
+        let given =
+            run(r#"{"subsystems": ["a"], "overlapPolicy": "OVERLAP_POLICY_SKIP"}"#, &[("async", "true")]).unwrap();
+        assert_eq!((given.subsystems, given.r#async, given.overlap_policy), (vec!["a".to_owned()], true, 1));
+        let update = |text: &str| request::<pb::UpdateSubsystemRequest>(text, &[("registration.name", "a")]);
+        for text in [r#"{"registration": {"phase": 2}}"#, r#"{"registration": {"phase": 2, "name": "a"}}"#] {
+            let registration = update(text).unwrap().registration.unwrap();
+            assert_eq!((registration.name.as_str(), registration.phase), ("a", 2));
+        }
+        let twice = update(r#"{"registration": {"name": "b"}}"#).unwrap_err().to_string();
+        assert_eq!(twice, "registration.name is given more than once; give it once");
+        let twice = run(r#"{"requestId": "x"}"#, &[("request_id", "y")]).unwrap_err().to_string();
+        assert_eq!(twice, "request_id is given more than once; give it once");
+        for (text, words) in [
+            ("{", "no RunCycleRequest in JSON: EOF"),
+            ("{} {}", "trailing characters"),
+            ("[]", "expected a map"),
+            ("null", "expected a map"),
+            (r#"{"subsytems": []}"#, "unrecognized field name 'subsytems'"),
+            (r#"{"async": "yes"}"#, "expected a boolean"),
+        ] {
+            let refused = run(text, &[]).unwrap_err().to_string();
+            assert!(refused.contains(words), "{text}: {refused}");
+        }
+    }
+
+    #[test]
+    fn a_body_with_too_many_values_is_refused_before_it_is_built() {
+        let with_nulls = |nulls: usize| {
+            let nulls = vec!["null"; nulls].join(",");
+            let text = format!(r#"{{"parameters": {{"text": "\\\",[{{", "list": [{nulls}]}}}}"#);
+            request::<pb::RunCycleRequest>(&text, &[])
+        };
+        assert!(with_nulls(MAX_VALUES - 4).is_ok());
+        assert!(matches!(with_nulls(MAX_VALUES - 3), Err(JsonError::TooManyValues)));
     }
 }

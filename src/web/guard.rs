@@ -25,19 +25,20 @@ pub(super) struct Guard {
 ///
 /// A page of another site that is open in a local browser can send requests to loopback addresses, and read the answers
 /// if its name resolves to such an address (DNS rebinding). The name in `Host` and the browser's `Sec-Fetch-Site`
-/// reveal such requests. Forms may come only from a page of this address itself, as `Origin` tells.
+/// reveal such requests. A browser may change something only from a page of this address itself, as `Origin` tells,
+/// which browsers send with each such request: a cookie is sent to all ports of a host, for pages of all of them.
 pub(super) async fn check(State(guard): State<Guard>, request: Request, next: Next) -> Response {
-    let headers = request.headers();
-    let is_form = *request.method() == Method::POST && login::PATHS.contains(&request.uri().path());
-    let mut response = if !is_form && !matches!(*request.method(), Method::GET | Method::HEAD) {
-        (StatusCode::METHOD_NOT_ALLOWED, [(header::ALLOW, "GET, HEAD")], "this address is read-only\n").into_response()
-    } else if !guard.beyond_loopback && !is_local(headers) {
+    let (method, headers) = (request.method(), request.headers());
+    let reads = matches!(*method, Method::GET | Method::HEAD);
+    let is_form = *method == Method::POST && login::PATHS.contains(&request.uri().path());
+    let mut response = if !guard.beyond_loopback && !is_local(headers) {
         (StatusCode::FORBIDDEN, "the name in Host is not a loopback name; use localhost\n").into_response()
     } else if is_cross_site(headers) {
-        (StatusCode::FORBIDDEN, "pages of other sites may not read this address\n").into_response()
-    } else if is_form && !is_of_same_origin(headers, guard.is_secure) {
-        (StatusCode::FORBIDDEN, "only pages of this address may send forms to it, as the header Origin tells\n")
-            .into_response()
+        (StatusCode::FORBIDDEN, "pages of other sites may not use this address\n").into_response()
+    } else if !reads && (is_form || is_of_browser(headers)) && !is_of_same_origin(headers, guard.is_secure) {
+        let problem = "a browser may change something only from a page of this address, as the header Origin tells; \
+                       programs send no Origin and no Cookie\n";
+        (StatusCode::FORBIDDEN, problem).into_response()
     } else {
         next.run(request).await
     };
@@ -70,6 +71,13 @@ fn is_local(headers: &HeaderMap) -> bool {
 fn is_cross_site(headers: &HeaderMap) -> bool {
     let header = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
     header("sec-fetch-site") == Some("cross-site") && header("sec-fetch-mode") != Some("navigate")
+}
+
+/// True if a browser may have sent a request that is not a GET.
+fn is_of_browser(headers: &HeaderMap) -> bool {
+    [header::ORIGIN, header::COOKIE, header::HeaderName::from_static("sec-fetch-site")]
+        .iter()
+        .any(|name| headers.contains_key(name))
 }
 
 /// True if a request comes from a page of the server that it is sent to. Without TLS here, a proxy may add it.

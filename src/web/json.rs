@@ -1,25 +1,26 @@
-//! RPCs as JSON: parameters become a request, and its response becomes a body.
+//! RPCs as JSON: parameters and a body become a request, and its response becomes a body.
 
-use std::{convert::Infallible, future::Future, sync::Arc, time::Duration};
+use std::{collections::HashMap, convert::Infallible, future::Future, sync::Arc, time::Duration};
 
 use axum::{
-    body::{Body, Bytes},
-    extract::{Extension, FromRequestParts, Query, RawPathParams},
-    http::{HeaderMap, HeaderValue, StatusCode, Uri, header, request::Parts},
+    body::{Body, Bytes, HttpBody as _},
+    extract::{self, Extension, FromRequest, FromRequestParts, Query, RawPathParams},
+    http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header},
     response::{IntoResponse, Response},
 };
 use futures_util::{StreamExt, stream};
 use prost::{Message, Name};
 use tokio::{
-    sync::{Mutex, Semaphore},
+    sync::{Mutex, Semaphore, SemaphorePermit},
     time::{Instant, timeout_at},
 };
 use tonic::{Code, Request, Status};
-use tonic_types::StatusExt;
+use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 
+use super::body::{self, Unread};
 use crate::{
     api::{Api, Caller},
-    memory::{Full, Memory},
+    memory::{Full, Held, Memory, Shares},
     model,
     offload::offload_within,
     proto::{
@@ -44,7 +45,11 @@ pub(super) struct Answers {
     asking: Arc<Semaphore>,
     /// Limits requests for snapshots, which may wait for slow subsystems and must not use up the other limit.
     asking_subsystems: Arc<Semaphore>,
-    /// JSON is made one answer at a time, so that it takes at most one processor from cycles.
+    /// Limits requests that run or change something, which may wait for a cycle and must leave connections for others.
+    changing: Arc<Semaphore>,
+    /// Memory for the bodies of requests until they are messages.
+    requests: Memory,
+    /// JSON is made, or read, one at a time, so that it takes at most one processor from cycles.
     turn: Arc<Semaphore>,
     /// Admits one large answer at a time to the wait for room, since it is already in memory.
     large: Arc<Semaphore>,
@@ -78,6 +83,10 @@ impl Answers {
     const MAX_ASKING: usize = 16;
     /// Enough for the people who use the dashboard.
     const MAX_ASKING_SUBSYSTEMS: usize = 16;
+    /// What streams and these leave is enough for the others.
+    const MAX_CHANGING: usize = 32;
+    /// Most bytes of the body of a request: many times as many as most have.
+    const MAX_BODY: usize = 1 << 20;
     /// Most bytes of an answer, before it becomes text, that needs no room: all connections together have few such
     /// bytes.
     const SMALL: usize = 16 << 10;
@@ -85,13 +94,15 @@ impl Answers {
     /// wait meanwhile.
     const PATIENCE: Duration = Duration::from_secs(1);
 
-    pub(super) fn new(api: Api, memory: &Memory) -> Self {
+    pub(super) fn new(api: Api, Shares { admin: memory, requests, .. }: &Shares) -> Self {
         let semaphore = |permits| Arc::new(Semaphore::new(permits));
         let answers = memory.part("answers that clients of the admin address have not read yet", memory.max() / 2);
         Self {
             api,
             asking: semaphore(Self::MAX_ASKING),
             asking_subsystems: semaphore(Self::MAX_ASKING_SUBSYSTEMS),
+            changing: semaphore(Self::MAX_CHANGING),
+            requests: requests.clone(),
             turn: semaphore(1),
             large: semaphore(1),
             waiting: answers.part("answers that wait to become JSON", answers.max() / 2),
@@ -171,57 +182,136 @@ pub(super) struct Asked {
     answers: Answers,
     caller: Caller,
     parameters: Vec<(String, String)>,
+    headers: HeaderMap,
+    /// `None` if the request only reads: then it has no body.
+    body: Option<Body>,
 }
 
-impl FromRequestParts<Answers> for Asked {
+impl FromRequest<Answers> for Asked {
     type Rejection = Response;
 
-    async fn from_request_parts(parts: &mut Parts, answers: &Answers) -> Result<Self, Response> {
-        let caller = Extension::from_request_parts(parts, answers).await;
+    async fn from_request(request: extract::Request, answers: &Answers) -> Result<Self, Response> {
+        let (mut parts, body) = request.into_parts();
+        let caller = Extension::from_request_parts(&mut parts, answers).await;
         let Extension(caller) = caller.map_err(IntoResponse::into_response)?;
-        let query = Query::from_request_parts(parts, answers).await;
+        let query = Query::from_request_parts(&mut parts, answers).await;
         let Query(mut parameters): Query<Vec<_>> = query.map_err(IntoResponse::into_response)?;
-        let path = RawPathParams::from_request_parts(parts, answers).await;
+        let path = RawPathParams::from_request_parts(&mut parts, answers).await;
         let path = path.map_err(IntoResponse::into_response)?;
         parameters.extend(path.iter().map(|(name, value)| (name.to_owned(), value.to_owned())));
-        Ok(Self { answers: answers.clone(), caller, parameters })
+        let reads = matches!(parts.method, Method::GET | Method::HEAD);
+        let (headers, body) = (parts.headers, (!reads).then_some(body));
+        Ok(Self { answers: answers.clone(), caller, parameters, headers, body })
     }
 }
 
 impl Asked {
-    /// Makes a call and returns its response as JSON.
-    pub(super) async fn answer<Q, A, F>(self, call: impl FnOnce(Api, Request<Q>) -> F) -> Response
+    /// The same request, with another name of a parameter.
+    pub(super) fn renamed(mut self, renamed: Option<(&str, &str)>) -> Self {
+        if let Some((name, field)) = renamed {
+            self.parameters.iter_mut().filter(|(it, _)| it == name).for_each(|(it, _)| field.clone_into(it));
+        }
+        self
+    }
+
+    /// Calls an RPC, and returns its response as JSON.
+    pub(super) async fn answer<Q, A, F>(self, rpc: &'static str, call: impl FnOnce(Api, Request<Q>) -> F) -> Response
     where
-        Q: Message + Name + Default,
+        Q: Message + Name + Default + 'static,
         A: Message + Name,
         F: Future<Output = Result<tonic::Response<A>, Status>>,
     {
-        let Self { answers, caller, parameters } = self;
-        let asks_subsystems = parameters.iter().any(|(name, _)| SNAPSHOTS.contains(&name.as_str()));
-        let request = match json::from_parameters(Q::NAME, parameters) {
-            Ok(request) => request,
-            Err(error) => return refused(&invalid(&error)),
-        };
-        let asking = if asks_subsystems {
-            answers.asking_subsystems.try_acquire().map_err(|_| {
-                let max = Answers::MAX_ASKING_SUBSYSTEMS;
-                Status::resource_exhausted(format!("limit of {max} requests for snapshots reached; try again later"))
-            })
-        } else {
-            answers.asking.acquire().await.map_err(|error| Status::unavailable(error.to_string()))
-        };
-        let _asking = match asking {
-            Ok(asking) => asking,
-            Err(status) => return refused(&status),
-        };
-        match call(answers.api.clone(), caller.asks(request)).await {
-            Ok(answer) => match encode(&answers, A::NAME, answer.into_inner()).await {
-                Ok(bytes) => ([(header::CONTENT_TYPE, JSON)], bytes).into_response(),
-                Err(status) => refused(&status),
-            },
+        match self.call(rpc, call).await {
+            Ok(text) => ([(header::CONTENT_TYPE, JSON)], text).into_response(),
             Err(status) => refused(&status),
         }
     }
+
+    async fn call<Q, A, F>(self, rpc: &'static str, call: impl FnOnce(Api, Request<Q>) -> F) -> Result<Bytes, Status>
+    where
+        Q: Message + Name + Default + 'static,
+        A: Message + Name,
+        F: Future<Output = Result<tonic::Response<A>, Status>>,
+    {
+        let Self { answers, caller, parameters, headers, body } = self;
+        let asks_subsystems = parameters.iter().any(|(name, _)| SNAPSHOTS.contains(&name.as_str()));
+        let changes = body.is_some();
+        let request = match body {
+            None => caller.asks(json::from_request(&[], parameters).map_err(|error| invalid(&error))?),
+            Some(body) => {
+                // Nothing of strangers is read.
+                let begun = match answers.api.begin(rpc, &caller) {
+                    Ok(begun) => begun,
+                    Err(status) => {
+                        body::forget(body).await;
+                        return Err(status);
+                    }
+                };
+                let read = answers.read(&headers, body, parameters);
+                answers.api.receive(rpc, caller, begun, read).await?
+            }
+        };
+        let _permit = if changes {
+            try_acquire(&answers.changing, Answers::MAX_CHANGING, "requests that run or change something")?
+        } else if asks_subsystems {
+            try_acquire(&answers.asking_subsystems, Answers::MAX_ASKING_SUBSYSTEMS, "requests for snapshots")?
+        } else {
+            answers.asking.acquire().await.map_err(|error| Status::unavailable(error.to_string()))?
+        };
+        let answer = call(answers.api.clone(), request).await?.into_inner();
+        encode(&answers, A::NAME, answer).await
+    }
+}
+
+fn try_acquire<'a>(places: &'a Semaphore, max: usize, of: &str) -> Result<SemaphorePermit<'a>, Status> {
+    let full = |_| Status::resource_exhausted(format!("limit of {max} {of} reached; try again later"));
+    places.try_acquire().map_err(full)
+}
+
+impl Answers {
+    /// The request in a body, and in parameters. Without a body, it consists of the parameters.
+    async fn read<Q>(&self, headers: &HeaderMap, body: Body, parameters: Vec<(String, String)>) -> Result<Q, Status>
+    where
+        Q: Message + Name + Default + 'static,
+    {
+        /// Of each byte: in the text, in the message that is read, in its encoded form, and in the request.
+        const COPIES: usize = 4;
+        if !body.is_end_stream() {
+            check_type(headers)?;
+        }
+        let mut held: Option<Held> = None;
+        let text = body::read(body, Self::MAX_BODY, |bytes| {
+            let bytes = COPIES * bytes;
+            match &mut held {
+                Some(held) => held.resize(bytes),
+                // Connections together have few such bytes.
+                None if bytes <= Self::SMALL => Ok(()),
+                None => self.requests.try_hold(bytes).map(|room| held = Some(room)),
+            }
+        });
+        let text = text.await.map_err(|unread| match unread {
+            Unread::NoRoom(full) => no_room(full),
+            Unread::TooLong(_) => invalid(&format!("{unread} here; make the call over gRPC, or make it smaller")),
+            unread => invalid(&unread),
+        })?;
+        let is_long = text.len() > Self::SMALL;
+        let read = offload_within(&self.turn, is_long, move || json::from_request(&text, parameters)).await;
+        let read = joined(read).ok_or_else(|| Status::unavailable("the service is ending"))?;
+        read.map_err(|error| invalid(&error))
+    }
+}
+
+/// Checks that a body is said to be JSON. Programs that do not say so, such as forms, send something else.
+fn check_type(headers: &HeaderMap) -> Result<(), Status> {
+    const SHOWN: usize = 64;
+    let given = headers.get(header::CONTENT_TYPE).map(HeaderValue::as_bytes);
+    let given = given.map(|given| String::from_utf8_lossy(&given[..given.len().min(SHOWN)]));
+    let kind = given.as_deref().map(|given| given.split(';').next().unwrap_or_default().trim());
+    if kind.is_some_and(|kind| kind.eq_ignore_ascii_case(JSON)) {
+        return Ok(());
+    }
+    let given = given.map_or_else(|| "missing".to_owned(), |given| format!("{given:?}"));
+    Err(invalid(&format!("the Content-Type of the body is {given}; send JSON, with Content-Type: {JSON}")))
 }
 
 async fn encode(answers: &Answers, kind: &'static str, answer: impl Message) -> Result<Bytes, Status> {
@@ -242,18 +332,34 @@ async fn encode(answers: &Answers, kind: &'static str, answer: impl Message) -> 
 
 pub(super) async fn no_such_path(uri: Uri) -> Response {
     let message = format!(
-        "there is no {}; see /, /livez, /readyz, /metrics, /api/status, /api/cycles, /api/cycles/ID, /api/plan, /api/subsystems, \
-         /api/subsystems/NAME, /api/loops, /api/audit, /api/whoami and /api/events",
+        "there is no {}; see /, /metrics, /livez, /readyz, and the paths in /api/openapi.json, such as /api/status and \
+         /api/cycles",
         uri.path()
     );
     refused(&Status::not_found(message))
 }
 
+/// Adds the error to the answer of the router that a path does not have this method.
+pub(super) fn explain(method: &Method, uri: &Uri, response: Response) -> Response {
+    let Some(allowed) = response
+        .headers()
+        .get(header::ALLOW)
+        .filter(|_| response.status() == StatusCode::METHOD_NOT_ALLOWED && response.body().is_end_stream())
+    else {
+        return response;
+    };
+    let message =
+        format!("{method} is not offered at {}; send one of {}", uri.path(), allowed.to_str().unwrap_or_default());
+    let code = StatusCode::METHOD_NOT_ALLOWED;
+    let headers = [(header::ALLOW, allowed.clone()), (header::CONTENT_TYPE, HeaderValue::from_static(JSON))];
+    (code, headers, error_with(code, &Status::unimplemented(message))).into_response()
+}
+
 /// `WatchCycles`, as server-sent events, or as lines of JSON if the client accepts them.
 ///
 /// <https://html.spec.whatwg.org/multipage/server-sent-events.html>
-pub(super) async fn events(headers: HeaderMap, asked: Asked) -> Response {
-    let Asked { answers, caller, mut parameters } = asked;
+pub(super) async fn events(asked: Asked) -> Response {
+    let Asked { answers, caller, mut parameters, headers, .. } = asked;
     // Bytes that are not text are not a number either, and are refused as such.
     let header = |name| headers.get(name).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
     let as_lines = header(header::ACCEPT.as_str()).is_some_and(|accepted| accepted.contains(LINES));
@@ -265,7 +371,7 @@ pub(super) async fn events(headers: HeaderMap, asked: Asked) -> Response {
         });
         parameters.push(("afterRevision".into(), revision.clone()));
     }
-    let request = match json::from_parameters("WatchCyclesRequest", parameters) {
+    let request: pb::WatchCyclesRequest = match json::from_request(&[], parameters) {
         Ok(request) => request,
         Err(error) => return refused(&invalid(&error)),
     };
@@ -348,8 +454,10 @@ fn unwritable(event: &pb::CycleEvent) -> pb::CycleEvent {
     pb::CycleEvent { revision: event.revision, event: Some(Event::Unreadable(unreadable)) }
 }
 
-fn invalid(error: &JsonError) -> Status {
-    Status::invalid_argument(error.to_string())
+/// The status of a request that can't be read.
+fn invalid(error: &impl ToString) -> Status {
+    let details = ErrorDetails::with_error_info("INVALID_FIELDS", "orchestrator.dreamnet", HashMap::new());
+    Status::with_error_details(Code::InvalidArgument, error.to_string(), details)
 }
 
 pub(super) fn refused(status: &Status) -> Response {
@@ -367,9 +475,13 @@ pub(super) fn parts(status: &Status) -> (StatusCode, String, &str) {
     (http_code(status.code()), reason, status.message())
 }
 
-/// <https://google.aip.dev/193>
 fn error_text(status: &Status) -> (StatusCode, String) {
     let code = http_code(status.code());
+    (code, error_with(code, status))
+}
+
+/// <https://google.aip.dev/193>
+fn error_with(code: StatusCode, status: &Status) -> String {
     let mut error = serde_json::json!({
         "code": code.as_u16(),
         "status": model::Code::from_number(status.code() as i32).name(),
@@ -379,7 +491,11 @@ fn error_text(status: &Status) -> (StatusCode, String) {
         error["reason"] = info.reason.into();
         error["metadata"] = serde_json::json!(info.metadata);
     }
-    (code, serde_json::json!({ "error": error }).to_string())
+    if let Some(invalid) = status.get_details_bad_request() {
+        let named = |it: FieldViolation| serde_json::json!({ "field": it.field, "description": it.description });
+        error["fieldViolations"] = invalid.field_violations.into_iter().map(named).collect();
+    }
+    serde_json::json!({ "error": error }).to_string()
 }
 
 /// The mapping of `google/rpc/code.proto`.

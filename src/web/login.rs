@@ -1,7 +1,7 @@
 //! Browsers log in with a token, and from then on present a session in a cookie: they can't send a token with each
 //! request, least of all with streams of events.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{convert::Infallible, net::SocketAddr, sync::Arc};
 
 use axum::{
     Form, Router,
@@ -12,11 +12,11 @@ use axum::{
     response::{Html, IntoResponse, Redirect, Response},
     routing::{get, post},
 };
-use bytes::BytesMut;
-use futures_util::StreamExt;
-use tokio::time::timeout;
 
-use super::{PATIENCE, json};
+use super::{
+    body::{self, Unread},
+    json,
+};
 use crate::{
     api::{Api, Caller, Way},
     listen::Peer,
@@ -34,9 +34,6 @@ const LOGOUT: &str = "/logout";
 
 /// Most bytes of a form: twice those of a JWT.
 const MAX_FORM: usize = 16 << 10;
-/// Most bytes of a form that are read. A connection that is closed with unread bytes is reset, and then the browser may
-/// not show the answer.
-const MAX_READ: usize = 4 * MAX_FORM;
 
 /// The sessions of browsers at one address.
 #[derive(Clone)]
@@ -143,10 +140,9 @@ async fn log_in(State(login): State<Login>, Extension(caller): Extension<Caller>
         return Redirect::to("/").into_response();
     }
     let earlier = login.cookie.find(request.headers()).map(str::to_owned);
-    let fields = match timeout(PATIENCE, read(request)).await {
-        Ok(Ok(fields)) => fields,
-        Ok(Err((code, problem))) => return with_problem(code, &problem),
-        Err(_) => return with_problem(StatusCode::REQUEST_TIMEOUT, "The form has not arrived in time."),
+    let fields = match read(request).await {
+        Ok(fields) => fields,
+        Err((code, problem)) => return with_problem(code, &problem),
     };
     let token = fields.iter().find(|(name, _)| name == "token").map_or("", |(_, token)| token.trim());
     let refused = match login.api.log_in(caller, token).await {
@@ -173,20 +169,13 @@ async fn log_in(State(login): State<Login>, Extension(caller): Extension<Caller>
 /// The fields of a form. Otherwise the status, and what is wrong.
 async fn read(request: Request) -> Result<Vec<(String, String)>, (StatusCode, String)> {
     let (head, body) = request.into_parts();
-    let (mut pieces, mut form, mut length) = (body.into_data_stream(), BytesMut::new(), 0);
-    while length < MAX_READ
-        && let Some(piece) = pieces.next().await
-    {
-        let piece = piece.map_err(|error| (StatusCode::BAD_REQUEST, error.to_string()))?;
-        length += piece.len();
-        if length <= MAX_FORM {
-            form.extend_from_slice(&piece);
-        }
-    }
-    if length > MAX_FORM {
-        return Err((StatusCode::PAYLOAD_TOO_LARGE, format!("The form is longer than {MAX_FORM} bytes.")));
-    }
-    let request = Request::from_parts(head, Body::from(form.freeze()));
+    let form = body::read(body, MAX_FORM, |_| Ok::<_, Infallible>(())).await.map_err(|unread| match unread {
+        Unread::TooLong(max) => (StatusCode::PAYLOAD_TOO_LARGE, format!("The form is longer than {max} bytes.")),
+        Unread::Late => (StatusCode::REQUEST_TIMEOUT, "The form has not arrived in time.".to_owned()),
+        Unread::Broken(error) => (StatusCode::BAD_REQUEST, error.to_string()),
+        Unread::NoRoom(never) => match never {},
+    })?;
+    let request = Request::from_parts(head, Body::from(form));
     let Form(fields) = Form::from_request(request, &()).await.map_err(|it| (it.status(), it.body_text()))?;
     Ok(fields)
 }

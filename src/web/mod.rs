@@ -1,14 +1,16 @@
-//! The admin address: the dashboard, its data as JSON, and metrics, over HTTP/1.1. It is read-only, except that
-//! browsers log in and out.
+//! The admin address: the dashboard, RPCs as JSON, and metrics, over HTTP/1.1.
 //!
-//! It listens before the service has started: then only the probes have an answer. Each path of the data returns the
-//! response of its RPC in `routes` as canonical proto JSON; its parameters are the fields of that RPC's request.
+//! It listens before the service has started: then only the probes have an answer. Each path in `routes` is an RPC,
+//! with its request and its response as canonical proto JSON. The dashboard only reads.
 
+mod body;
 mod dashboard;
 mod guard;
 mod json;
 mod login;
+mod openapi;
 mod probes;
+mod routes;
 
 use std::{
     net::SocketAddr,
@@ -36,18 +38,11 @@ use hyper_util::{
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
-use self::{
-    guard::Guard,
-    json::{Answers, Asked},
-    login::Login,
-};
+use self::{guard::Guard, json::Answers, login::Login};
 use crate::{
     api::{Api, Caller, Scrape},
     listen::{self, Beside, Busy, Connection, Connections, Entrance},
-    memory::Memory,
-    proto::orchestrator::v1::{
-        access_server::Access as _, ledger_server::Ledger as _, orchestrator_server::Orchestrator as _,
-    },
+    memory::Shares,
     telemetry::metrics::{self, Metrics},
 };
 
@@ -82,14 +77,19 @@ impl Web {
         Self { address, guard: Guard { beyond_loopback, is_secure }, started: Arc::default() }
     }
 
-    /// The service has started: serves everything from now on. `memory` limits large answers that clients have not read
-    /// yet.
-    pub(crate) fn open(&self, api: Api, metrics: Arc<Metrics>, memory: &Memory) {
+    /// The service has started: serves everything from now on. `memory` limits large requests, and large answers that
+    /// clients have not read yet.
+    pub(crate) fn open(&self, api: Api, metrics: Arc<Metrics>, memory: &Shares) {
         let login = Login::at(self.address, self.guard.is_secure, api.clone());
-        let pages = routes(&login)
+        // RPCs enter by the gate, and other paths here.
+        let dashboard = dashboard::routes().fallback(json::no_such_path);
+        let dashboard = dashboard.layer(middleware::from_fn_with_state(login.clone(), login::admit));
+        let pages = routes::router()
+            .merge(dashboard)
             .with_state(Answers::new(api.clone(), memory))
             .merge(dashboard::public_routes())
             .merge(login.clone().routes())
+            .route(openapi::PATH, get(openapi::serve).with_state(api.clone()))
             .route("/metrics", get(scrape).with_state((api.clone(), metrics)))
             .layer(middleware::from_fn_with_state(login, login::identify));
         self.started.get_or_init(|| Started { api, pages });
@@ -119,8 +119,9 @@ async fn page(State(web): State<Web>, request: Request<Body>) -> Response {
     let Some(Started { pages, .. }) = web.started() else {
         return (StatusCode::SERVICE_UNAVAILABLE, "the service is starting; try again later\n").into_response();
     };
+    let (method, uri) = (request.method().clone(), request.uri().clone());
     let Ok(response) = pages.clone().oneshot(request).await;
-    response
+    json::explain(&method, &uri, response)
 }
 
 /// Serves one connection. Not with `axum::serve`, which waits for requests forever, and accepts HTTP/2 without limits.
@@ -130,7 +131,7 @@ async fn serve_connection(connection: Connection, router: Router, stop: Cancella
     let from_peer = move |mut request: Request<Incoming>| {
         request.extensions_mut().insert(peer.peer());
         let arriving = (!request.body().is_end_stream()).then(|| peer.arriving());
-        request.map(|body| Body::new(Form { body, arriving }))
+        request.map(|body| Body::new(Arriving { body, arriving }))
     };
     let router = router.map_request(from_peer).map_future(move |answer| {
         let busy = busy.busy();
@@ -145,12 +146,12 @@ async fn serve_connection(connection: Connection, router: Router, stop: Cancella
 }
 
 /// The body of a request. Its connection counts as idle until it has arrived.
-struct Form {
+struct Arriving {
     body: Incoming,
     arriving: Option<Beside>,
 }
 
-impl http_body::Body for Form {
+impl http_body::Body for Arriving {
     type Data = Bytes;
     type Error = hyper::Error;
 
@@ -192,61 +193,6 @@ impl http_body::Body for Open {
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
     }
-}
-
-/// A name in braces is a field of the request.
-fn routes(login: &Login) -> Router<Answers> {
-    // Other paths enter by the gate.
-    let dashboard = dashboard::routes().fallback(json::no_such_path);
-    let dashboard = dashboard.layer(middleware::from_fn_with_state(login.clone(), login::admit));
-    Router::new()
-        .route("/api/status", get(status))
-        .route("/api/cycles", get(cycles))
-        .route("/api/cycles/{cycleId}", get(cycle))
-        .route("/api/plan", get(plan))
-        .route("/api/subsystems", get(subsystems))
-        .route("/api/subsystems/{name}", get(subsystem))
-        .route("/api/loops", get(loops))
-        .route("/api/audit", get(audit))
-        .route("/api/whoami", get(whoami))
-        .route("/api/events", get(json::events))
-        .merge(dashboard)
-}
-
-async fn status(asked: Asked) -> Response {
-    asked.answer(async |api, request| api.get_status(request).await).await
-}
-
-async fn cycles(asked: Asked) -> Response {
-    asked.answer(async |api, request| api.list_cycles(request).await).await
-}
-
-async fn cycle(asked: Asked) -> Response {
-    asked.answer(async |api, request| api.get_cycle(request).await).await
-}
-
-async fn plan(asked: Asked) -> Response {
-    asked.answer(async |api, request| api.plan_cycle(request).await).await
-}
-
-async fn subsystems(asked: Asked) -> Response {
-    asked.answer(async |api, request| api.list_subsystems(request).await).await
-}
-
-async fn subsystem(asked: Asked) -> Response {
-    asked.answer(async |api, request| api.get_subsystem(request).await).await
-}
-
-async fn loops(asked: Asked) -> Response {
-    asked.answer(async |api, request| api.list_interval_loops(request).await).await
-}
-
-async fn audit(asked: Asked) -> Response {
-    asked.answer(async |api, request| api.list_audit_events(request).await).await
-}
-
-async fn whoami(asked: Asked) -> Response {
-    asked.answer(async |api, request| api.who_am_i(request).await).await
 }
 
 async fn scrape(State((api, metrics)): State<(Api, Arc<Metrics>)>, Extension(caller): Extension<Caller>) -> Response {

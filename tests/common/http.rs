@@ -97,7 +97,15 @@ pub async fn send_form(address: SocketAddr, path: &str, headers: &[&str], form: 
     send_with_body(address, &format!("POST {path}"), &headers, form).await
 }
 
-async fn send_with_body(address: SocketAddr, request: &str, headers: &[&str], body: &str) -> Answer {
+/// Sends JSON from a program.
+pub async fn send_json(address: SocketAddr, request: &str, headers: &[&str], json: &str) -> Answer {
+    let length = format!("Content-Length: {}", json.len());
+    let headers = [&["Host: localhost", "Content-Type: application/json", &length], headers].concat();
+    send_with_body(address, request, &headers, json).await
+}
+
+/// Sends a request with these lines of header and this body.
+pub async fn send_with_body(address: SocketAddr, request: &str, headers: &[&str], body: &str) -> Answer {
     let mut stream = TcpStream::connect(address).await.unwrap();
     let head = format!("{request} HTTP/1.1\r\n{}\r\nConnection: close\r\n\r\n", headers.join("\r\n"));
     stream.write_all((head + body).as_bytes()).await.unwrap();

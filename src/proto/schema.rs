@@ -1,0 +1,241 @@
+//! The contract in the terms of JSON Schema, for OpenAPI: what its messages look like as canonical proto JSON, with the
+//! comments of the contract.
+
+use std::collections::{BTreeMap, HashMap};
+
+use prost_reflect::{
+    DescriptorPool, EnumDescriptor, FieldDescriptor, FileDescriptor, Kind, MessageDescriptor, MethodDescriptor,
+};
+use serde_json::{Value, json};
+
+use super::{bounds, descriptors};
+
+/// The schemas of the contract.
+pub struct Schemas {
+    pool: &'static DescriptorPool,
+    comments: HashMap<(String, Vec<i32>), String>,
+    /// Those of messages and enums that were asked for, and of those in them, by name.
+    named: BTreeMap<String, Value>,
+}
+
+/// An RPC of the contract.
+pub struct Rpc {
+    /// The name of its service.
+    pub service: String,
+    /// Its comment.
+    pub comment: String,
+    method: MethodDescriptor,
+}
+
+/// A field of a request, as a parameter of a URL.
+pub struct Parameter {
+    /// Its name in JSON.
+    pub name: String,
+    /// Its comment.
+    pub comment: String,
+    /// The schema of its value. A list takes several parameters.
+    pub schema: Value,
+}
+
+impl Schemas {
+    /// No schemas yet. `None` if the contract can't be read, which is a defect of the build.
+    pub fn new() -> Option<Self> {
+        let pool = descriptors()?;
+        let comments = pool.files().flat_map(|file| comments_of(&file)).collect();
+        Some(Self { pool, comments, named: BTreeMap::new() })
+    }
+
+    /// The services of the orchestrator by name, with their comments.
+    pub fn services(&self) -> BTreeMap<String, String> {
+        self.methods()
+            .map(|method| method.parent_service().clone())
+            .map(|it| (it.name().to_owned(), self.comment(&it.parent_file(), it.path())))
+            .collect()
+    }
+
+    /// The names of all RPCs of the orchestrator.
+    pub fn rpcs(&self) -> Vec<String> {
+        self.methods().map(|method| method.name().to_owned()).collect()
+    }
+
+    /// The RPC of the orchestrator with this name.
+    pub fn rpc(&self, name: &str) -> Option<Rpc> {
+        let method = self.methods().find(|method| method.name() == name)?;
+        let service = method.parent_service();
+        let comment = self.comment(&service.parent_file(), method.path());
+        Some(Rpc { service: service.name().to_owned(), comment, method })
+    }
+
+    fn methods(&self) -> impl Iterator<Item = MethodDescriptor> {
+        let ours = self.pool.services().filter(|service| service.package_name() == "dreamnet.orchestrator.v1");
+        ours.flat_map(|service| service.methods().collect::<Vec<_>>())
+    }
+
+    /// The fields of a request as parameters.
+    pub fn parameters(&mut self, rpc: &Rpc) -> Vec<Parameter> {
+        let fields = rpc.method.input().fields().collect::<Vec<_>>();
+        fields.into_iter().map(|field| self.parameter(&field)).collect()
+    }
+
+    /// The field at this path in a request, such as `registration.name`, as a parameter.
+    pub fn parameter_at(&mut self, rpc: &Rpc, path: &str) -> Option<Parameter> {
+        let (outer, name) = path.rsplit_once('.').map_or(("", path), |(outer, name)| (outer, name));
+        let outer = outer.split('.').filter(|name| !name.is_empty());
+        let message = outer.into_iter().try_fold(rpc.method.input(), |message, name| {
+            let kind = message.get_field_by_json_name(name)?.kind();
+            kind.as_message().cloned()
+        });
+        let field = message?.get_field_by_json_name(name)?;
+        Some(self.parameter(&field))
+    }
+
+    fn parameter(&mut self, field: &FieldDescriptor) -> Parameter {
+        let comment = self.comment(&field.parent_message().parent_file(), field.path());
+        Parameter { name: field.json_name().to_owned(), comment, schema: self.of_field(field) }
+    }
+
+    /// A reference to the schema of the request of an RPC, in which no other fields are allowed, nor those of these
+    /// names.
+    pub fn request(&mut self, rpc: &Rpc, without: &[&str]) -> Value {
+        let message = rpc.method.input();
+        let reference = self.of_message(&message);
+        if let Some(schema) = self.named.get_mut(&name_of(message.full_name())) {
+            schema["additionalProperties"] = false.into();
+            if let Some(properties) = schema["properties"].as_object_mut() {
+                properties.retain(|name, _| !without.contains(&name.as_str()));
+            }
+        }
+        reference
+    }
+
+    /// A reference to the schema of the response of an RPC.
+    pub fn response(&mut self, rpc: &Rpc) -> Value {
+        self.of_message(&rpc.method.output())
+    }
+
+    /// All schemas that there are references to.
+    pub fn into_named(self) -> BTreeMap<String, Value> {
+        self.named
+    }
+
+    fn comment(&self, file: &FileDescriptor, path: &[i32]) -> String {
+        self.comments.get(&(file.name().to_owned(), path.to_vec())).cloned().unwrap_or_default()
+    }
+
+    fn of_field(&mut self, field: &FieldDescriptor) -> Value {
+        if field.is_map()
+            && let Kind::Message(entry) = field.kind()
+        {
+            let value = self.of_value(&entry.map_entry_value_field().kind());
+            return json!({ "type": "object", "additionalProperties": value });
+        }
+        let value = self.of_value(&field.kind());
+        if !field.is_list() {
+            return value;
+        }
+        let mut list = json!({ "type": "array", "items": value });
+        let max = bounds::max_entries(field.full_name());
+        if max > 0 {
+            list["maxItems"] = max.into();
+        }
+        list
+    }
+
+    fn of_value(&mut self, kind: &Kind) -> Value {
+        match kind {
+            Kind::Double | Kind::Float => json!({ "type": "number", "format": "double" }),
+            Kind::Int32 | Kind::Sint32 | Kind::Sfixed32 => json!({ "type": "integer", "format": "int32" }),
+            Kind::Uint32 | Kind::Fixed32 => {
+                json!({ "type": "integer", "format": "uint32", "minimum": 0, "maximum": u32::MAX })
+            }
+            // JavaScript's numbers would round them.
+            Kind::Int64 | Kind::Sint64 | Kind::Sfixed64 => {
+                json!({ "type": "string", "format": "int64", "pattern": "^-?[0-9]+$" })
+            }
+            Kind::Uint64 | Kind::Fixed64 => json!({ "type": "string", "format": "uint64", "pattern": "^[0-9]+$" }),
+            Kind::Bool => json!({ "type": "boolean" }),
+            Kind::String => json!({ "type": "string" }),
+            Kind::Bytes => json!({ "type": "string", "contentEncoding": "base64" }),
+            Kind::Enum(of) => self.of_enum(of),
+            Kind::Message(of) => self.of_message(of),
+        }
+    }
+
+    fn of_message(&mut self, message: &MessageDescriptor) -> Value {
+        // <https://protobuf.dev/programming-guides/json/>
+        match message.full_name() {
+            "google.protobuf.Timestamp" => return json!({ "type": "string", "format": "date-time" }),
+            "google.protobuf.Duration" => {
+                return json!({ "type": "string", "pattern": r"^-?[0-9]+(\.[0-9]{1,9})?s$", "examples": ["1.5s"] });
+            }
+            "google.protobuf.FieldMask" => {
+                return json!({ "type": "string", "examples": ["timeout,retry.maxAttempts"] });
+            }
+            "google.protobuf.Struct" => return json!({ "type": "object" }),
+            _ => {}
+        }
+        let name = name_of(message.full_name());
+        if !self.named.contains_key(&name) {
+            // Before its fields, which may contain it.
+            self.named.insert(name.clone(), Value::Null);
+            let file = message.parent_file();
+            let properties: serde_json::Map<_, _> = message
+                .fields()
+                .map(|field| {
+                    let mut schema = self.of_field(&field);
+                    describe(&mut schema, self.comment(&file, field.path()));
+                    (field.json_name().to_owned(), schema)
+                })
+                .collect();
+            let mut schema = json!({ "type": "object", "properties": properties });
+            describe(&mut schema, self.comment(&file, message.path()));
+            self.named.insert(name.clone(), schema);
+        }
+        reference(&name)
+    }
+
+    fn of_enum(&mut self, of: &EnumDescriptor) -> Value {
+        let name = name_of(of.full_name());
+        if !self.named.contains_key(&name) {
+            let file = of.parent_file();
+            let names: Vec<_> = of.values().map(|value| value.name().to_owned()).collect();
+            let values = of.values().map(|it| format!("* `{}`: {}", it.name(), self.comment(&file, it.path())));
+            let comment = format!("{}\n\n{}", self.comment(&file, of.path()), values.collect::<Vec<_>>().join("\n"));
+            let mut schema = json!({ "type": "string", "enum": names });
+            describe(&mut schema, comment);
+            self.named.insert(name.clone(), schema);
+        }
+        reference(&name)
+    }
+}
+
+/// The name of a schema: that of the message or enum, without its package. No name is in both packages.
+fn name_of(full_name: &str) -> String {
+    let packages = ["dreamnet.orchestrator.v1.", "dreamnet.subsystem.v1."];
+    let name = packages.iter().find_map(|package| full_name.strip_prefix(package));
+    name.unwrap_or(full_name).to_owned()
+}
+
+fn reference(name: &str) -> Value {
+    json!({ "$ref": format!("#/components/schemas/{name}") })
+}
+
+fn describe(schema: &mut Value, comment: String) {
+    if !comment.is_empty() {
+        schema["description"] = comment.into();
+    }
+}
+
+/// The comments of a file, by its name and by their paths in it. Lines of a paragraph are joined.
+fn comments_of(file: &FileDescriptor) -> Vec<((String, Vec<i32>), String)> {
+    let info = file.file_descriptor_proto().source_code_info.as_ref();
+    let commented = info.into_iter().flat_map(|info| &info.location).filter(|it| it.leading_comments.is_some());
+    let text = |comment: &str| {
+        let paragraphs = comment.trim().split("\n\n").map(|paragraph| {
+            let lines: Vec<_> = paragraph.lines().map(str::trim).collect();
+            lines.join("\n")
+        });
+        paragraphs.collect::<Vec<_>>().join("\n\n")
+    };
+    commented.map(|it| ((file.name().to_owned(), it.path.clone()), text(it.leading_comments()))).collect()
+}
