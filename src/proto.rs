@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 pub mod bounds;
 pub mod codec;
 pub mod framing;
+pub mod gzip;
 #[cfg(feature = "service")]
 pub mod json;
 #[cfg(feature = "service")]

@@ -584,7 +584,11 @@ async fn answers_of_proxies_and_restarts_are_mapped_as_in_grpc() {
         ("reset_calm", "RESOURCE_EXHAUSTED", reset("detected excessive load generating behavior")),
         ("two", "INTERNAL", "its answer has more than one message".into()),
         ("none", "INTERNAL", "its answer is OK but has no message".into()),
-        ("compressed", "INTERNAL", "its message is compressed, although no compression was offered".into()),
+        (
+            "compressed",
+            "INTERNAL",
+            "its message is compressed, but not by gzip (grpc-encoding), which was offered".into(),
+        ),
         ("no_status", "UNKNOWN", "its answer ended without a grpc-status".into()),
         ("no_number", "UNKNOWN", "its grpc-status \"abc\" is not a gRPC status code: why".into()),
     ];

@@ -4,7 +4,7 @@
 
 mod common;
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use common::{
     Stage,
@@ -15,7 +15,7 @@ use common::{
 };
 use futures_util::future::join_all;
 use serde_json::{Value, json};
-use tokio::{io::AsyncWriteExt, net::TcpStream};
+use tokio::{io::AsyncWriteExt, net::TcpStream, process::Command};
 
 /// The response to a request with this body.
 async fn call(admin: SocketAddr, request: &str, body: &Value) -> Value {
@@ -288,4 +288,31 @@ async fn the_paths_are_described() {
     let served = answer.text().await;
     let kept = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/openapi.json")).unwrap();
     assert!(served == kept, "docs/openapi.json is not what is served");
+}
+
+/// Needs the packages of `tests/openapi/requirements.txt`.
+#[tokio::test]
+#[ignore = "needs Python packages; .ci/run installs them"]
+async fn the_service_answers_as_the_document_says() {
+    let mut stage = Stage::new().await;
+    stage.register_all(&["a", "b"]).await;
+    stage.client.run().await.unwrap();
+    let mut schemathesis = Command::new("schemathesis");
+    schemathesis.current_dir(stage.home.path(""));
+    let url = format!("http://{}/api/openapi.json", stage.service.admin());
+    // Streams of events do not end. Proto JSON takes `null` for a default value, and the document has not all limits.
+    schemathesis.args(["run", &url, "--exclude-path", "/api/events", "--max-examples", "50", "--no-color"]);
+    schemathesis.args(["--phases", "examples,coverage,fuzzing", "--generation-deterministic", "--checks", "all"]);
+    schemathesis.args(["--exclude-checks", "positive_data_acceptance,negative_data_rejection"]);
+    let ended = tokio::time::timeout(Duration::from_mins(5), schemathesis.output()).await.unwrap().unwrap();
+    let said: String = String::from_utf8_lossy(&ended.stdout)
+        .lines()
+        .map(|line| {
+            // An address with 20,000 names is one line.
+            line.chars().take(500).chain(['\n']).collect::<String>()
+        })
+        .collect();
+    assert!(ended.status.success(), "{said}");
+    // It is alive, and works.
+    assert_eq!(get(stage.service.admin(), "/readyz").await.status, 200);
 }

@@ -137,6 +137,7 @@ const MAY_DEPEND: &[(&str, &[&str])] = &[
     // Also the name of the provider in rustls.
     ("aws_lc_rs", &["access", "dial", "ledger", "listen"]),
     ("base64", &["ledger"]),
+    ("flate2", &["proto/gzip"]),
     ("clap_mangen", &["cli/man"]),
     ("jsonwebtoken", &["access/jwt"]),
     ("opentelemetry", &["telemetry/otlp"]),

@@ -7,7 +7,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use h2::{Reason, RecvStream, client::SendRequest};
 use http::{HeaderMap, HeaderValue, Method, Request, Uri, Version, header};
-use tokio::time::Instant;
+use tokio::{task::yield_now, time::Instant};
 
 use super::{
     connection::{MAX_HEADERS, STREAM_WINDOW},
@@ -18,7 +18,10 @@ use crate::{
     memory::{Full, Held},
     model::SpanContext,
     ports::CallError,
-    proto::framing::Prefix,
+    proto::{
+        framing::Prefix,
+        gzip::{self, Inflating, NotInflated},
+    },
 };
 
 const USER_AGENT: &str = concat!("orchestrator/", env!("CARGO_PKG_VERSION"));
@@ -86,7 +89,7 @@ pub(super) async fn make(
     if let Some(error) = outcome::of_http(answer.status, &answer.headers) {
         return Err(error.into());
     }
-    let mut incoming = Incoming::default();
+    let mut incoming = Incoming { is_gzip: gzip::is_announced(&answer.headers), ..Incoming::default() };
     loop {
         let chunk = match body.data().await {
             None => break,
@@ -103,11 +106,37 @@ pub(super) async fn make(
     if let Some(status) = &status {
         status.clone()?;
     }
+    let is_compressed = incoming.is_compressed;
     let message = incoming.finish()?;
     if status.is_none() {
         return Err(outcome::without_status().into());
     }
-    Ok(message)
+    if is_compressed { Ok(inflate(message, call.max_answer, held).await?) } else { Ok(message) }
+}
+
+/// Decompresses the message of an answer.
+async fn inflate(compressed: Vec<u8>, max: usize, held: &mut Held) -> Result<Vec<u8>, CallError> {
+    let mut inflating = Inflating::new(compressed.into(), max);
+    let hold =
+        |bytes: usize, held: &mut Held| held.resize(STREAM_WINDOW as usize + bytes).map_err(|full| no_room(&full));
+    while !inflating.step(|bytes| hold(bytes, held).map_err(Refused)).map_err(|Refused(error)| error)? {
+        // Other calls have their turn.
+        yield_now().await;
+    }
+    Ok(inflating.into_message())
+}
+
+/// The error of an answer that was not decompressed.
+struct Refused(CallError);
+
+impl From<NotInflated> for Refused {
+    fn from(why: NotInflated) -> Self {
+        let message = format!("its answer is compressed, and {why}");
+        Self(match why {
+            NotInflated::TooLarge(_) => outcome::too_large(message),
+            NotInflated::Malformed(_) | NotInflated::Rest => outcome::broken(message),
+        })
+    }
 }
 
 async fn trailers(body: &mut RecvStream) -> Result<HeaderMap, h2::Error> {
@@ -133,6 +162,8 @@ fn head(call: &Call, to: Uri) -> Request<()> {
     headers.insert(header::TE, HeaderValue::from_static("trailers"));
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
     headers.insert(header::USER_AGENT, HeaderValue::from_static(USER_AGENT));
+    let (accepted, encodings) = gzip::ACCEPTED;
+    headers.insert(accepted, encodings);
     let mut insert = |name: &'static str, value: String| {
         // None of the headers can be malformed: each was checked, or made here.
         if let Ok(value) = value.try_into() {
@@ -200,6 +231,9 @@ fn failure(error: &h2::Error, stream: u32, seen: &Seen, is_late: bool) -> Failed
 /// Collects the message of an answer. Its memory grows with the received bytes, not with the announced ones.
 #[derive(Default)]
 struct Incoming {
+    /// True if a compressed message is in gzip.
+    is_gzip: bool,
+    is_compressed: bool,
     prefix: [u8; Prefix::BYTES],
     prefix_len: usize,
     announced: usize,
@@ -239,13 +273,15 @@ impl Incoming {
     fn announce(&mut self, max: usize) -> Result<(), CallError> {
         let Prefix { flag, length } = Prefix::read(self.prefix);
         self.announced = length;
+        self.is_compressed = flag == 1;
         match flag {
-            0 if self.announced > max => {
+            0 | 1 if self.announced > max => {
                 let announced = self.announced;
                 Err(outcome::too_large(format!("its answer is {announced} bytes; the limit is {max} bytes")))
             }
             0 => Ok(()),
-            1 => Err(outcome::broken("its message is compressed, although no compression was offered")),
+            1 if self.is_gzip => Ok(()),
+            1 => Err(outcome::broken("its message is compressed, but not by gzip (grpc-encoding), which was offered")),
             _ => Err(outcome::broken(format!("its answer is not gRPC: its message begins with the flag {flag}"))),
         }
     }
@@ -268,6 +304,10 @@ pub(super) fn no_room(full: &Full) -> CallError {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
+    use flate2::{Compression, write::GzEncoder};
+
     use super::*;
     use crate::{memory::Memory, model::Code};
 
@@ -316,5 +356,28 @@ mod tests {
         take(&mut whole, &[0, 0, 0, 0, 1, 7], &mut held).unwrap();
         assert_eq!(whole.finish().unwrap(), [7]);
         assert!(Incoming::default().finish().unwrap_err().message.contains("has no message"));
+    }
+
+    #[tokio::test]
+    async fn a_compressed_answer_keeps_its_limit_and_takes_memory_as_it_grows() {
+        const ZEROS: usize = 1 << 20;
+        let mut encoder = GzEncoder::new(Vec::new(), Compression::best());
+        encoder.write_all(&vec![0; ZEROS]).unwrap();
+        let compressed = encoder.finish().unwrap();
+        let memory = Memory::whole(STREAM_WINDOW as usize + compressed.len() + 2 * ZEROS);
+        let inflated = async |max, memory: &Memory| {
+            let mut held = memory.try_hold(0).unwrap();
+            let message = inflate(compressed.clone(), max, &mut held).await.map_err(|error| error.code)?;
+            assert!(memory.held() >= message.capacity());
+            Ok(message)
+        };
+        assert_eq!(inflated(ZEROS, &memory).await, Ok(vec![0; ZEROS]));
+        assert_eq!(inflated(ZEROS - 1, &memory).await, Err(Code::ResourceExhausted));
+        assert_eq!(
+            inflated(ZEROS, &Memory::whole(STREAM_WINDOW as usize + (ZEROS / 2))).await,
+            Err(Code::ResourceExhausted)
+        );
+        let mut held = memory.try_hold(0).unwrap();
+        assert_eq!(inflate(b"no gzip".to_vec(), 100, &mut held).await.unwrap_err().code, Code::Internal);
     }
 }

@@ -21,7 +21,10 @@ use tonic::Status;
 use super::{connections::Beside, streams::Taking};
 use crate::{
     memory::{Held, Memory},
-    proto::framing::Prefix,
+    proto::{
+        framing::Prefix,
+        gzip::{Inflating, NotInflated},
+    },
 };
 
 /// The limits of a path.
@@ -33,13 +36,15 @@ pub(super) struct Rule {
     pub(super) is_stream: bool,
 }
 
-/// The body of a request, which passes on whole messages. The library would allocate the length in the prefix of a
-/// message; here the buffer grows with the received bytes, and its memory is reserved before.
+/// The body of a request, which passes on whole messages, uncompressed. The library would allocate the length in the
+/// prefix of a message; here the buffer grows with the received bytes, and its memory is reserved before.
 ///
 /// <https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md>
 pub(super) struct Received<B> {
     body: Upload<B>,
     rule: Rule,
+    /// True if its compressed messages are in gzip.
+    is_gzip: bool,
     room: Memory,
     held: Option<Held>,
     /// Memory for the headers, which are kept as long.
@@ -48,6 +53,8 @@ pub(super) struct Received<B> {
     gathered: BytesMut,
     /// The only message, if it came in one piece: nothing is copied then.
     whole: Option<Bytes>,
+    /// A message that is being decompressed.
+    inflating: Option<Inflating>,
     /// A message whose prefix has been passed on.
     message: Option<Bytes>,
     messages: usize,
@@ -70,6 +77,7 @@ impl<B> Received<B> {
     pub(super) fn new(
         body: Upload<B>,
         rule: Rule,
+        is_gzip: bool,
         room: Memory,
         headers: Option<Held>,
         taking: Arc<Taking>,
@@ -78,11 +86,13 @@ impl<B> Received<B> {
         Self {
             body,
             rule,
+            is_gzip,
             room,
             held: None,
             _headers: headers,
             gathered: BytesMut::new(),
             whole: None,
+            inflating: None,
             message: None,
             messages: 0,
             taking,
@@ -108,7 +118,12 @@ impl<B> Received<B> {
         let Prefix { flag, length } = Prefix::read(*prefix);
         match flag {
             0 => {}
-            1 => return Err(Status::unimplemented("the request is compressed; send it uncompressed")),
+            1 if self.is_gzip => {}
+            1 => {
+                let message = "the request is compressed, but not by gzip (grpc-encoding); use gzip, or send it \
+                               uncompressed";
+                return Err(Status::unimplemented(message));
+            }
             flag => {
                 let message = format!("the request is not gRPC: its message begins with the flag {flag}, not 0");
                 return Err(Status::invalid_argument(message));
@@ -172,22 +187,45 @@ impl<B> Received<B> {
         self.announced().map(|_| ())
     }
 
-    /// Takes the complete message.
-    fn take(&mut self) -> Result<Frame<Bytes>, Status> {
+    /// Takes the complete message, and returns its prefix unless it has to be decompressed first.
+    fn take(&mut self) -> Result<Option<Frame<Bytes>>, Status> {
         let bytes = self.announced()?.unwrap_or_default();
         let came = self.whole.as_ref().map_or(self.gathered.capacity(), Bytes::len);
+        let is_compressed = self.came().first() == Some(&1);
         // The library copies it. The prefixes don't count, so that a message of half the room fits.
-        self.hold(came + bytes - 2 * Prefix::BYTES)?;
+        let copied = if is_compressed { 0 } else { bytes - Prefix::BYTES };
+        self.hold(came + copied - Prefix::BYTES)?;
         let mut message = self.whole.take().unwrap_or_else(|| self.gathered.split_to(bytes).freeze());
         let prefix = message.split_to(Prefix::BYTES);
-        self.message = Some(message);
         self.messages += 1;
         self.arriving = None;
         self.body.has_arrived();
         if self.rule.is_stream {
             (self.due, self.clock) = (None, None);
         }
-        Ok(Frame::data(prefix))
+        if is_compressed {
+            self.inflating = Some(Inflating::new(message, self.rule.max_bytes));
+            return Ok(None);
+        }
+        self.message = Some(message);
+        Ok(Some(Frame::data(prefix)))
+    }
+
+    /// Decompresses a message, and returns its prefix once it is complete.
+    fn inflate(&mut self) -> Result<Option<Frame<Bytes>>, Status> {
+        let Some(mut inflating) = self.inflating.take() else { return Ok(None) };
+        // What else has come of a stream.
+        let gathered = self.gathered.capacity();
+        let is_last = inflating.step(|bytes| self.hold(gathered + bytes).map_err(Refused))?;
+        if !is_last {
+            self.inflating = Some(inflating);
+            return Ok(None);
+        }
+        let message = inflating.into_message();
+        self.hold(gathered + message.capacity() + message.len())?;
+        let prefix = Prefix::of(message.len());
+        self.message = Some(message.into());
+        Ok(Some(Frame::data(Bytes::copy_from_slice(&prefix))))
     }
 
     fn hold(&mut self, bytes: usize) -> Result<(), Status> {
@@ -284,6 +322,25 @@ impl<B: http_body::Body<Data = Bytes> + Unpin> http_body::Body for Upload<B> {
     }
 }
 
+/// The status of a message that was not decompressed.
+struct Refused(Status);
+
+impl From<NotInflated> for Refused {
+    fn from(why: NotInflated) -> Self {
+        let message = format!("the request is compressed, and {why}");
+        Self(match why {
+            NotInflated::TooLarge(_) => Status::out_of_range(message),
+            NotInflated::Malformed(_) | NotInflated::Rest => Status::invalid_argument(message),
+        })
+    }
+}
+
+impl From<Refused> for Status {
+    fn from(Refused(status): Refused) -> Self {
+        status
+    }
+}
+
 const MORE_THAN_ONE: &str = "the request has more than one message; send one";
 
 type Failure = Box<dyn Error + Send + Sync>;
@@ -297,9 +354,18 @@ where
             return Poll::Ready(Ok(Some(Frame::data(message))));
         }
         loop {
+            if self.inflating.is_some() {
+                let Some(prefix) = self.inflate()? else {
+                    // Other tasks have their turn.
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
+                };
+                return Poll::Ready(Ok(Some(prefix)));
+            }
             let is_whole = self.is_whole()?;
             if is_whole && self.taking.poll_turn(cx, self.messages).is_ready() {
-                return Poll::Ready(self.take().map(Some).map_err(Into::into));
+                let Some(prefix) = self.take()? else { continue };
+                return Poll::Ready(Ok(Some(prefix)));
             }
             match Pin::new(&mut self.body).poll_frame(cx) {
                 Poll::Ready(Some(frame)) => {
@@ -351,14 +417,16 @@ where
 
     fn is_end_stream(&self) -> bool {
         let may_end = self.rule.is_stream || self.messages > 0;
-        may_end && self.came().is_empty() && self.message.is_none() && self.body.is_end_stream()
+        let is_passed_on = self.came().is_empty() && self.inflating.is_none() && self.message.is_none();
+        may_end && is_passed_on && self.body.is_end_stream()
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::convert::Infallible;
+    use std::{convert::Infallible, io::Write};
 
+    use flate2::{Compression, write::GzEncoder};
     use futures_util::{StreamExt, stream};
     use http_body_util::{BodyExt, StreamBody, combinators::BoxBody};
     use tonic::Code;
@@ -372,7 +440,7 @@ mod tests {
     fn unfinished(rule: Rule, room: &Memory, pieces: &[&[u8]]) -> Received<BoxBody<Bytes, Status>> {
         let pieces: Vec<_> = pieces.iter().map(|it| Ok(Frame::data(Bytes::copy_from_slice(it)))).collect();
         let body = StreamBody::new(stream::iter(pieces).chain(stream::pending()));
-        Received::new(Upload::of(BoxBody::new(body)), rule, room.clone(), None, Arc::default(), None)
+        Received::new(Upload::of(BoxBody::new(body)), rule, true, room.clone(), None, Arc::default(), None)
     }
 
     fn prefix(bytes: u32) -> [u8; Prefix::BYTES] {
@@ -412,7 +480,7 @@ mod tests {
         let room = Memory::whole(1 << 20);
         let piece = Bytes::from([&prefix(3)[..], &[1, 2, 3]].concat());
         let body = StreamBody::new(stream::iter([Ok::<_, Status>(Frame::data(piece.clone()))]));
-        let mut received = Received::new(Upload::of(body), ONE, room.clone(), None, Arc::default(), None);
+        let mut received = Received::new(Upload::of(body), ONE, false, room.clone(), None, Arc::default(), None);
         assert_eq!(next(&mut received).await.unwrap()[..], prefix(3));
         let message = next(&mut received).await.unwrap();
         assert_eq!((&message[..], message.as_ptr()), (&[1, 2, 3][..], piece[Prefix::BYTES..].as_ptr()));
@@ -437,11 +505,15 @@ mod tests {
     #[tokio::test]
     async fn a_malformed_message_is_an_error_of_the_client() {
         let room = Memory::whole(1 << 20);
-        assert_eq!(next(&mut unfinished(ONE, &room, &[&[1, 0, 0, 0, 1, 0]])).await, Err(Code::Unimplemented));
+        let mut compressed = unfinished(ONE, &room, &[&[1, 0, 0, 0, 1, 0]]);
+        compressed.is_gzip = false;
+        assert_eq!(next(&mut compressed).await, Err(Code::Unimplemented));
+        assert_eq!(next(&mut unfinished(ONE, &room, &[&[1, 0, 0, 0, 1, 0]])).await, Err(Code::InvalidArgument));
         assert_eq!(next(&mut unfinished(ONE, &room, &[b"<html>"])).await, Err(Code::InvalidArgument));
         for (rule, expected) in [(ONE, Some(Code::InvalidArgument)), (MANY, None)] {
             let nothing = http_body_util::Empty::new().map_err(|infallible: Infallible| match infallible {});
-            let mut received = Received::new(Upload::of(nothing), rule, room.clone(), None, Arc::default(), None);
+            let mut received =
+                Received::new(Upload::of(nothing), rule, false, room.clone(), None, Arc::default(), None);
             // The library does not read a body that has ended.
             assert_eq!(received.is_end_stream(), expected.is_none());
             let next = received.frame().await.map(Result::unwrap_err);
@@ -484,5 +556,49 @@ mod tests {
         next(&mut eager).await.unwrap();
         next(&mut eager).await.unwrap();
         assert_eq!(next(&mut eager).await, Err(Code::ResourceExhausted));
+    }
+
+    /// A message of this number of zeros, compressed, with its prefix.
+    fn zeros(bytes: usize) -> Vec<u8> {
+        let mut encoder = GzEncoder::new(Vec::new(), Compression::best());
+        encoder.write_all(&vec![0; bytes]).unwrap();
+        let compressed = encoder.finish().unwrap();
+        let mut prefix = prefix(compressed.len().try_into().unwrap());
+        prefix[0] = 1;
+        [&prefix[..], &compressed].concat()
+    }
+
+    #[tokio::test]
+    async fn a_compressed_message_is_passed_on_uncompressed_and_keeps_its_limit() {
+        let room = Memory::whole(1 << 20);
+        for (rule, bytes) in [(ONE, 40 << 10), (ONE, 0), (MANY, 1 << 10)] {
+            let mut received = unfinished(rule, &room, &[&zeros(bytes)]);
+            assert_eq!(next(&mut received).await.unwrap()[..], prefix(bytes.try_into().unwrap()));
+            assert!(!received.is_end_stream());
+            if bytes > 0 {
+                assert_eq!(next(&mut received).await.unwrap(), vec![0; bytes]);
+            }
+            drop(received);
+            assert_eq!(next(&mut unfinished(rule, &room, &[&zeros(rule.max_bytes + 1)])).await, Err(Code::OutOfRange));
+        }
+        // Its memory is reserved as it grows.
+        let bomb = zeros(40 << 10);
+        assert!(bomb.len() < 1 << 10);
+        let room = Memory::whole(30 << 10);
+        assert_eq!(next(&mut unfinished(ONE, &room, &[&bomb])).await, Err(Code::ResourceExhausted));
+        assert_eq!(room.held(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn compressed_messages_of_a_stream_follow_each_other() {
+        let room = Memory::whole(1 << 20);
+        let mut received = unfinished(MANY, &room, &[&[zeros(100), zeros(50)].concat()]);
+        let taking = received.taking.clone();
+        next(&mut received).await.unwrap();
+        assert_eq!(next(&mut received).await.unwrap().len(), 100);
+        assert!(timeout(Duration::from_hours(1), received.frame()).await.is_err());
+        taking.answered();
+        next(&mut received).await.unwrap();
+        assert_eq!(next(&mut received).await.unwrap().len(), 50);
     }
 }

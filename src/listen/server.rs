@@ -24,7 +24,7 @@ use super::{
     streams::{Streams, Taking},
     timeout_of,
 };
-use crate::memory::Memory;
+use crate::{memory::Memory, proto::gzip};
 
 /// The limits of a server.
 #[derive(Clone, Debug)]
@@ -169,6 +169,7 @@ impl Server {
         let (head, body) = request.into_parts();
         let upload = Upload::of(body);
         let mut request = Request::from_parts(head, upload.clone());
+        let is_gzip = gzip::is_announced(request.headers());
         let headers = limits.requests.try_hold(size);
         let refused = match &headers {
             _ if !has_permit => Some(format!("limit of open calls reached: {max}")),
@@ -190,8 +191,9 @@ impl Server {
             let within = timeout_of(request.headers());
             request.extensions_mut().insert(broken);
             request.extensions_mut().insert(streams.state.peer());
-            let received =
-                |body| Received::new(body, rule, limits.requests.clone(), headers.ok(), taking.clone(), arriving);
+            gzip::remove(request.headers_mut());
+            let (room, of_stream) = (limits.requests.clone(), taking.clone());
+            let received = |body| Received::new(body, rule, is_gzip, room, headers.ok(), of_stream, arriving);
             let call = self.0.services.call(request.map(|body| Body::new(received(body))));
             match within {
                 None => call.await,
@@ -206,7 +208,10 @@ impl Server {
         {
             upload.forget_rest().await;
         }
-        response.map(|body| Answer::new(body, streams.answers, taking, patience, beside))
+        let mut response = response.map(|body| Answer::new(body, streams.answers, taking, patience, beside));
+        let (accepted, encodings) = gzip::ACCEPTED;
+        response.headers_mut().insert(accepted, encodings);
+        response
     }
 }
 

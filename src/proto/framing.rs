@@ -3,7 +3,7 @@
 //!
 //! <https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md>
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use http_body::Frame;
 use prost::Message;
 use tonic::{Status, codegen::http::HeaderMap};
@@ -25,6 +25,14 @@ impl Prefix {
     #[must_use]
     pub fn read([flag, length @ ..]: [u8; Self::BYTES]) -> Self {
         Self { flag, length: u32::from_be_bytes(length) as usize }
+    }
+
+    /// The bytes of the prefix of an uncompressed message with this length.
+    #[must_use]
+    pub fn of(length: usize) -> [u8; Self::BYTES] {
+        // Requests and answers are far below 4 GiB.
+        let [a, b, c, d] = u32::try_from(length).unwrap_or(u32::MAX).to_be_bytes();
+        [0, a, b, c, d]
     }
 }
 
@@ -53,9 +61,7 @@ pub fn put(gathered: &mut BytesMut, message: &impl Message) {
 
 fn begin(gathered: &mut BytesMut, length: usize) {
     gathered.reserve(Prefix::BYTES + length);
-    gathered.put_u8(0);
-    // Requests and answers are far below 4 GiB.
-    gathered.put_u32(u32::try_from(length).unwrap_or(u32::MAX));
+    gathered.extend_from_slice(&Prefix::of(length));
 }
 
 /// The trailers of an answer.

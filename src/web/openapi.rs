@@ -139,6 +139,7 @@ fn operation(route: &Route, schemas: &mut Schemas) -> Option<Value> {
         "description": rpc.comment,
         "responses": {
             "200": { "description": "The response of the RPC.", "content": content(route, &rpc, schemas) },
+            "431": { "description": "The head of the request is longer than 32 KiB." },
             "4XX": { "$ref": "#/components/responses/Error" },
             "5XX": { "$ref": "#/components/responses/Error" },
         },

@@ -38,6 +38,7 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::{
     Code, Request, Response, Status,
     body::Body,
+    codec::CompressionEncoding,
     codegen::http,
     transport::{
         Identity, ServerTlsConfig,
@@ -258,6 +259,7 @@ pub struct Fleet {
     endpoints: Vec<String>,
     state: Arc<watch::Sender<State>>,
     servers: JoinSet<()>,
+    compresses: bool,
 }
 
 impl Fleet {
@@ -266,21 +268,29 @@ impl Fleet {
         Self::behind(1).await
     }
 
+    /// A fleet behind one endpoint, which compresses its answers if its caller accepts that.
+    pub async fn that_compresses() -> Self {
+        Self { compresses: true, ..Self::unserved() }.with_endpoints(1).await
+    }
+
     /// A fleet behind this number of endpoints, each of which serves every name.
     pub async fn behind(endpoints: usize) -> Self {
-        let mut fleet = Self::unserved();
+        Self::unserved().with_endpoints(endpoints).await
+    }
+
+    async fn with_endpoints(mut self, endpoints: usize) -> Self {
         for _ in 0..endpoints {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-            fleet.endpoints.push(format!("http://{}", listener.local_addr().unwrap()));
+            self.endpoints.push(format!("http://{}", listener.local_addr().unwrap()));
             let incoming = TcpListenerStream::new(listener).map(|stream| {
                 stream.and_then(|stream| {
                     stream.set_nodelay(true)?;
                     Ok(stream)
                 })
             });
-            fleet.serve(incoming, None);
+            self.serve(incoming, None);
         }
-        fleet
+        self
     }
 
     /// A fleet behind a Unix socket at this path.
@@ -306,7 +316,8 @@ impl Fleet {
     }
 
     fn unserved() -> Self {
-        Self { endpoints: Vec::new(), state: Arc::new(watch::Sender::new(State::default())), servers: JoinSet::new() }
+        let state = Arc::new(watch::Sender::new(State::default()));
+        Self { endpoints: Vec::new(), state, servers: JoinSet::new(), compresses: false }
     }
 
     fn serve<S>(&mut self, incoming: impl Stream<Item = io::Result<S>> + Send + 'static, tls: Option<ServerTlsConfig>)
@@ -316,9 +327,12 @@ impl Fleet {
         let state = self.state.clone();
         let counted = self.state.clone();
         let incoming = incoming.map(move |stream| stream.map(|stream| Connection::new(stream, counted.clone())));
-        let service = SubsystemServer::new(FakeService { state })
+        let mut service = SubsystemServer::new(FakeService { state })
             .max_decoding_message_size(usize::MAX)
             .max_encoding_message_size(usize::MAX);
+        if self.compresses {
+            service = service.send_compressed(CompressionEncoding::Gzip);
+        }
         let mut server = Server::builder();
         if let Some(tls) = tls {
             server = server.tls_config(tls).unwrap();

@@ -1,0 +1,121 @@
+//! Compressed messages: requests of clients, and answers of subsystems.
+
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
+
+mod common;
+
+use std::{path::Path, process::Stdio};
+
+use bytes::Bytes;
+use common::{
+    Stage,
+    fleet::{Fleet, Run, to_struct},
+    patiently,
+    raw::Raw,
+    service::{Home, registration},
+};
+use orchestrator_core::proto::orchestrator::v1::{self as pb, orchestrator_client::OrchestratorClient};
+use serde_json::json;
+use tokio::{
+    io::{AsyncBufReadExt, BufReader},
+    process::Command,
+};
+use tonic::{
+    Code,
+    codec::CompressionEncoding,
+    codegen::http::uri::PathAndQuery,
+    transport::{Channel, Endpoint},
+};
+
+/// Many times as many bytes as a message may have. Compressed, they are few.
+const BOMB: usize = 64 << 20;
+/// Less than a whole bomb takes. A message of 4 MiB, which is the limit, grows by doubling, so it takes more than that.
+const LITTLE: u64 = 48 << 20;
+
+async fn connect(stage: &Stage) -> Channel {
+    Endpoint::from_shared(format!("http://{}", stage.service.address())).unwrap().connect().await.unwrap()
+}
+
+#[tokio::test]
+async fn a_compressed_request_is_as_its_uncompressed_one() {
+    let stage = Stage::new().await;
+    let mut client = OrchestratorClient::new(connect(&stage).await)
+        .send_compressed(CompressionEncoding::Gzip)
+        .accept_compressed(CompressionEncoding::Gzip);
+    for (name, bytes) in [("small", 10), ("large", 60 << 10)] {
+        let text = "x".repeat(bytes);
+        let parameters = to_struct(&json!({ "text": text }));
+        let registration = pb::Registration { parameters, ..stage.registration(name) };
+        let request = pb::RegisterSubsystemRequest { registration: Some(registration.clone()), lease: None };
+        assert!(client.register_subsystem(request).await.unwrap().into_inner().created, "{name}");
+        let get = pb::GetSubsystemRequest { name: name.into(), ..Default::default() };
+        let kept = client.get_subsystem(get).await.unwrap().into_inner().subsystem.unwrap().registration.unwrap();
+        assert_eq!(kept.parameters, registration.parameters);
+    }
+    let mut events = client.watch_cycles(pb::WatchCyclesRequest::default()).await.unwrap().into_inner();
+    assert!(patiently("an event", events.message()).await.unwrap().is_some());
+}
+
+#[tokio::test]
+async fn a_compressed_request_has_the_limit_of_its_uncompressed_one() {
+    let stage = Stage::new().await;
+    let mut client = tonic::client::Grpc::new(connect(&stage).await).send_compressed(CompressionEncoding::Gzip);
+    let (_, before) = stage.service.memory();
+    for _ in 0..2 {
+        client.ready().await.unwrap();
+        let path = PathAndQuery::from_static("/dreamnet.orchestrator.v1.Orchestrator/RunCycle");
+        let bomb = tonic::Request::new(Bytes::from(vec![0; BOMB]));
+        let refused = client.unary(bomb, path, Raw).await.unwrap_err();
+        assert_eq!(refused.code(), Code::OutOfRange, "{refused:?}");
+        assert!(refused.message().contains("more than 4194304 bytes when decompressed"), "{refused:?}");
+    }
+    let (_, most) = stage.service.memory();
+    assert!(most - before < LITTLE, "{} MiB more", (most - before) >> 20);
+}
+
+#[tokio::test]
+async fn a_compressed_answer_is_as_its_uncompressed_one_and_has_its_limit() {
+    let (home, fleet) = (Home::new(), Fleet::that_compresses().await);
+    let mut stage = Stage::again(fleet, home).await;
+    let output = json!({ "text": "x".repeat(900 << 10) });
+    stage.fleet.run("large", Run::output(&output));
+    stage.fleet.run("bomb", Run::large_output(BOMB));
+    stage.register_all(&["small", "large", "bomb"]).await;
+    let (_, before) = stage.service.memory();
+    let cycle = stage.client.run().await.unwrap();
+    let part = |name: &str| cycle.subsystems.iter().find(|part| part.name == name).unwrap();
+    assert_eq!([part("small").state(), part("large").state()], [pb::SubsystemState::Succeeded; 2], "{}", cycle.error);
+    assert_eq!(part("bomb").error_code, "RESOURCE_EXHAUSTED");
+    let message = &part("bomb").error_message;
+    assert!(message.contains("more than 4194304 bytes when decompressed"), "{message}");
+    let (_, most) = stage.service.memory();
+    assert!(most - before < LITTLE, "{} MiB more", (most - before) >> 20);
+    let get = pb::GetSubsystemRequest { name: "large".into(), include_output: true, ..Default::default() };
+    let large = stage.client.get_subsystem(get).await.unwrap().into_inner().subsystem.unwrap();
+    assert_eq!(large.output, to_struct(&output));
+}
+
+/// Needs the packages of `tests/python/requirements.txt`.
+#[tokio::test]
+#[ignore = "needs Python packages; .ci/run installs them"]
+async fn grpc_for_python_compresses_in_both_directions() {
+    let mut stage = Stage::new().await;
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut python = Command::new("python3")
+        .arg(root.join("tests/python/compressed.py"))
+        .args([root.join("proto").display().to_string(), stage.service.address().to_string()])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(python.stdout.take().unwrap()).lines();
+    let line = patiently("the subsystem in Python to listen", lines.next_line()).await.unwrap();
+    let endpoint = format!("http://{}", line.unwrap_or_else(|| panic!("it ended without listening")));
+    // It has registered itself by a compressed request.
+    assert_eq!(stage.client.subsystem("python").await.unwrap().registration.unwrap().endpoint, endpoint);
+    stage.client.register(registration("again", &endpoint)).await.unwrap();
+    let cycle = stage.client.run().await.unwrap();
+    assert_eq!(cycle.state(), pb::CycleState::Succeeded, "{}", cycle.error);
+    python.kill().await.unwrap();
+}
