@@ -12,5 +12,5 @@ pub use self::{
         ResumeError, Retention, RetentionRule, SCAN_LIMIT, Seals, Stage, Store, StoreError, StoreSize, StoredLoop,
         StoredOutput, StoredSubsystem, TriggerKind, Unreadable, UnreadableEvent, UnreadableRow, Write,
     },
-    subsystems::{CallError, Callee, InitializeCall, Left, Reply, RunCall, Snapshot, Subsystems},
+    subsystems::{CallError, Callee, ConnectionFault, InitializeCall, Left, Reply, RunCall, Snapshot, Subsystems},
 };

@@ -37,13 +37,23 @@ pub trait Transport: Send + Sync {
     /// admitted are connected to: exactly those, without another lookup.
     ///
     /// # Errors
-    /// The reason why there is no connection, such as "can't connect: Connection refused".
+    /// There is no connection. The text is for people, such as "can't connect: Connection refused", and the kind says
+    /// whether it [was refused](was_refused).
     fn connect<'a>(
         &'a self,
         to: &'a Destination,
         admit: Admit<'a>,
         timeout: Duration,
-    ) -> BoxFuture<'a, Result<Connected, String>>;
+    ) -> BoxFuture<'a, io::Result<Connected>>;
+}
+
+/// True if connecting failed because no process listens there, or because no route leads there: not by a timeout, and
+/// not by anything that the peer does once it is connected.
+#[must_use]
+pub fn was_refused(connecting: io::ErrorKind) -> bool {
+    use io::ErrorKind::{ConnectionRefused, HostUnreachable, NetworkUnreachable, NotFound};
+    // A socket in the file system may have no file.
+    matches!(connecting, ConnectionRefused | HostUnreachable | NetworkUnreachable | NotFound)
 }
 
 /// Accepts connections.

@@ -889,6 +889,61 @@ async fn a_connection_is_made_when_it_is_used_and_again_when_it_is_lost() {
     assert_eq!(stage.client.run().await.unwrap().state(), CycleState::Succeeded);
 }
 
+#[tokio::test]
+async fn a_dead_process_of_many_subsystems_is_waited_for_once_in_a_cycle_and_the_running_one_is_told_from_the_others() {
+    const SUBSYSTEMS: usize = 28;
+    let (hangs, called) = (Arc::new(AtomicBool::new(false)), Arc::new(Notify::new()));
+    let (hanging, calling) = (hangs.clone(), called.clone());
+    let server = Raw::start(act(move |name, respond| {
+        let hangs = name == "s03" && hanging.load(Ordering::Relaxed);
+        let called = calling.clone();
+        async move {
+            if hangs {
+                called.notify_one();
+                std::future::pending::<()>().await;
+            }
+            succeed(respond);
+        }
+    }))
+    .await;
+    let mut stage = Stage::new().await;
+    let names: Vec<_> = (0..SUBSYSTEMS).map(|number| format!("s{number:02}")).collect();
+    for (number, name) in names.iter().enumerate() {
+        let after = number.checked_sub(1).map(|before| names[before].clone());
+        let after = after.into_iter().collect();
+        let retry = Some(retried(3));
+        let registration = pb::Registration { after, retry, ..registration(name, &server.endpoint) };
+        stage.client.register(registration).await.unwrap();
+    }
+    assert_eq!(stage.client.run().await.unwrap().state(), CycleState::Succeeded);
+
+    // It dies while s03 runs.
+    hangs.store(true, Ordering::Relaxed);
+    let mut client = stage.client.clone();
+    let running = tokio::spawn(async move { client.run().await.unwrap() });
+    patiently("the call of s03", called.notified()).await;
+    drop(server);
+    let cycle = patiently("the end of the cycle", running).await.unwrap();
+    let refused = "can't connect: Connection refused (os error 111)";
+    for name in &names[..3] {
+        assert_eq!(ended(&cycle, name), (SUCCEEDED, "", "", 1));
+    }
+    let lost = format!("the connection was lost during the call: it closed the connection; {refused}");
+    assert_eq!(ended(&cycle, "s03"), (FAILED, "UNAVAILABLE", &*lost, 3));
+    let never_called =
+        |first| format!("{refused}; no further attempt, since the endpoint refused {first} in this cycle as well");
+    for name in &names[4..] {
+        assert_eq!(ended(&cycle, name), (FAILED, "UNAVAILABLE", &*never_called("s03"), 1));
+    }
+
+    // It is still dead in the next cycle.
+    let cycle = stage.client.run().await.unwrap();
+    assert_eq!(ended(&cycle, "s00"), (FAILED, "UNAVAILABLE", refused, 3));
+    for name in &names[1..] {
+        assert_eq!(ended(&cycle, name), (FAILED, "UNAVAILABLE", &*never_called("s00"), 1));
+    }
+}
+
 /// Answers that are under way when their calls are cancelled arrive for streams that no longer exist. The HTTP/2
 /// library closes a connection on a thousand such frames, unless it remembers the streams.
 #[tokio::test]

@@ -290,6 +290,8 @@ async fn outputs_flow_across_languages_and_the_others_continue_when_one_is_kille
         assert_eq!(cycle.state(), CycleState::Degraded, "{cycle:?}");
         let failed = part(&cycle, example.name);
         assert_eq!((failed.state(), failed.error_code.as_str()), (SubsystemState::Failed, "UNAVAILABLE"), "{failed:?}");
+        // It was at work, unlike subsystems that can't be reached.
+        assert!(failed.error_message.starts_with("the connection was lost during the call"), "{failed:?}");
         for (other, ..) in &chain {
             assert_eq!(part(&cycle, other.name).state(), SubsystemState::Succeeded, "{cycle:?}");
         }

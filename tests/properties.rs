@@ -202,7 +202,7 @@ impl Drop for Ending<'_> {
 }
 
 fn error<T>(code: Code) -> Result<T, CallError> {
-    Err(CallError { code, message: "as scripted".into() })
+    Err(CallError::new(code, "as scripted"))
 }
 
 fn payload(bytes: usize) -> Payload {

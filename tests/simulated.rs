@@ -55,17 +55,13 @@ impl Transport for Network {
         Box::pin(ready(Err(io::ErrorKind::Unsupported.into())))
     }
 
-    fn connect<'a>(
-        &'a self,
-        to: &'a Destination,
-        _: Admit<'a>,
-        _: Duration,
-    ) -> BoxFuture<'a, Result<Connected, String>> {
+    fn connect<'a>(&'a self, to: &'a Destination, _: Admit<'a>, _: Duration) -> BoxFuture<'a, io::Result<Connected>> {
         Box::pin(async move {
-            let Destination::Tcp { port, .. } = to else { return Err("no socket has a path here".into()) };
+            let Destination::Tcp { port, .. } = to else { return Err(io::ErrorKind::Unsupported.into()) };
             let (near, far) = duplex(64 << 10);
-            let listener = self.listening.lock().unwrap().get(port).cloned().ok_or("nothing listens there")?;
-            listener.send(far).await.map_err(|_| "its listener has ended")?;
+            let listener = self.listening.lock().unwrap().get(port).cloned();
+            let listener = listener.ok_or(io::ErrorKind::ConnectionRefused)?;
+            listener.send(far).await.map_err(|_ended| io::ErrorKind::ConnectionRefused)?;
             Ok((Box::new(near) as _, Origin::Unknown))
         })
     }
@@ -125,7 +121,7 @@ async fn records(seed: u64) -> [Bytes; 2] {
         async move {
             let to = Destination::Tcp { host: "orchestrator".into(), port: 1 };
             let connected = network.connect(&to, &|_| Ok(()), Duration::MAX).await;
-            connected.map(|(stream, _)| TokioIo::new(stream)).map_err(io::Error::other)
+            connected.map(|(stream, _)| TokioIo::new(stream))
         }
     });
     let channel = Endpoint::from_static("http://orchestrator:1").connect_with_connector(connect).await.unwrap();

@@ -66,7 +66,7 @@ impl Client {
     /// The reason why there is no connection.
     pub async fn connect(&self) -> Result<(), CallError> {
         let connection = self.connection();
-        let (_, server) = connection.ready().await.map_err(|why| outcome::unavailable(why.to_string()))?;
+        let (_, server) = connection.ready().await?;
         self.check(&server, None)
     }
 
@@ -97,8 +97,7 @@ impl Client {
         let mut was_unprocessed = false;
         for _ in 0..Self::MAX_TRIES {
             let connection = self.connection();
-            let ready = connection.ready().await;
-            let (send, server) = ready.map_err(|why| failure(outcome::unavailable(why.to_string())))?;
+            let (send, server) = connection.ready().await.map_err(failure)?;
             self.check(&server, expected).map_err(failure)?;
             match unary::make(call, self.uri(call.path), send, connection.seen(), &mut held).await {
                 Ok(message) => {
@@ -120,7 +119,7 @@ impl Client {
                 Err(Failed::Call { error, breaks_connection }) => return Err(Failure { error, breaks_connection }),
             }
         }
-        Err(failure(outcome::unavailable("its connections end before a call is answered".into())))
+        Err(failure(outcome::unavailable("its connections end before a call is answered")))
     }
 
     /// Closes the connection without notice to its calls, and waits until it is closed.

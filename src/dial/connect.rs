@@ -19,7 +19,7 @@ use super::{
 use crate::{
     access::{Reach, Revoked},
     model::Endpoint,
-    transport::{Destination, Stream, Transport},
+    transport::{Destination, Stream, Transport, was_refused},
 };
 
 /// Connects.
@@ -40,12 +40,14 @@ pub(super) struct Unconnected {
     pub(super) step: Step,
     /// For people.
     pub(super) why: String,
+    /// True if it was [refused](was_refused).
+    pub(super) was_refused: bool,
 }
 
 impl Step {
     /// The error if this step fails.
-    fn failed(self) -> impl Fn(String) -> Unconnected {
-        move |why| Unconnected { step: self, why }
+    pub(super) fn failed(self) -> impl Fn(String) -> Unconnected {
+        move |why| Unconnected { step: self, why, was_refused: false }
     }
 }
 
@@ -125,7 +127,11 @@ impl Connector {
         let host = if let Destination::Tcp { host, .. } = &target.destination { host } else { "" };
         let admit = |address| self.reach.check_address(target.is_tls, host, address);
         let connected = self.transport.connect(&target.destination, &admit, self.timeout).await;
-        let (stream, origin) = connected.map_err(Step::Connect.failed())?;
+        let (stream, origin) = connected.map_err(|error| Unconnected {
+            step: Step::Connect,
+            why: error.to_string(),
+            was_refused: was_refused(error.kind()),
+        })?;
         if !target.is_tls {
             return Ok((stream, Server::without_tls(origin)));
         }

@@ -19,6 +19,7 @@ use super::{
     tls::{Loaded, Tls},
     wire::{Seen, Watched},
 };
+use crate::ports::{CallError, ConnectionFault};
 
 /// Most bytes of headers and trailers in an answer, including error messages. Enough for several stack traces.
 pub(super) const MAX_HEADERS: u32 = 128 << 10;
@@ -48,7 +49,7 @@ enum Phase {
     Connecting,
     Ready(SendRequest<Bytes>, Arc<Server>),
     /// Why it is not usable.
-    Over(Arc<str>),
+    Over(CallError),
 }
 
 impl Connection {
@@ -65,14 +66,14 @@ impl Connection {
     /// The handle for calls, once it is connected, and the server.
     ///
     /// # Errors
-    /// The reason why there is no connection.
-    pub(super) async fn ready(&self) -> Result<(SendRequest<Bytes>, Arc<Server>), Arc<str>> {
+    /// There is no connection.
+    pub(super) async fn ready(&self) -> Result<(SendRequest<Bytes>, Arc<Server>), CallError> {
         let mut phase = self.phase.clone();
         let changed = phase.wait_for(|phase| !matches!(phase, Phase::Connecting)).await;
         match changed.as_deref() {
             Ok(Phase::Ready(send, server)) => Ok((send.clone(), server.clone())),
             Ok(Phase::Over(why)) => Err(why.clone()),
-            Ok(Phase::Connecting) | Err(_) => Err("its connection was abandoned".into()),
+            Ok(Phase::Connecting) | Err(_) => Err(outcome::unavailable("its connection was abandoned")),
         }
     }
 
@@ -111,19 +112,19 @@ async fn live(
     tell: watch::Sender<Phase>,
 ) {
     let deadline = Instant::now() + connector.timeout;
-    let over = |why: String| {
-        tracing::debug!(endpoint = ?target, why, "connection");
-        tell.send_replace(Phase::Over(why.into()));
+    let over = |why: CallError| {
+        tracing::debug!(endpoint = ?target, why = why.message, "connection");
+        tell.send_replace(Phase::Over(why));
     };
-    let unconnected = |step, why| {
+    let unconnected = |Unconnected { step, why, was_refused }| {
         connector.counts.failed(step);
-        over(why);
+        over(CallError { fault: was_refused.then_some(ConnectionFault::Refused), ..outcome::unavailable(why) });
     };
     let (stream, server) = match connector.open(&target, &tls, deadline).await {
         Ok(opened) => opened,
-        Err(Unconnected { step, why }) => return unconnected(step, why),
+        Err(why) => return unconnected(why),
     };
-    let no_http2 = |why| unconnected(Step::Http2, why);
+    let no_http2 = |why| unconnected(Step::Http2.failed()(why));
     let handshake = Builder::new()
         .enable_push(false)
         .initial_window_size(STREAM_WINDOW)
@@ -157,10 +158,10 @@ async fn live(
     }
     let _open = connector.counts.clone().opened();
     tell.send_replace(Phase::Ready(send, Arc::new(server)));
-    over(match connection.await {
+    over(outcome::unavailable(match connection.await {
         Ok(()) => "it closed the connection".into(),
         Err(error) => outcome::of_connection(&error),
-    });
+    }));
 }
 
 /// True if a peer has closed the connection. With TLS, it may have done so without a word, or before it read what it

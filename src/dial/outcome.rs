@@ -10,7 +10,10 @@ use h2::Reason;
 use http::{HeaderMap, StatusCode, header::CONTENT_TYPE};
 
 use super::tls::tls_in_words;
-use crate::{model::Code, ports::CallError};
+use crate::{
+    model::Code,
+    ports::{CallError, ConnectionFault},
+};
 
 /// The status in headers or trailers; `None` if they contain no status. `late` is true if they came after the deadline.
 pub(super) fn of_status(headers: &HeaderMap, late: bool) -> Option<Result<(), CallError>> {
@@ -29,8 +32,8 @@ pub(super) fn of_status(headers: &HeaderMap, late: bool) -> Option<Result<(), Ca
     Some(match code {
         Code::Ok => Ok(()),
         // Servers answer an expired deadline with either code.
-        Code::Cancelled if late => Err(CallError { code: Code::DeadlineExceeded, message }),
-        code => Err(CallError { code, message }),
+        Code::Cancelled if late => Err(CallError::new(Code::DeadlineExceeded, message)),
+        code => Err(CallError::new(code, message)),
     })
 }
 
@@ -50,7 +53,7 @@ pub(super) fn of_http(status: StatusCode, headers: &HeaderMap) -> Option<CallErr
         _ => Code::Unknown,
     };
     let what = content_type.map_or("of no type".to_owned(), |it| format!("of type {it:?}"));
-    Some(CallError { code, message: format!("the answer is not gRPC, but HTTP {status} with content {what}") })
+    Some(CallError::new(code, format!("the answer is not gRPC, but HTTP {status} with content {what}")))
 }
 
 /// The error if the peer has reset the call's stream with this code.
@@ -63,27 +66,33 @@ pub(super) fn of_reset(reason: Reason, late: bool) -> CallError {
         Reason::INADEQUATE_SECURITY => Code::PermissionDenied,
         _ => Code::Internal,
     };
-    CallError { code, message: format!("it reset the stream of the call: {reason}") }
+    CallError::new(code, format!("it reset the stream of the call: {reason}"))
 }
 
-/// The connection can't be made, or was lost.
-pub(super) fn unavailable(message: String) -> CallError {
-    CallError { code: Code::Unavailable, message }
+/// The subsystem can't be called.
+pub(super) fn unavailable(message: impl Into<String>) -> CallError {
+    CallError::new(Code::Unavailable, message)
+}
+
+/// The connection was lost while the call was open.
+pub(super) fn lost(error: &h2::Error) -> CallError {
+    let message = format!("the connection was lost during the call: {}", of_connection(error));
+    CallError { fault: Some(ConnectionFault::Lost), ..unavailable(message) }
 }
 
 /// The answer is complete except for its status.
 pub(super) fn without_status() -> CallError {
-    CallError { code: Code::Unknown, message: "its answer ended without a grpc-status".into() }
+    CallError::new(Code::Unknown, "its answer ended without a grpc-status")
 }
 
 /// The answer violates the protocol.
 pub(super) fn broken(message: impl Into<String>) -> CallError {
-    CallError { code: Code::Internal, message: message.into() }
+    CallError::new(Code::Internal, message)
 }
 
 /// The answer is over its limit, or the memory for answers is full.
 pub(super) fn too_large(message: impl Into<String>) -> CallError {
-    CallError { code: Code::ResourceExhausted, message: message.into() }
+    CallError::new(Code::ResourceExhausted, message)
 }
 
 /// Why a connection has ended, for people.

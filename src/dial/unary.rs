@@ -193,7 +193,7 @@ fn timeout(timeout: Duration) -> String {
 /// The failure of the call on this stream by an HTTP/2 error.
 fn failure(error: &h2::Error, stream: u32, seen: &Seen, is_late: bool) -> Failed {
     if seen.is_unprocessed(stream) {
-        return Failed::Unprocessed(outcome::unavailable("it is going away and has not processed the call".into()));
+        return Failed::Unprocessed(outcome::unavailable("it is going away and has not processed the call"));
     }
     if error.is_reset() && error.is_remote() {
         let reason = error.reason().unwrap_or(Reason::INTERNAL_ERROR);
@@ -225,7 +225,7 @@ fn failure(error: &h2::Error, stream: u32, seen: &Seen, is_late: bool) -> Failed
             return Failed::Call { error, breaks_connection: true };
         }
     }
-    outcome::unavailable(outcome::of_connection(error)).into()
+    outcome::lost(error).into()
 }
 
 /// Collects the message of an answer. Its memory grows with the received bytes, not with the announced ones.

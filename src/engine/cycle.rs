@@ -35,6 +35,7 @@ use super::{
     InputRoom, Member, Part, Plan, RevokedOwners, Slots, Trace,
     member::Turn,
     plan::{Fate, Step},
+    refusals::Refusals,
     retry::Calls,
     slots::Slot,
     trace::CallSpans,
@@ -118,6 +119,7 @@ impl Engine {
         let start = Instant::now();
         let attempts: Vec<_> = cycle.plan.steps.iter().map(|_| AtomicU32::new(0)).collect();
         let mut run = Run::new(self, cycle, start, &attempts, observer);
+        let refusals = Refusals::default();
         let mut calls = FuturesUnordered::new();
         // The resource that the next call waits for, if any.
         let wait = Fuse::terminated();
@@ -127,7 +129,7 @@ impl Engine {
         let end = loop {
             while wait.is_terminated() {
                 match run.next() {
-                    Next::Call(call) => calls.push(self.call(cycle, call, start, observer)),
+                    Next::Call(call) => calls.push(self.call(cycle, call, start, &refusals, observer)),
                     Next::Wait(need) => wait.set(self.wait_for(need).fuse()),
                     Next::Nothing => break,
                 }
@@ -175,6 +177,7 @@ impl Engine {
         cycle: &CycleRun,
         prepared: PreparedCalls<'_>,
         start: Instant,
+        refusals: &Refusals,
         observer: &dyn Observer,
     ) -> EndedCalls {
         let PreparedCalls { position, attempts, inputs, is_probe, slot: _slot, room: _room } = prepared;
@@ -200,6 +203,7 @@ impl Engine {
             deadline,
             spans: CallSpans { cycle, start, subsystem: &member.subsystem, deadline },
             is_probe,
+            refusals,
             attempts,
         };
         // From the first call on, which may be that to `Initialize`: a subsystem that hangs there is seen as well.
@@ -218,8 +222,8 @@ impl Engine {
             Ok(Ok(reply)) => Ok(reply),
             // Both ends and the library have their own timers, and any of them may fire first.
             Ok(Err(CallError { code: Code::DeadlineExceeded, .. })) if Instant::now() >= deadline => Err(late()),
-            Ok(Err(CallError { code: Code::DeadlineExceeded, message })) => Err(SubsystemState::TimedOut(message)),
-            Ok(Err(CallError { code, message })) => Err(SubsystemState::Failed(code, message)),
+            Ok(Err(CallError { code: Code::DeadlineExceeded, message, .. })) => Err(SubsystemState::TimedOut(message)),
+            Ok(Err(CallError { code, message, .. })) => Err(SubsystemState::Failed(code, message)),
             Err(_) => Err(late()),
         };
         EndedCalls { position, result }

@@ -9,6 +9,7 @@ mod cycle;
 mod member;
 mod order;
 mod plan;
+mod refusals;
 mod retry;
 mod revoked;
 mod slots;

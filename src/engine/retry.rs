@@ -4,10 +4,14 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use tokio::time::{Instant, sleep};
 
-use super::{Member, trace::CallSpans};
+use super::{
+    Member,
+    refusals::{Refusal, Refusals},
+    trace::CallSpans,
+};
 use crate::{
     model::{Code, Method, Subsystem},
-    ports::{CallError, InitializeCall, Reply, RunCall, Subsystems},
+    ports::{CallError, ConnectionFault, InitializeCall, Reply, RunCall, Subsystems},
     random::Random,
 };
 
@@ -25,19 +29,30 @@ pub(super) struct Calls<'a> {
     pub(super) spans: CallSpans<'a>,
     /// True if its breaker is half open: one attempt, whatever the retry policy.
     pub(super) is_probe: bool,
+    /// The endpoints that refuse connections in this cycle.
+    pub(super) refusals: &'a Refusals,
     /// Receives the number of attempts.
     pub(super) attempts: &'a AtomicU32,
 }
 
 impl Calls<'_> {
     /// Makes the calls. The caller has to enforce the deadline.
+    ///
+    /// The error is that of the last attempt. Its message also says if the connection was lost during an earlier one,
+    /// which the subsystem of a process that died may have caused, and why there was no further attempt.
     pub(super) async fn make(self, on_attempt: impl Fn(u32)) -> Result<Reply, CallError> {
         let subsystem = &*self.member.subsystem;
         let max_attempts = if self.is_probe { 1 } else { subsystem.retry.max_attempts };
+        let refusal = self.refusals.at(subsystem);
         let mut failed = 0;
+        let mut lost = None;
         let mut reinitialized = false;
         loop {
             let attempted = self.attempt(subsystem, &on_attempt).await;
+            let fault = attempted.as_ref().err().and_then(|error| error.fault);
+            if fault != Some(ConnectionFault::Refused) {
+                self.refusals.took(subsystem);
+            }
             let Err(error) = attempted else { return attempted };
             // It lost its initialization, probably by a restart: the first time that is not a failure.
             if error.code == Code::FailedPrecondition && !reinitialized && self.attempts.load(Ordering::Relaxed) > 0 {
@@ -45,18 +60,29 @@ impl Calls<'_> {
                 self.member.set_initialized(false);
                 continue;
             }
+            let mut waits = failed;
             failed += 1;
-            if failed >= max_attempts || !subsystem.retry.retryable.contains(&error.code) {
-                return Err(error);
+            let mut refused_others = None;
+            if fault == Some(ConnectionFault::Refused) {
+                refused_others = refusal.as_ref();
+                waits += refused_others.map_or(0, |refusal| refusal.waits);
+                self.refusals.refused(subsystem, waits);
             }
-            let backoff = subsystem.retry.backoff(failed, self.random.fraction());
-            if Instant::now() + backoff >= self.deadline {
-                // The peer may have said nothing.
-                let separator = if error.message.is_empty() { "" } else { "; " };
-                let message = format!("{}{separator}no time is left to retry", error.message);
-                return Err(CallError { message, ..error });
-            }
-            sleep(backoff).await;
+            let backoff = subsystem.retry.backoff(waits + 1, self.random.fraction());
+            let why_no_more = if failed >= max_attempts || !subsystem.retry.retryable.contains(&error.code) {
+                None
+            } else if let Some(Refusal { of, .. }) = refused_others.filter(|_| waits + 1 >= max_attempts) {
+                Some(format!("no further attempt, since the endpoint refused {of} in this cycle as well"))
+            } else if Instant::now() + backoff >= self.deadline {
+                Some("no time is left to retry".to_owned())
+            } else {
+                if fault == Some(ConnectionFault::Lost) {
+                    lost = Some(error.message);
+                }
+                sleep(backoff).await;
+                continue;
+            };
+            return Err(CallError { message: in_order([lost, Some(error.message), why_no_more]), ..error });
         }
     }
 
@@ -87,12 +113,16 @@ impl Calls<'_> {
         let answered = self.subsystems.run_cycle(self.member.callee(), call).await;
         let result = answered.and_then(|reply| match subsystem.limits.check(&reply.answer) {
             Ok(()) => Ok(reply),
-            Err(over) => Err(CallError {
-                code: Code::ResourceExhausted,
-                message: format!("its answer goes over its limits: {over}"),
-            }),
+            Err(over) => {
+                Err(CallError::new(Code::ResourceExhausted, format!("its answer goes over its limits: {over}")))
+            }
         });
         span.end(&result);
         result
     }
+}
+
+/// These texts in one line. The peer may have said nothing.
+fn in_order(texts: [Option<String>; 3]) -> String {
+    texts.into_iter().flatten().filter(|text| !text.is_empty()).collect::<Vec<_>>().join("; ")
 }

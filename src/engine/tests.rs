@@ -22,7 +22,9 @@ use crate::{
         Payload, RetrySpec, SkipReason, Span, SpanContext, Subsystem, SubsystemReport, SubsystemSpec, SubsystemState,
         TraceId, Trigger, Work,
     },
-    ports::{CallError, Callee, InitializeCall, Left, Reply, RunCall, Snapshot, Spans, Subsystems, Untraced},
+    ports::{
+        CallError, Callee, ConnectionFault, InitializeCall, Left, Reply, RunCall, Snapshot, Spans, Subsystems, Untraced,
+    },
     random::Random,
 };
 
@@ -34,6 +36,7 @@ enum Does {
     /// An empty text after this number of milliseconds.
     Takes(u64),
     Fails(Code),
+    Faults(ConnectionFault),
     Hangs,
 }
 
@@ -118,7 +121,7 @@ impl Subsystems for Fleet {
     }
 
     fn get_status<'a>(&'a self, _of: Callee<'a>, _timeout: Duration) -> BoxFuture<'a, Result<Snapshot, CallError>> {
-        Box::pin(async { Err(CallError { code: Code::Unimplemented, message: String::new() }) })
+        Box::pin(async { Err(CallError::new(Code::Unimplemented, "")) })
     }
 
     fn forget(&self, _left: &[Left]) {}
@@ -136,7 +139,10 @@ async fn answer(does: Does) -> Result<Payload, CallError> {
     match does {
         Does::Answers(bytes) => Ok(output(bytes)),
         Does::Takes(_) => Ok(output(0)),
-        Does::Fails(code) => Err(CallError { code, message: "as scripted".into() }),
+        Does::Fails(code) => Err(CallError::new(code, "as scripted")),
+        Does::Faults(fault) => {
+            Err(CallError { fault: Some(fault), ..CallError::new(Code::Unavailable, format!("{fault:?}")) })
+        }
         Does::Hangs => std::future::pending().await,
     }
 }
@@ -588,6 +594,71 @@ async fn a_backoff_beyond_the_deadline_ends_the_attempts() {
     let ran = stage.run(1, "hurried").await;
     assert!(report(&ran, "hurried").state.message().ends_with("no time is left to retry"));
     assert_eq!(ran.finished.duration, Duration::from_millis(10));
+}
+
+/// Attempts and message of each, in the order of the names.
+fn attempts_and_messages(ran: &Ran, names: &str) -> Vec<(u32, String)> {
+    let of = |name| (report(ran, name).attempts, report(ran, name).state.message().to_owned());
+    names.split(' ').map(of).collect()
+}
+
+const REFUSED: Does = Does::Faults(ConnectionFault::Refused);
+
+#[tokio::test(start_paused = true)]
+async fn what_one_subsystem_has_waited_for_in_vain_the_later_ones_at_its_endpoint_do_not_wait_for_again() {
+    let as_well = "Refused; no further attempt, since the endpoint refused a in this cycle as well";
+    let expected = |list: &[(u32, &str)]| list.iter().map(|(n, text)| (*n, (*text).to_owned())).collect::<Vec<_>>();
+    let elsewhere = SubsystemSpec { endpoint: "http://127.0.0.1:2".into(), ..with_retries("e after a", 3) };
+    let chain = ["a", "b after a", "c after b", "d after c"].map(|text| with_retries(text, 3));
+    let patient = with_retries("p after d", 5);
+    let stage = Stage::of(10, chain.into_iter().chain([patient, elsewhere]));
+    for name in ["a", "b", "c", "d", "e", "p"] {
+        stage.fleet.does(name, &[REFUSED]);
+    }
+    let ran = stage.run(1, "a b c d e p").await;
+    // A longer policy waits for what is left of it, which no other subsystem has waited for.
+    let ends = [(3, "Refused"), (1, as_well), (1, as_well), (1, as_well), (3, "Refused"), (3, as_well)];
+    assert_eq!(attempts_and_messages(&ran, "a b c d e p"), expected(&ends));
+
+    // Each cycle begins anew, and so does the count once the endpoint has taken a connection.
+    stage.fleet.does("b", &[Does::Fails(Code::Internal)]);
+    let ran = stage.run(2, "a b c d").await;
+    let as_well = as_well.replace(" a ", " c ");
+    let ends = [(3, "Refused"), (1, "as scripted"), (3, "Refused"), (1, &as_well)];
+    assert_eq!(attempts_and_messages(&ran, "a b c d"), expected(&ends));
+}
+
+#[tokio::test(start_paused = true)]
+async fn subsystems_that_wait_for_their_endpoint_at_the_same_time_make_all_their_attempts() {
+    let stage = Stage::of(10, ["a", "b", "c"].map(|name| with_retries(name, 3)));
+    for name in ["a", "b", "c"] {
+        stage.fleet.does(name, &[REFUSED, REFUSED, Does::Answers(0)]);
+    }
+    let ran = stage.run(1, "a b c").await;
+    assert_eq!((ran.finished.state, ran.finished.error.as_str()), (CycleState::Succeeded, ""));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refusal_is_counted_only_for_refused_connections() {
+    // One attempt says nothing about what a subsystem with three of them waits for.
+    let names = "hasty a b c";
+    let stage = Stage::of(
+        10,
+        [with_retries("hasty", 1)]
+            .into_iter()
+            .chain(["a after hasty", "b after a", "c after b"].map(|text| with_retries(text, 3))),
+    );
+    stage.fleet.does("hasty", &[REFUSED]);
+    stage.fleet.does("a", &[REFUSED, Does::Fails(Code::Unavailable)]);
+    stage.fleet.does("b", &[Does::Faults(ConnectionFault::Lost), REFUSED, REFUSED]);
+    stage.fleet.does("c", &[REFUSED]);
+    let ran = stage.run(1, names).await;
+    let attempts: Vec<_> = attempts_and_messages(&ran, names).into_iter().map(|(attempts, _)| attempts).collect();
+    assert_eq!(attempts, [1, 3, 3, 1]);
+    // What the last error does not say: it was at work when its connection was lost, unlike the one that was refused.
+    assert_eq!(report(&ran, "b").state.message(), "Lost; Refused");
+    let refused = "Refused; no further attempt, since the endpoint refused b in this cycle as well";
+    assert_eq!(report(&ran, "c").state.message(), refused);
 }
 
 #[tokio::test(start_paused = true)]

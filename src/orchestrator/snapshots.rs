@@ -23,15 +23,15 @@ impl Orchestrator {
             async move {
                 if self.0.is_read_only {
                     let message = "it was not called: this orchestrator only looks at a copy (serve --read-only)";
-                    return Err(CallError { code: Code::FailedPrecondition, message: message.into() });
+                    return Err(CallError::new(Code::FailedPrecondition, message));
                 }
                 if let Some(owner) = self.0.engine.revoked.owner_of(&member) {
                     let message = format!("it was not called: its owner {owner} is revoked");
-                    return Err(CallError { code: Code::PermissionDenied, message });
+                    return Err(CallError::new(Code::PermissionDenied, message));
                 }
                 let asked = timeout(PATIENCE, subsystems.get_status(member.callee(), PATIENCE)).await;
                 asked.unwrap_or_else(|_| {
-                    Err(CallError { code: Code::DeadlineExceeded, message: format!("no answer within {PATIENCE:?}") })
+                    Err(CallError::new(Code::DeadlineExceeded, format!("no answer within {PATIENCE:?}")))
                 })
             }
         };

@@ -107,4 +107,23 @@ pub struct CallError {
     pub code: Code,
     /// The error message.
     pub message: String,
+    /// The fault of its connection that is the cause; `None` if there is another cause, or the connection was not made
+    /// in time.
+    pub fault: Option<ConnectionFault>,
+}
+
+/// A fault of a connection, which says how far a call came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConnectionFault {
+    /// The endpoint refused the connection, or no route leads there: the call was not sent.
+    Refused,
+    /// The connection was lost after the call had been made: the subsystem may have been at work.
+    Lost,
+}
+
+impl CallError {
+    /// A failure whose cause is not a fault of the connection.
+    pub fn new(code: Code, message: impl Into<String>) -> Self {
+        Self { code, message: message.into(), fault: None }
+    }
 }

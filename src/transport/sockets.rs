@@ -16,7 +16,7 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-use super::{Admit, Connected, Destination, Listener, Origin, Transport, resolve::Resolver};
+use super::{Admit, Connected, Destination, Listener, Origin, Transport, resolve::Resolver, was_refused};
 
 /// The kernel detects dead peers, not HTTP/2 pings: servers of grpcio and grpc-go treat pings as abuse, and end working
 /// calls. The first TCP keepalive probe is sent after this silence,
@@ -60,7 +60,7 @@ impl Transport for Sockets {
         to: &'a Destination,
         admit: Admit<'a>,
         timeout: Duration,
-    ) -> BoxFuture<'a, Result<Connected, String>> {
+    ) -> BoxFuture<'a, io::Result<Connected>> {
         let time = Time { timeout, until: Instant::now() + timeout };
         Box::pin(async move {
             match to {
@@ -73,13 +73,14 @@ impl Transport for Sockets {
                         Ok(path) => time.limit(UnixStream::connect(path)).await,
                         Err(why) => Err(why),
                     };
-                    let socket = socket.map_err(|why| format!("can't connect: {why}"))?;
+                    let socket = socket.map_err(unconnected)?;
                     let origin = user_of(&socket);
                     Ok((Box::new(socket) as _, origin))
                 }
                 Destination::Tcp { host, port } => {
                     let addresses = time.limit(self.resolver.resolve(host, *port)).await;
-                    let addresses = addresses.map_err(|why| format!("can't find the address of {host}: {why}"))?;
+                    let unknown = |why| io::Error::other(format!("can't find the address of {host}: {why}"));
+                    let addresses = addresses.map_err(unknown)?;
                     let (mut admitted, mut refused) = (Vec::new(), None);
                     for address in addresses {
                         match admit(address.ip()) {
@@ -88,16 +89,21 @@ impl Transport for Sockets {
                         }
                     }
                     if let Some(why) = refused.filter(|_| admitted.is_empty()) {
-                        return Err(format!("can't connect to {host}, {why}"));
+                        return Err(io::Error::other(format!("can't connect to {host}, {why}")));
                     }
                     let socket = first_of(&admitted, time).await;
-                    let socket = socket.map_err(|why| format!("can't connect: {why}"))?;
+                    let socket = socket.map_err(unconnected)?;
                     let origin = socket.peer_addr().map_or(Origin::Unknown, |peer| Origin::Address(peer.ip()));
                     Ok((Box::new(socket) as _, origin))
                 }
             }
         })
     }
+}
+
+/// The error if no address takes a connection, of the same kind.
+fn unconnected(why: io::Error) -> io::Error {
+    io::Error::new(why.kind(), format!("can't connect: {why}"))
 }
 
 /// The path without links, if it is in this directory.
@@ -183,17 +189,19 @@ struct Time {
 }
 
 impl Time {
-    async fn limit<T>(self, step: impl Future<Output = io::Result<T>>) -> Result<T, String> {
-        match timeout_at(self.until, step).await {
-            Ok(done) => done.map_err(|error| error.to_string()),
-            Err(_) => Err(format!("no answer within {:?}", self.timeout)),
-        }
+    async fn limit<T>(self, step: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+        let late = |_| io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {:?}", self.timeout));
+        timeout_at(self.until, step).await.map_err(late)?
     }
 }
 
 /// The first address that takes a connection. Each has its part of the time that is left, so that one that does not
 /// answer leaves some for the next.
-async fn first_of(addresses: &[SocketAddr], time: Time) -> Result<TcpStream, String> {
+///
+/// # Errors
+/// No address does. The kind says that they refused it only if all of them did.
+async fn first_of(addresses: &[SocketAddr], time: Time) -> io::Result<TcpStream> {
+    let mut kind = io::ErrorKind::ConnectionRefused;
     let mut errors = Vec::new();
     for (tried, address) in addresses.iter().enumerate() {
         let left = u32::try_from(addresses.len() - tried).unwrap_or(u32::MAX);
@@ -201,14 +209,20 @@ async fn first_of(addresses: &[SocketAddr], time: Time) -> Result<TcpStream, Str
         let part = Time { until: now + time.until.saturating_duration_since(now) / left, ..time };
         match part.limit(TcpStream::connect(address)).await {
             Ok(socket) => {
-                set_up_connected(&socket).map_err(|error| format!("the socket can't be set up: {error}"))?;
+                let unusable = |error| io::Error::other(format!("the socket can't be set up: {error}"));
+                set_up_connected(&socket).map_err(unusable)?;
                 return Ok(socket);
             }
             Err(error) if addresses.len() == 1 => return Err(error),
-            Err(error) => errors.push(format!("{address}: {error}")),
+            Err(error) => {
+                if was_refused(kind) {
+                    kind = error.kind();
+                }
+                errors.push(format!("{address}: {error}"));
+            }
         }
     }
-    Err(errors.join("; "))
+    Err(io::Error::new(kind, errors.join("; ")))
 }
 
 fn set_up_connected(socket: &TcpStream) -> io::Result<()> {
@@ -274,7 +288,8 @@ mod tests {
                 IpAddr::V4(v4) if v4.octets()[3] == last => Ok(()),
                 _ => Err(format!("where {address} is refused")),
             };
-            sockets.connect(&to, &admit, Duration::from_secs(10)).await.map(|(_, origin)| origin)
+            let connected = sockets.connect(&to, &admit, Duration::from_secs(10)).await;
+            connected.map(|(_, origin)| origin).map_err(|why| why.to_string())
         };
         assert_eq!(connect(1).await, Ok(Origin::Address([127, 0, 0, 1].into())));
         assert_eq!(connect(3).await, Err("can't connect to both, where 127.0.0.2 is refused".into()));
@@ -296,7 +311,7 @@ mod tests {
             Sockets::default().connect(&to, &|_| Ok(()), Duration::from_secs(10)).await.map(|(_, origin)| origin)
         };
         let own_user = Origin::User(rustix::process::geteuid().as_raw());
-        assert_eq!((connect("own").await, connect("alias").await), (Ok(own_user), Ok(own_user)));
+        assert_eq!((connect("own").await.unwrap(), connect("alias").await.unwrap()), (own_user, own_user));
         for path in ["link", "../out", "nothing"] {
             assert!(connect(path).await.is_err(), "{path}");
         }

@@ -206,7 +206,7 @@ impl Subsystems for Fleet {
         Box::pin(async {
             sleep(Duration::from_secs(1)).await;
             if self.call_fails {
-                return Err(CallError { code: Code::Internal, message: "as scripted".into() });
+                return Err(CallError::new(Code::Internal, "as scripted"));
             }
             Ok(Reply { answer: self.answer.lock().unwrap().clone(), held: Memory::whole(0).try_hold(0).unwrap() })
         })
@@ -215,7 +215,7 @@ impl Subsystems for Fleet {
     fn get_status<'a>(&'a self, of: Callee<'a>, _timeout: Duration) -> BoxFuture<'a, Result<Snapshot, CallError>> {
         Box::pin(async {
             let Some(takes) = self.snapshots.get(of.subsystem.name.as_str()) else {
-                return Err(CallError { code: Code::Unimplemented, message: String::new() });
+                return Err(CallError::new(Code::Unimplemented, ""));
             };
             sleep(*takes).await;
             Ok(Snapshot { status: text(of.subsystem.name.as_str()), held: Memory::whole(0).try_hold(0).unwrap() })

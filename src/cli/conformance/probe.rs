@@ -159,9 +159,9 @@ impl Probe {
         let call = Call { path, timeout: deadline, trace: None, message, max_answer: MAX_ANSWER };
         let Ok(answer) = tokio::time::timeout(self.timeout, client.call(&call)).await else {
             let message = format!("no answer within {:?}", self.timeout);
-            return Err(CallError { code: Code::DeadlineExceeded, message });
+            return Err(CallError::new(Code::DeadlineExceeded, message));
         };
-        let malformed = |error: prost::DecodeError| CallError { code: Code::Internal, message: error.to_string() };
+        let malformed = |error: prost::DecodeError| CallError::new(Code::Internal, error.to_string());
         T::decode(&answer?.message[..]).map_err(malformed)
     }
 
