@@ -34,6 +34,8 @@ async fn backed_up() -> Home {
     let backup = stage.home.path("backup.db");
     let (code, said) = orchestrator(&["backup", &url(&stage.home), "--to", text(&backup)]);
     assert!(code == Some(0) && said.contains("its last cycle is 2"), "{said}");
+    assert!(said.contains("2 records and") && said.contains("are as they were written"), "{said}");
+    assert!(said.contains("the seals of the log and of"), "{said}");
     stage.client.run().await.unwrap();
     let Stage { home, service, .. } = stage;
     assert!(service.stop().await.success());
@@ -50,12 +52,68 @@ async fn a_backup_of_a_running_service_is_whole_private_and_verified_without_the
     assert!(!home.path("backup.db.key").exists());
     let (code, said) = orchestrator(&["verify", "--db", text(&backup), "--key-file", text(&home.path("o.db.key"))]);
     assert!(code == Some(0) && said.contains("2 records"), "{said}");
+    assert_eq!(beside(&home, "backup.db"), ["backup.db", "backup.db.checkpoint"]);
     let (code, said) = orchestrator(&["backup", &url(&home), "--to", text(&backup)]);
     assert!(code == Some(1) && said.contains("backup.db exists"), "{said}");
     let none = format!("sqlite:{}", home.path("none.db").display());
     let (code, said) = orchestrator(&["backup", &none, "--to", text(&home.path("other.db"))]);
     assert!(code == Some(1) && said.contains("none.db does not exist"), "{said}");
     assert!(!home.path("other.db").exists() && !home.path("none.db").exists());
+}
+
+/// The files whose names begin so, sorted.
+fn beside(home: &Home, name: &str) -> Vec<String> {
+    let files = fs::read_dir(home.path("")).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap());
+    let mut files: Vec<_> = files.filter(|file| file.starts_with(name)).collect();
+    files.sort();
+    files
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_that_is_not_what_was_recorded_is_no_backup_unless_that_is_asked_for() {
+    let home = backed_up().await;
+    let (store, key) = (url(&home), home.path("o.db.key"));
+    let bad = home.path("bad.db");
+    let back_up = |more: &[&str]| orchestrator(&[&["backup", &*store, "--to", text(&bad)], more].concat());
+    let change = |sql: &str| Connection::open(home.path("o.db")).unwrap().execute(sql, []).unwrap();
+    let refused = |(code, said): (Option<i32>, String), problems: &[&str]| {
+        assert!(code == Some(1) && problems.iter().all(|problem| said.contains(problem)), "{said}");
+        assert!(said.contains("no backup was made"), "{said}");
+        assert!(beside(&home, "bad.db").is_empty(), "{:?}", beside(&home, "bad.db"));
+    };
+    change("UPDATE subsystems SET owner = 'token:other'");
+    change("UPDATE hashes SET hash = zeroblob(32) WHERE id = 0");
+    let seal = "wrong: the seal of the subsystem \"a\"";
+    let hash = "wrong: the log does not have the root of the checkpoint";
+    let seal_and_hash = &[seal, hash, "differs from what was recorded in"];
+    refused(back_up(&[]), seal_and_hash);
+
+    // The key is elsewhere. Without it the seals are compared with nothing, and with another one the checkpoint is not.
+    fs::rename(&key, home.path("moved.key")).unwrap();
+    refused(back_up(&["--key-file", text(&home.path("moved.key"))]), seal_and_hash);
+    let (code, said) = back_up(&[]);
+    assert!(code == Some(1) && said.contains(hash) && !said.contains(seal), "{said}");
+    let other = Stage::new().await;
+    refused(back_up(&["--key-file", text(&other.home.path("o.db.key"))]), &["it is not signed by the key"]);
+    let (code, said) = back_up(&["--key-file", text(&home.path("none.key"))]);
+    assert!(code == Some(1) && said.contains("none.key"), "{said}");
+
+    let (code, said) = back_up(&["--unverified"]);
+    assert!(code == Some(0) && said.contains("It was not verified"), "{said}");
+    assert_eq!(beside(&home, "bad.db"), ["bad.db", "bad.db.checkpoint"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_without_the_key_at_hand_is_verified_against_its_checkpoint() {
+    let home = backed_up().await;
+    fs::rename(home.path("o.db.key"), home.path("moved.key")).unwrap();
+    let back_up = |name: &str| orchestrator(&["backup", &url(&home), "--to", text(&home.path(name))]);
+    let (code, said) = back_up("later.db");
+    assert!(code == Some(0) && said.contains("3 records and"), "{said}");
+    assert!(said.contains("the seals were not checked") && said.contains("nor was the signature"), "{said}");
+    fs::remove_file(home.path("o.db.checkpoint")).unwrap();
+    let (code, said) = back_up("without.db");
+    assert!(code == Some(0) && said.contains("The store has no checkpoint, so nothing shows"), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

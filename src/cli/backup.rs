@@ -10,10 +10,10 @@ use super::{
     Exit, Failure,
     output::{clean, print},
     store::{LogArgs, began, told},
-    verify::{differences, open_with_any},
+    verify::{differences, findings, open_with_any},
 };
 use crate::{
-    ledger::SigningKey,
+    ledger::{Checkpoint, SigningKey},
     store::{self, BackedUp, BackupError, StoreUrl},
 };
 
@@ -24,9 +24,14 @@ The backup is a database that only its owner can read, as of one moment, and bes
 the signed checkpoint of its log. It does not contain the key of the log, which a restored store needs as well: keep \
 that elsewhere. It is not encrypted; encrypt it where it leaves the machine.
 
+Before it gets its name, it is verified as `orchestrator verify` does: its log is computed anew from its bytes, and \
+compared with the checkpoint. With the key of the log, which is read beside the store if it is there, so are the \
+signature and the seals. If anything is wrong, each problem is one line, and there is no backup.
+
 Exit codes:
-  0    the backup is on the disk
-  1    the store can't be read, or the file exists or can't be written
+  0    the backup is on the disk, and verified unless it says otherwise
+  1    the store can't be read, the copy is not what was recorded, or the file
+       exists or can't be written
   2    wrong usage
 
 Examples:
@@ -39,6 +44,12 @@ pub(super) struct Backup {
     /// The new file
     #[arg(long, value_name = "FILE")]
     to: PathBuf,
+    /// A key of the log, if it is not beside the store; repeat it for several keys
+    #[arg(long, value_name = "FILE")]
+    key_file: Vec<PathBuf>,
+    /// Leave the backup unverified: it takes too long, or the store is damaged and all that is left is wanted
+    #[arg(long, conflicts_with = "key_file")]
+    unverified: bool,
 }
 
 /// Restore a backup of a store that no service has open
@@ -79,15 +90,47 @@ pub(super) struct Restore {
 impl Backup {
     /// Makes the backup.
     pub(super) fn run(self) -> Result<Exit, Failure> {
-        let Self { url, to } = self;
-        let BackedUp { last_cycle_id, has_checkpoint } = store::backup(&url, &to).map_err(|error| refused(&error))?;
+        let Self { url, to, key_file, unverified } = self;
+        let keys = if key_file.is_empty() && !unverified {
+            store::key_beside(&url).map(Vec::from_iter)
+        } else {
+            key_file.iter().map(|path| store::signing_key(path)).collect()
+        };
+        let keys = keys.map_err(|error| refused(&error))?;
+        let mut found = String::new();
+        let verify = |copy: &Path, checkpoint: Option<&str>| {
+            let Some(checkpoint) = checkpoint.filter(|_| !unverified) else { return Ok::<_, Failure>(()) };
+            found = verified(&url, &to, copy, checkpoint, &keys).map_err(|failure| {
+                failure
+                    .and("no backup was made: see `orchestrator verify --db`; --unverified copies the store as it is")
+            })?;
+            Ok(())
+        };
+        let BackedUp { last_cycle_id, has_checkpoint } = store::backup(&url, &to, verify)?;
         let mut said = format!("{} is a backup of {url}; its last cycle is {last_cycle_id}", to.display());
         if !has_checkpoint {
-            said += ". The store has no checkpoint, so nothing shows later whether the backup was changed";
+            said += ". The store has no checkpoint, so nothing shows whether the backup is what was recorded";
+        } else if unverified {
+            said += ". It was not verified";
         }
-        print(&(clean(&said) + "\n"))?;
+        print(&(clean(&said) + "\n" + &found))?;
         Ok(Exit::Done)
     }
+}
+
+/// Verifies the copy of a store that is to become the backup `to`. Returns what it contains, in lines for people.
+fn verified(url: &StoreUrl, to: &Path, copy: &Path, checkpoint: &str, keys: &[SigningKey]) -> Result<String, Failure> {
+    let opened = if keys.is_empty() { Checkpoint::unverified(checkpoint) } else { open_with_any(keys, checkpoint) };
+    let checkpoint = opened.map_err(|error| {
+        let problem = format!("the checkpoint of {url}: {error}; give the key of the log by --key-file");
+        Failure::new(Exit::Refused, clean(&problem))
+    })?;
+    let verified = differences(&format!("the copy of {url}"), copy, &checkpoint, keys)?;
+    let mut found = findings(to, &checkpoint, &verified);
+    if keys.is_empty() {
+        found += "nor was the signature of the checkpoint\n";
+    }
+    Ok(found)
 }
 
 impl Restore {
@@ -112,7 +155,7 @@ impl Restore {
             Some(open_with_any(&keys.keys, &text).map_err(|error| unusable(&error))?)
         };
         let verify = |copy: &Path, keys: &[SigningKey]| match checkpoint {
-            Some(checkpoint) => differences(copy, &checkpoint, keys).map(drop),
+            Some(checkpoint) => differences(&backup.display(), copy, &checkpoint, keys).map(drop),
             None => Ok(()),
         };
         let restored = store::restore(&backup, &url, (keys, log.origin), began, replace, verify)?;

@@ -1,6 +1,7 @@
 //! `orchestrator verify`: proves that an exported log, or a database, has the signed contents.
 
 use std::{
+    fmt::Display,
     fs,
     path::{Path, PathBuf},
 };
@@ -80,33 +81,38 @@ impl Verify {
             None => open_with_any(&keys, &text),
         };
         let checkpoint = checkpoint.map_err(|error| refused(format!("{}: {error}", path.display())))?;
-        let verified = differences(&db, &checkpoint, &keys)?;
-        let Verified { entries, first_kept, removed, records, events, unlogged, sealed } = verified;
-        let mut lines = vec![format!(
-            "{} has the log {} of {}, signed up to {}; {} and {} are as they were written",
-            db.display(),
-            checkpoint.origin,
-            count(entries, "entry"),
-            checkpoint.size,
-            count(records, "record"),
-            count(events, "audit event")
-        )];
-        match sealed {
-            Some(rows) => lines.push(format!("the seals of the log and of {} are valid", count(rows, "other row"))),
-            None => lines.push("the seals were not checked: that needs the private key, --key-file".into()),
-        }
-        if first_kept > 0 {
-            lines.push(format!("entries 0 to {} were removed by retention", first_kept - 1));
-        }
-        if let others @ 1.. = removed.saturating_sub(first_kept) {
-            lines.push(format!("retention removed {others} of the later entries as well"));
-        }
-        if unlogged > 0 {
-            lines.push(format!("older than the log, and not proved: {}", count(unlogged, "record")));
-        }
-        print(&lines.iter().map(|line| clean(line) + "\n").collect::<String>())?;
+        let verified = differences(&db.display(), &db, &checkpoint, &keys)?;
+        print(&findings(&db, &checkpoint, &verified))?;
         Ok(Exit::Done)
     }
+}
+
+/// What a database without differences contains, in lines for people.
+pub(super) fn findings(db: &Path, checkpoint: &Checkpoint, verified: &Verified) -> String {
+    let Verified { entries, first_kept, removed, records, events, unlogged, sealed } = *verified;
+    let mut lines = vec![format!(
+        "{} has the log {} of {}, signed up to {}; {} and {} are as they were written",
+        db.display(),
+        checkpoint.origin,
+        count(entries, "entry"),
+        checkpoint.size,
+        count(records, "record"),
+        count(events, "audit event")
+    )];
+    match sealed {
+        Some(rows) => lines.push(format!("the seals of the log and of {} are valid", count(rows, "other row"))),
+        None => lines.push("the seals were not checked: that needs the private key, --key-file".into()),
+    }
+    if first_kept > 0 {
+        lines.push(format!("entries 0 to {} were removed by retention", first_kept - 1));
+    }
+    if let others @ 1.. = removed.saturating_sub(first_kept) {
+        lines.push(format!("retention removed {others} of the later entries as well"));
+    }
+    if unlogged > 0 {
+        lines.push(format!("older than the log, and not proved: {}", count(unlogged, "record")));
+    }
+    lines.iter().map(|line| clean(line) + "\n").collect()
 }
 
 /// Opens a checkpoint that one of these keys has signed.
@@ -118,11 +124,17 @@ pub(super) fn open_with_any(keys: &[SigningKey], text: &str) -> Result<Checkpoin
     opened
 }
 
-/// Verifies a database against a checkpoint, and its seals if there are keys. Prints the problems.
+/// Verifies a database, which is called `what`, against a checkpoint, and its seals if there are keys. Prints the
+/// problems.
 ///
 /// # Errors
 /// There are some, or the database can't be read.
-pub(super) fn differences(db: &Path, checkpoint: &Checkpoint, keys: &[SigningKey]) -> Result<Verified, Failure> {
+pub(super) fn differences(
+    what: &dyn Display,
+    db: &Path,
+    checkpoint: &Checkpoint,
+    keys: &[SigningKey],
+) -> Result<Verified, Failure> {
     let refused = |problem: String| Failure::new(Exit::Refused, clean(&problem));
     let seals = (!keys.is_empty()).then(|| SealKeys::new(&checkpoint.origin, keys));
     let mut printed = Ok(());
@@ -139,7 +151,7 @@ pub(super) fn differences(db: &Path, checkpoint: &Checkpoint, keys: &[SigningKey
     printed?;
     if differences > 0 {
         let ways = count(differences, "way");
-        return Err(refused(format!("{} differs from what was recorded in {ways}", db.display())));
+        return Err(refused(format!("{what} differs from what was recorded in {ways}")));
     }
     Ok(verified)
 }

@@ -63,18 +63,23 @@ pub struct BackedUp {
 }
 
 /// Copies a store, which a process may have open, to a new file that only its owner can read, and its checkpoint beside
-/// that. Waits for the disk.
+/// that. The file gets its name once `verify` has accepted the copy, which it gets with the checkpoint, if the store has
+/// one. Waits for the disk.
 ///
 /// # Errors
-/// The file exists or can't be written, or the store can't be read.
-pub fn backup(url: &StoreUrl, to: &Path) -> Result<BackedUp, BackupError> {
-    let database = database(url)?;
+/// The file exists or can't be written, the store can't be read, or `verify` refuses the copy.
+pub fn backup<E: From<BackupError>>(
+    url: &StoreUrl,
+    to: &Path,
+    verify: impl FnOnce(&Path, Option<&str>) -> Result<(), E>,
+) -> Result<BackedUp, E> {
+    let database = database(url).map_err(BackupError::from)?;
     if to.exists() {
-        return Err(BackupError::Exists(to.to_owned()));
+        return Err(BackupError::Exists(to.to_owned()).into());
     }
     // First, so that the backup has all of its entries.
     let checkpoint = published(url);
-    let last_cycle_id = sqlite::copy(database, to)?;
+    let last_cycle_id = sqlite::copy(database, to, |copy| verify(copy, checkpoint.as_deref()))?;
     if let Some(checkpoint) = &checkpoint {
         let path = checkpoint_of(to);
         file::replace(&path, checkpoint).map_err(|problem| BackupError::File { path, problem })?;

@@ -192,6 +192,15 @@ pub fn signing_key(path: &Path) -> Result<SigningKey, KeyFileError> {
     key.map_err(|problem| KeyFileError::Invalid { path: path.to_owned(), problem })
 }
 
+/// The key beside the database of a store, if it exists. Waits for the disk.
+///
+/// # Errors
+/// The file can't be read, is open to others, or does not contain a key.
+pub fn key_beside(url: &StoreUrl) -> Result<Option<SigningKey>, KeyFileError> {
+    let StoreUrl::Sqlite(database) = url else { return Ok(None) };
+    read_if_exists(&beside(database, ".key"))
+}
+
 fn read_if_exists(path: &Path) -> Result<Option<SigningKey>, KeyFileError> {
     match signing_key(path) {
         Err(KeyFileError::Unreadable { problem: FileError::Unreadable(error), .. })

@@ -16,7 +16,9 @@ use std::{
 };
 
 pub use self::backup::{BackedUp, BackupError, backup, restore};
-pub use self::keys::{KeyFileError, LogKeys, NewKeys, checkpoint_of, keep_published, published, signing_key};
+pub use self::keys::{
+    KeyFileError, LogKeys, NewKeys, checkpoint_of, keep_published, key_beside, published, signing_key,
+};
 pub use self::sqlite::DatabaseFileError;
 use bytes::Bytes;
 

@@ -21,30 +21,41 @@ use crate::{
     store::{BackupError, OpenError},
 };
 
-/// Copies the database at `path` to the new file `to`, which only its owner can read. Returns its last cycle.
+/// Copies the database at `path` to the new file `to`, which only its owner can read, and which gets its name once
+/// `verify` has accepted the copy. Returns its last cycle.
 ///
 /// In one read transaction, which neither waits for the process that writes nor makes it wait. (The backup API of
 /// SQLite would begin again after each commit.) Free pages, which may have bytes of removed rows, are left out.
-pub(in crate::store) fn copy(path: &Path, to: &Path) -> Result<CycleId, BackupError> {
-    if !path.exists() {
-        return Err(OpenError::from(DatabaseFileError::Missing { database: path.display().to_string() }).into());
-    }
-    let explained = |error| OpenError::from(explain(path, &error));
-    let database = read_only(path).map_err(explained)?;
-    check_version(&database, path)?;
+pub(in crate::store) fn copy<E: From<BackupError>>(
+    path: &Path,
+    to: &Path,
+    verify: impl FnOnce(&Path) -> Result<(), E>,
+) -> Result<CycleId, E> {
     let new = beside(to, ".new");
-    let failed = |problem| BackupError::File { path: new.clone(), problem };
-    // SQLite writes into an empty file that exists.
-    create_new(&new).map_err(failed)?;
-    let copied = database.execute("VACUUM INTO ?1", [new.display().to_string()]).map_err(explained);
-    let copied = copied.map_err(BackupError::from).and_then(|_| finish(&new, to));
+    let copied = copy_whole(path, &new).map_err(E::from);
+    let copied = copied.and_then(|last_cycle_id| verify(&new).map(|()| last_cycle_id));
+    forget_reading(&new);
+    let copied = copied.and_then(|last_cycle_id| finish(&new, to).map(|()| last_cycle_id).map_err(E::from));
     if copied.is_err() {
         let _ = fs::remove_file(&new);
     }
-    copied?;
+    copied
+}
+
+/// Writes a copy of the database at `path` into a file that only its owner can read. Returns its last cycle.
+fn copy_whole(path: &Path, new: &Path) -> Result<CycleId, BackupError> {
+    let explained = |error| OpenError::from(explain(path, &error));
+    if !path.exists() {
+        return Err(OpenError::from(DatabaseFileError::Missing { database: path.display().to_string() }).into());
+    }
+    let database = read_only(path).map_err(explained)?;
+    check_version(&database, path)?;
+    // SQLite writes into an empty file that exists.
+    create_new(new).map_err(|problem| BackupError::File { path: new.to_owned(), problem })?;
+    database.execute("VACUUM INTO ?1", [new.display().to_string()]).map_err(explained)?;
     let last = |copy: Connection| copy.query_row("SELECT last_cycle_id FROM meta", [], |row| number(row, 0));
-    let last = read_only(to).and_then(last);
-    Ok(last.map(CycleId).map_err(|error| OpenError::from(explain(to, &error)))?)
+    let last = read_only(new).and_then(last);
+    Ok(last.map(CycleId).map_err(|error| OpenError::from(explain(new, &error)))?)
 }
 
 /// Puts a copy of the database `from` in the place `path` once `verify` has accepted the copy, and keeps what is there
@@ -65,8 +76,7 @@ pub(in crate::store) fn put<E: From<BackupError>>(
     let new = beside(&place.path, ".new");
     let copied = copy_new(from, &new).map_err(|problem| BackupError::File { path: new.clone(), problem });
     let copied = copied.map_err(E::from).and_then(|()| verify(&new));
-    // Reading it may have made these.
-    let _ = (fs::remove_file(log_of(&new)), fs::remove_file(beside(&new, "-shm")));
+    forget_reading(&new);
     let put = copied.and_then(|()| replace(&new, &place, replaces).map_err(E::from));
     if put.is_err() {
         let _ = fs::remove_file(&new);
@@ -100,6 +110,11 @@ fn replace(new: &Path, place: &LockedDatabase, replaces: bool) -> Result<(), Bac
     }
     let _ = fs::remove_file(beside(path, "-shm"));
     finish(new, path)
+}
+
+/// Removes files that reading a copy may have made beside it.
+fn forget_reading(copy: &Path) {
+    let _ = (fs::remove_file(log_of(copy)), fs::remove_file(beside(copy, "-shm")));
 }
 
 /// Creates a file that only its owner can read, in the place of one that an interrupted process has left, or of a link
