@@ -75,7 +75,7 @@ pub struct Config {
     pub ledger: LedgerSettings,
     /// Limits of cycles.
     pub cycle: CycleSettings,
-    /// Limits of the registry.
+    /// The registry.
     pub registry: RegistrySettings,
     /// How subsystems are dialed.
     pub dial: DialSettings,
@@ -235,13 +235,20 @@ pub struct CycleSettings {
     pub max_outputs_bytes: Option<usize>,
 }
 
-/// Limits of the registry.
+/// Limits of the registry, and what should be in it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RegistrySettings {
     /// Most registered subsystems. 1 to 1,000,000, default 20,000.
     pub max_subsystems: usize,
     /// Most interval loops. 1 to 10,000, default 256.
     pub max_loops: usize,
+    /// Subsystems that should be registered. Cycles over all subsystems record each that is not. Default: none.
+    pub expected: BTreeSet<Name>,
+}
+
+impl RegistrySettings {
+    /// Most expected subsystems: as many as a record of 3 MiB has room for.
+    pub const MAX_EXPECTED: usize = 20_000;
 }
 
 /// How subsystems are dialed.
@@ -586,7 +593,7 @@ impl Default for Config {
                 max_record_bytes: 3 * MIB,
                 max_outputs_bytes: None,
             },
-            registry: RegistrySettings { max_subsystems: 20_000, max_loops: 256 },
+            registry: RegistrySettings { max_subsystems: 20_000, max_loops: 256, expected: BTreeSet::new() },
             dial: DialSettings {
                 ca_file: None,
                 cert_file: None,
@@ -738,6 +745,23 @@ fn allowed(read: &mut Reader<'_>, key: &str) -> Vec<Allowed> {
         }
     }
     all
+}
+
+/// Names of subsystems.
+fn expected(read: &mut Reader<'_>, key: &str) -> BTreeSet<Name> {
+    let (texts, max) = (read.texts(key), RegistrySettings::MAX_EXPECTED);
+    if texts.len() > max {
+        read.refuse(key, format!("has {} entries; give at most {max}", texts.len()));
+        return BTreeSet::new();
+    }
+    let mut names = BTreeSet::new();
+    for (number, text) in texts.iter().enumerate() {
+        match Name::parse(text) {
+            Ok(name) => _ = names.insert(name),
+            Err(problem) => read.refuse(&format!("{key}[{number}]"), problem.to_string()),
+        }
+    }
+    names
 }
 
 /// The path of a socket. <https://man7.org/linux/man-pages/man7/unix.7.html>

@@ -691,5 +691,9 @@ pub fn settings(config: &Config) -> Settings {
 }
 
 fn declared(config: &Config) -> Declared {
-    Declared { subsystems: config.subsystems.clone(), loops: config.loops.clone() }
+    Declared {
+        subsystems: config.subsystems.clone(),
+        loops: config.loops.clone(),
+        expected: config.registry.expected.clone(),
+    }
 }

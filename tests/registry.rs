@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use common::{
     Stage,
+    command::orchestrator,
     fleet::{Method, Run, from_struct, to_struct},
     http, patiently,
     service::{Client, Home, Reason, because, decode, invalid, ms, next_recorded, part, reason, registration},
@@ -16,6 +17,7 @@ use orchestrator_core::proto::{
     orchestrator::v1::{self as pb, BreakerState, CycleState, Origin, SkipReason, SubsystemState},
     subsystem::v1 as subsystem,
 };
+use rustix::process::Signal;
 use serde_json::json;
 use tokio::time::timeout;
 use tonic::{Code, Response, Status};
@@ -520,6 +522,62 @@ async fn a_lease_ends_unless_it_is_renewed() {
     assert_eq!(renew(client, "short").await.unwrap_err(), not_found("short"));
     let mut stage = stage.restarted().await;
     assert_eq!(registered(&mut stage.client).await, ["long", "none"]);
+}
+
+#[tokio::test]
+async fn expected_subsystems_that_are_not_registered_are_told_by_the_record_the_plan_and_the_status() {
+    let expecting = |names: &str| format!("[registry]\nexpected = [{names}]\n");
+    let mut stage = Stage::at(Home::new().with_config(&expecting(r#""gone", "here", "never""#))).await;
+    stage.register("here", |_| {}).await;
+    stage.register("other", |_| {}).await;
+    lease(&mut stage.client, "gone", ms(1000)).await.unwrap();
+    // Its process has died, and its lease runs out.
+    patiently("the end of the lease", async {
+        while registered(&mut stage.client).await.contains(&"gone".to_owned()) {}
+    })
+    .await;
+    let missing = |cycle: &pb::CycleTelemetry| -> Vec<_> {
+        let skipped = cycle.subsystems.iter().filter(|it| it.skip_reason() == SkipReason::NotRegistered);
+        skipped.map(|it| (it.name.clone(), it.state(), it.error_message.clone())).collect()
+    };
+    let is = |name: &str| {
+        let message = "it is expected, but it is not registered".to_owned();
+        (name.to_owned(), SubsystemState::Skipped, message)
+    };
+    let cycle = stage.client.run().await.unwrap();
+    assert_eq!((cycle.state(), missing(&cycle)), (CycleState::Degraded, vec![is("gone"), is("never")]));
+    let error = "2 of 4 failed: gone skipped: it is expected, but it is not registered; never skipped";
+    assert!(cycle.error.starts_with(error), "{}", cycle.error);
+    assert_eq!(decode(stage.client.history().await.unwrap().pop().unwrap()), cycle);
+    // A cycle over some subsystems expects only these.
+    let subset = pb::RunCycleRequest { subsystems: vec!["here".into()], ..pb::RunCycleRequest::default() };
+    assert_eq!(stage.client.run_with(subset).await.unwrap().state(), CycleState::Succeeded);
+
+    let status = stage.client.status().await.unwrap();
+    assert_eq!((status.missing_count, status.missing), (2, vec!["gone".to_owned(), "never".to_owned()]));
+    let metrics = http::get(stage.service.admin(), "/metrics").await.text().await;
+    assert!(metrics.contains("\norchestrator_subsystems_missing 2\n"), "{metrics}");
+    let address = stage.service.address().to_string();
+    let (code, said) = orchestrator(None, &["status", "--address", &address]).await;
+    let told = "gone, never, which are expected (registry.expected) and not registered";
+    assert!(code == 0 && said.contains("MISSING") && said.contains(told), "{said}");
+    let (code, said) = orchestrator(None, &["plan", "--address", &address]).await;
+    assert!(code == 0 && said.matches("not registered").count() == 2, "{said}");
+
+    // A registration ends it, and so does a reload of the file.
+    stage.register("gone", |_| {}).await;
+    assert_eq!(missing(&stage.client.run().await.unwrap()), [is("never")]);
+    std::fs::write(stage.home.path("orchestrator.toml"), expecting("\"here\"")).unwrap();
+    stage.service.signal(Signal::HUP);
+    stage.home.logged("reloaded", 1).await;
+    let cycle = stage.client.run().await.unwrap();
+    assert_eq!((cycle.state(), cycle.subsystems.len()), (CycleState::Succeeded, 3), "{cycle:?}");
+    assert_eq!(stage.client.status().await.unwrap().missing_count, 0);
+    let unregister = pb::UnregisterSubsystemRequest { name: "here".into() };
+    stage.client.unregister_subsystem(unregister).await.unwrap();
+    // The same after a restart, by the file alone.
+    let mut stage = stage.restarted().await;
+    assert_eq!(missing(&stage.client.run().await.unwrap()), [is("here")]);
 }
 
 #[tokio::test]

@@ -294,6 +294,19 @@ pub(super) fn trigger(trigger: pb::Trigger, name: &str) -> String {
     }
 }
 
+/// The expected subsystems that are not registered.
+pub(super) fn missing(status: &pb::OrchestratorStatus) -> String {
+    /// Most names in the line.
+    const NAMED: usize = 5;
+    let mut names: Vec<_> = status.missing.iter().take(NAMED).cloned().collect();
+    let more = u64::from(status.missing_count).saturating_sub(names.len() as u64);
+    if more > 0 {
+        names.push(format!("{} more", grouped(more)));
+    }
+    let verb = if status.missing_count == 1 { "is" } else { "are" };
+    format!("{}, which {verb} expected (registry.expected) and not registered", names.join(", "))
+}
+
 /// The cause for which a cycle waits.
 pub(super) fn waits_for(waiting: &pb::WaitingCycle) -> String {
     match (waiting.waits_for_cycle_id, waiting.waits_for_subsystem.as_str()) {

@@ -49,8 +49,10 @@ impl PlanCommand {
                 break;
             }
         }
-        let planned = response.plan.iter().flat_map(|plan| &plan.subsystems);
-        if let Some(none) = planned.into_iter().find(|it| it.skip_reason() == pb::SkipReason::NotRegistered) {
+        // In a plan over all subsystems, expected ones may be missing.
+        let mut planned =
+            response.plan.iter().flat_map(|plan| &plan.subsystems).filter(|_| !self.subsystems.is_empty());
+        if let Some(none) = planned.find(|it| it.skip_reason() == pb::SkipReason::NotRegistered) {
             let unknown = Failure::unknown(Unknown::Subsystem(none.name.clone()));
             return Err(known::explain(unknown, &self.remote, &mut client).await);
         }

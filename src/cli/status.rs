@@ -7,7 +7,7 @@ use super::{
     Exit, Failure,
     cycles::in_short,
     loops,
-    output::{age, count, duration, grouped, payload, sections, telemetry, trigger, waits_for},
+    output::{age, count, duration, grouped, missing, payload, sections, telemetry, trigger, waits_for},
     remote::{Client, Health, Remote},
     subsystems,
     table::{Facts, Page, Table, left, long, number, right, text},
@@ -115,6 +115,9 @@ fn shown(status: &pb::OrchestratorStatus, last: Option<&pb::CycleTelemetry>, pag
     }
     if status.loops_paused {
         facts.fact("PAUSED", "no loop starts a cycle until `orchestrator loops resume --all`");
+    }
+    if status.missing_count > 0 {
+        facts.fact("MISSING", missing(status));
     }
     if !status.store_error.is_empty() {
         facts.fact("STORE ERROR", format!("{}; no cycle starts until it can be written", status.store_error));

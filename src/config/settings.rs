@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{
     AuditReads, ClientAuth, DAY, GIB, HOUR, KIB, LogFormat, MIB, MS,
     OnReload::{Applies, NeedsRestart},
-    Setting, TlsVersion, admin_address, allowed, audit_retention, collector, directory,
+    Setting, TlsVersion, admin_address, allowed, audit_retention, collector, directory, expected,
     jwt::claim,
     key_files, listen_address, log_filter, mode, orchestrator_id, origin, path, retention, revoked, socket_path,
 };
@@ -88,6 +88,7 @@ settings! {
     cycle.max_outputs_bytes: Applies, number(MIB..=64 * GIB).map(Some);
     registry.max_subsystems: Applies, number(1..=1_000_000);
     registry.max_loops: Applies, number(1..=10_000);
+    registry.expected: Applies, group(expected);
     dial.ca_file: NeedsRestart, parsed(path).map(Some);
     dial.cert_file: NeedsRestart, parsed(path).map(Some);
     dial.key_file: NeedsRestart, parsed(path).map(Some);

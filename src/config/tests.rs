@@ -527,6 +527,17 @@ fn retention_has_rules_for_single_states() {
 }
 
 #[test]
+fn expected_subsystems_are_names_and_not_too_many() {
+    let expected = |names: &str| format!("[registry]\nexpected = [{names}]\n");
+    let config = read(&expected(r#""b", "a", "b""#)).unwrap();
+    assert_eq!(config.registry.expected.iter().map(Name::as_str).collect::<Vec<_>>(), ["a", "b"]);
+    let found = problems(&expected(r#""a b""#));
+    assert!(found.len() == 1 && found[0].contains("registry.expected[0] \"a b\" is not a name"), "{found:?}");
+    let found = problems(&expected(&r#""a","#.repeat(20_001)));
+    assert!(found.len() == 1 && found[0].contains("has 20001 entries; give at most 20000"), "{found:?}");
+}
+
+#[test]
 fn declared_subsystems_are_limited_by_the_registry() {
     let found = problems(
         "[registry]\nmax_loops = 1\n[[loops]]\nname = \"a\"\ninterval = \"1s\"\n[[loops]]\nname = \"b\"\ninterval = \
@@ -619,6 +630,7 @@ const OTHERS: &[(&str, &str)] = &[
     ("cycle.max_outputs_bytes", "1048576"),
     ("registry.max_subsystems", "1"),
     ("registry.max_loops", "1"),
+    ("registry.expected", "['a']"),
     ("dial.ca_file", "ca.pem"),
     ("dial.cert_file", "b"),
     ("dial.key_file", "b"),

@@ -23,7 +23,7 @@ pub struct Plan {
     pub(super) phases: Vec<usize>,
     /// Empty in a plan over all subsystems.
     pub(super) relays: Relays,
-    /// Requested names that are not registered.
+    /// Requested names that are not registered; in a plan over all subsystems, expected ones.
     pub(super) unregistered: Vec<Name>,
     /// Number of dependencies inside phases.
     pub(super) relations: usize,
@@ -226,6 +226,12 @@ impl Plan {
         Ok(Self { steps, positions, phases, relations: waits_for.iter().map(Vec::len).sum(), ..Self::default() })
     }
 
+    /// The same plan, over all subsystems, where these are missing: they are expected, but not registered.
+    #[must_use]
+    pub fn lacking(self, missing: Vec<Name>) -> Self {
+        Self { unregistered: missing, ..self }
+    }
+
     /// The members, in the order of the plan.
     pub fn members(&self) -> impl ExactSizeIterator<Item = &Member> {
         self.steps.iter().map(|step| &step.member)
@@ -254,9 +260,9 @@ impl Plan {
     }
 
     /// The positions of the subsystems in a cycle over `subset`, in order, and the names in it that are not registered.
-    /// No positions mean all.
+    /// No positions mean all; then the names are those that are missing.
     pub(super) fn positions_of(&self, subset: Option<&[Name]>) -> (Option<Vec<usize>>, Vec<Name>) {
-        let Some(subset) = subset else { return (None, Vec::new()) };
+        let Some(subset) = subset else { return (None, self.unregistered.clone()) };
         let mut positions = Vec::with_capacity(subset.len());
         let mut unregistered = Vec::new();
         for name in subset {
@@ -590,6 +596,10 @@ mod tests {
         let some = plan.schedule(Some(&subset), &RevokedOwners::default());
         assert_eq!(some.subsystems.len(), 2);
         assert_eq!(skips(some), [skipped("x", SkipReason::NotRegistered, "")]);
+        let lacking = Plan::compile([member("a", 0, &[], &[])]).unwrap().lacking(vec![Name::parse("y").unwrap()]);
+        let all = lacking.schedule(None, &RevokedOwners::default());
+        assert_eq!((all.levels, skips(all)), (1, vec![skipped("y", SkipReason::NotRegistered, "")]));
+        assert_eq!(skips(lacking.schedule(Some(&subset[..1]), &RevokedOwners::default())).len(), 1, "e");
     }
 
     #[test]

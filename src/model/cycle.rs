@@ -273,7 +273,7 @@ pub enum SkipReason {
     RequirementLeftOut,
     /// The cycle's deadline had passed.
     CycleDeadline,
-    /// A loop names it, but it is not registered.
+    /// A loop names it, or the configuration expects it, but it is not registered.
     NotRegistered,
     /// Its owner is revoked.
     OwnerRevoked,

@@ -39,6 +39,8 @@ pub struct Figures {
     pub declared: usize,
     /// Number of subsystems that were registered by RPC.
     pub registered: usize,
+    /// Number of expected subsystems that are not registered.
+    pub missing: usize,
     /// Number of these subsystems with a lease.
     pub leases: usize,
     /// The term of this process.
@@ -142,6 +144,7 @@ impl Orchestrator {
             events,
             declared: state.registry.declared(),
             registered: state.registry.len() - state.registry.declared(),
+            missing: state.registry.missing().len(),
             leases: state.registry.leases(),
             epoch: self.0.engine.epoch,
             started_at: self.0.started_at,

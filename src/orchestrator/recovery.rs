@@ -169,7 +169,7 @@ impl Orchestrator {
         // Outputs of subsystems that are no longer registered.
         write.subsystems.extend(latest.into_keys().map(|name| (name, None)));
         let order = Order::of(entries.iter().map(|entry| entry.member.subsystem.clone()));
-        state.registry = Registry::of(entries)?;
+        state.registry = Registry::of(entries, declared.expected)?;
 
         // The loops.
         let mut stored: BTreeMap<Name, _> =

@@ -27,6 +27,10 @@ pub(super) struct Registry {
     declared: usize,
     /// Number of subsystems at each endpoint.
     endpoints: HashMap<Endpoint, usize>,
+    /// Names that should be registered,
+    expected: BTreeSet<Name>,
+    /// and those of them that are not.
+    missing: BTreeSet<Name>,
     /// Number of changes.
     version: u64,
     /// The latest plan, and its version.
@@ -63,9 +67,10 @@ pub struct Lease {
     pub expires: Instant,
 }
 
-/// All entries of a registry, and its version.
+/// All entries of a registry, the names that are missing, and its version.
 pub(super) struct Entries {
     pub(super) entries: Vec<Arc<Registered>>,
+    missing: Vec<Name>,
     version: u64,
 }
 
@@ -123,7 +128,7 @@ impl Entries {
     /// The plan over all entries; `None` after a defect.
     pub(super) fn plan(&self) -> Option<Arc<Plan>> {
         match Plan::compile(self.entries.iter().map(|entry| entry.member.clone())) {
-            Ok(plan) => Some(Arc::new(plan)),
+            Ok(plan) => Some(Arc::new(plan.lacking(self.missing.clone()))),
             // Every entry was checked before it was added, so this is a defect.
             Err(ring) => {
                 tracing::error!(%ring, "the registry has a circular dependency");
@@ -197,11 +202,11 @@ impl Declarations {
 }
 
 impl Registry {
-    /// A registry of these entries, declared or registered by RPC.
+    /// A registry of these entries, declared or registered by RPC, where these names are expected.
     ///
     /// # Errors
     /// They have a circular dependency.
-    pub(super) fn of(entries: Vec<Registered>) -> Result<Self, Refusal> {
+    pub(super) fn of(entries: Vec<Registered>, expected: BTreeSet<Name>) -> Result<Self, Refusal> {
         let plan = Plan::compile(entries.iter().map(|entry| entry.member.clone())).map_err(|ring| {
             let is_by_rpc = |name: &&Name| entries.iter().any(|entry| entry.name() == *name && !entry.is_declared());
             let by_rpc = ring.names().filter(is_by_rpc).cloned().collect();
@@ -211,8 +216,25 @@ impl Registry {
         for entry in entries {
             registry.put(entry);
         }
-        registry.plan = (Arc::new(plan), registry.version);
+        registry.expect(expected);
+        let missing = registry.missing.iter().cloned().collect();
+        registry.plan = (Arc::new(plan.lacking(missing)), registry.version);
         Ok(registry)
+    }
+
+    /// Replaces the names that should be registered.
+    pub(super) fn expect(&mut self, expected: BTreeSet<Name>) {
+        if self.expected == expected {
+            return;
+        }
+        self.version += 1;
+        self.missing = expected.iter().filter(|name| !self.entries.contains_key(*name)).cloned().collect();
+        self.expected = expected;
+    }
+
+    /// The names that should be registered and are not, in order.
+    pub(super) fn missing(&self) -> &BTreeSet<Name> {
+        &self.missing
     }
 
     pub(super) fn len(&self) -> usize {
@@ -249,7 +271,8 @@ impl Registry {
     }
 
     pub(super) fn snapshot(&self) -> Entries {
-        Entries { entries: self.entries.values().cloned().collect(), version: self.version }
+        let missing = self.missing.iter().cloned().collect();
+        Entries { entries: self.entries.values().cloned().collect(), missing, version: self.version }
     }
 
     /// Adds or replaces an entry, which the caller has checked to add no circular dependency. Returns the subsystem
@@ -261,6 +284,7 @@ impl Registry {
         *self.endpoints.entry(endpoint).or_default() += 1;
         self.declared += usize::from(entry.is_declared());
         self.expiries.extend(entry.lease().map(|lease| (lease.expires, name.clone())));
+        self.missing.remove(&name);
         self.entries.insert(name, Arc::new(entry));
         left
     }
@@ -269,6 +293,9 @@ impl Registry {
     pub(super) fn remove(&mut self, name: &Name) -> Option<Left> {
         self.version += 1;
         let entry = self.entries.remove(name)?;
+        if self.expected.contains(name) {
+            self.missing.insert(name.clone());
+        }
         self.declared -= usize::from(entry.is_declared());
         if let Some(lease) = entry.lease() {
             self.expiries.remove(&(lease.expires, name.clone()));

@@ -12,7 +12,7 @@ use super::{
     registry::{Declarations, Entries},
 };
 use crate::{
-    model::{Cause, Identity, IntervalLoop, Subsystem},
+    model::{Cause, Identity, IntervalLoop, Name, Subsystem},
     ports::{Retention, Write},
     schedule::LoopOrigin,
 };
@@ -53,6 +53,8 @@ pub struct Declared {
     pub subsystems: Vec<Subsystem>,
     /// Loops, each name once.
     pub loops: Vec<IntervalLoop>,
+    /// Subsystems that should be registered, here or by RPC: cycles over all subsystems record each that is not.
+    pub expected: BTreeSet<Name>,
 }
 
 impl Orchestrator {
@@ -77,7 +79,7 @@ impl Orchestrator {
 impl Shared {
     async fn reload(&self, turn: Turn, settings: Settings, declared: Declared) -> Result<(), Refusal> {
         let Entries { entries: before, .. } = self.state().registry.snapshot();
-        let Declared { subsystems, loops } = declared;
+        let Declared { subsystems, loops, expected } = declared;
         let hold = |settings: IntervalLoop| {
             let held = self.memory.try_hold(settings.footprint()).map_err(Refusal::RegistryMemoryFull)?;
             Ok((settings, held))
@@ -110,6 +112,7 @@ impl Shared {
         let apply = move |state: &mut State| {
             let mut left: Vec<_> = removed.iter().filter_map(|name| state.registry.remove(name)).collect();
             left.extend(put.into_iter().filter_map(|entry| state.registry.put(entry)));
+            state.registry.expect(expected);
             for name in stopped {
                 state.loops.remove(&name);
             }

@@ -39,6 +39,10 @@ pub struct Status {
     pub orchestrator_id: Arc<str>,
     /// Number of registered subsystems.
     pub subsystem_count: usize,
+    /// Number of expected subsystems that are not registered.
+    pub missing_count: usize,
+    /// The first [`Status::MAX_MISSING`] of them, by name.
+    pub missing: Vec<Name>,
     /// The oldest revision that can still be watched.
     pub oldest_revision: Revision,
     /// The newest revision.
@@ -47,6 +51,11 @@ pub struct Status {
     pub store_error: Option<StoreError>,
     /// Number of connected watchers.
     pub watchers: usize,
+}
+
+impl Status {
+    /// Most missing subsystems in a status: more than a person reads.
+    pub const MAX_MISSING: usize = 100;
 }
 
 /// A waiting cycle.
@@ -142,6 +151,8 @@ impl Orchestrator {
             uptime: self.0.started.elapsed(),
             orchestrator_id: self.0.engine.orchestrator_id.clone(),
             subsystem_count: state.registry.len(),
+            missing_count: state.registry.missing().len(),
+            missing: state.registry.missing().iter().take(Status::MAX_MISSING).cloned().collect(),
             oldest_revision: state.pruned_to.next(),
             newest_revision: state.last_revision,
             store_error: state.store_error.borrow().clone(),

@@ -137,6 +137,7 @@ impl Metrics {
                 SUBSYSTEMS.value(&["config"], count(figures.declared)),
                 SUBSYSTEMS.value(&["rpc"], count(figures.registered)),
             ]),
+            SUBSYSTEMS_MISSING.single(count(figures.missing)),
             LEASES.single(count(figures.leases)),
             WATCHERS.single(count(figures.watchers)),
             WATCHERS_LAGGING.single(count(figures.lagging)),

@@ -277,6 +277,14 @@ test("the mode of access control is shown", async (t) => {
   assert.deepEqual([...page.problems, ...other.problems], []);
 });
 
+test("expected subsystems that are not registered are named", async (t) => {
+  const { service } = await stage(t, '[registry]\nexpected = ["b", "a"]\n');
+  const page = await browser.open(service.url);
+  await says(page, "#missing", "Expected, but not registered: a, b");
+  assert.deepEqual(await inaccessible(page), []);
+  assert.deepEqual(page.problems, []);
+});
+
 test("each empty view says that it is empty", async (t) => {
   const { service } = await stage(t);
   const page = await browser.open(service.url);

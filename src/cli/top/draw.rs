@@ -16,8 +16,8 @@ use ratatui::{
 use super::{
     super::loops::no_ticks,
     super::output::{
-        clean, coarse, colour, count, duration, grouped, milliseconds, short, subsystem_state, timestamp, trigger,
-        waits_for, word,
+        clean, coarse, colour, count, duration, grouped, milliseconds, missing, short, subsystem_state, timestamp,
+        trigger, waits_for, word,
     },
     detail::{self, Entry},
     model::{Column, Counts, Cycle, Live, Model, Row, Stand, Subject, UNREADABLE},
@@ -149,6 +149,9 @@ impl Look {
         if status.loops_paused {
             let why = "no loop starts a cycle until `orchestrator loops resume --all`";
             header.push(self.loud(format!("PAUSED: {why}")).into());
+        }
+        if status.missing_count > 0 {
+            header.push(self.loud(format!("MISSING: {}", clean(&missing(status)))).into());
         }
         if status.insecure {
             let why = "other machines may need no right: access.mode is not enforce";
@@ -1144,7 +1147,7 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
     }
 
     #[test]
-    fn a_pause_of_all_loops_and_a_look_at_a_copy_are_shown() {
+    fn a_pause_of_all_loops_missing_subsystems_and_a_look_at_a_copy_are_shown() {
         let News::Status(mut status) = status() else { panic!("no status") };
         status.loops_paused = true;
         status.loops.iter_mut().for_each(|it| it.paused = true);
@@ -1154,6 +1157,15 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
         assert_eq!(lines[2], "PAUSED: no loop starts a cycle until `orchestrator loops resume --all`");
         let text = lines.join("\n");
         assert!(text.contains(", paused: "), "{text}");
+        let lacking = pb::OrchestratorStatus {
+            missing_count: 7,
+            missing: ["a", "b", "c", "d", "e", "f", "g"].map(str::to_owned).into(),
+            ..pb::OrchestratorStatus::default()
+        };
+        model.learn(News::Status(Box::new(lacking)), at(9));
+        let lines = shown(&model, &mut View::default(), 100, 24);
+        let missing = "MISSING: a, b, c, d, e, 2 more, which are expected (registry.expected) and not registered";
+        assert_eq!(lines[2], missing);
         let looks = pb::OrchestratorStatus { read_only: true, ..pb::OrchestratorStatus::default() };
         model.learn(News::Status(Box::new(looks)), at(9));
         let lines = shown(&model, &mut View::default(), 100, 24);

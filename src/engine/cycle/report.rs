@@ -66,9 +66,10 @@ impl Run<'_> {
             reports.push((report, subsystem.critical));
         }
         for name in &plan.unregistered {
-            let message = "its loop names it, but it is not registered".to_owned();
-            reports
-                .push((Arc::new(SubsystemReport::not_called(name.clone(), SkipReason::NotRegistered, message)), false));
+            let why = if cycle.request.subset.is_some() { "its loop names it" } else { "it is expected" };
+            let message = format!("{why}, but it is not registered");
+            let report = SubsystemReport::not_called(name.clone(), SkipReason::NotRegistered, message);
+            reports.push((Arc::new(report), false));
         }
         let (state, error) = sum_up(&reports, end);
         let finished = FinishedCycle {

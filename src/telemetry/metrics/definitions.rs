@@ -82,6 +82,8 @@ definitions! {
 
     SUBSYSTEMS: Gauge "orchestrator_subsystems" ["origin"]
         "Registered subsystems: declared in the configuration file, or registered by RPC.";
+    SUBSYSTEMS_MISSING: Gauge "orchestrator_subsystems_missing" []
+        "Subsystems that registry.expected names and that are not registered.";
     LEASES: Gauge "orchestrator_leases" []
         "Registered subsystems that have a lease.";
 

@@ -141,11 +141,21 @@ function showStatus() {
   element("insecure", HTMLElement).hidden = !status.insecure;
   element("paused", HTMLElement).hidden = !status.loopsPaused;
   element("read-only", HTMLElement).hidden = !status.readOnly;
+  showMissing(status);
   const problem = element("store-error", HTMLElement);
   problem.hidden = !status.storeError;
   if (status.storeError) {
     setText(problem, `The store can't be written, and no cycle starts until it can: ${visible(status.storeError, 1000)}`);
   }
+}
+
+/** The expected subsystems that are not registered. */
+function showMissing({ missingCount = 0, missing = [] }) {
+  const banner = element("missing", HTMLElement);
+  banner.hidden = missingCount === 0;
+  const named = missing.slice(0, 10).map((name) => visible(name, 100));
+  const more = missingCount > named.length ? ` and ${missingCount - named.length} more` : "";
+  setText(banner, `Expected, but not registered: ${named.join(", ")}${more}`);
 }
 
 /** Whether rights are enforced, by `AccessMode`. */

@@ -20,7 +20,7 @@ const SKIP_REASONS = {
   REQUIREMENT_MISSING: "one that it requires is not registered",
   REQUIREMENT_LEFT_OUT: "one that it requires is suspended or not in this cycle",
   CYCLE_DEADLINE: "the cycle's deadline had passed before its turn",
-  NOT_REGISTERED: "the loop names it, but it is not registered",
+  NOT_REGISTERED: "it is expected, but not registered",
   OWNER_REVOKED: "its owner is revoked",
 };
 
