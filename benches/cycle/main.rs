@@ -344,7 +344,8 @@ impl Ours {
             let endpoint = endpoints[i % endpoints.len()].clone();
             Subsystem::from_spec(&SubsystemSpec { name: format!("s{i}"), endpoint, ..SubsystemSpec::default() })
         });
-        let declared = Declared { subsystems: subsystems.collect::<std::result::Result<_, _>>()?, loops: Vec::new() };
+        let declared =
+            Declared { subsystems: subsystems.collect::<std::result::Result<_, _>>()?, ..Declared::default() };
         let memory = Shares::of(1 << 30);
         let host = Host::system();
         let transport = Arc::new(Sockets::default());

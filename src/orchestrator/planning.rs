@@ -38,7 +38,7 @@ impl Shared {
             Ok(plan) => return plan,
             Err(snapshot) => snapshot,
         };
-        let (snapshot, plan) = offload(snapshot.entries.len(), move || {
+        let (snapshot, plan) = offload(snapshot.registered.len(), move || {
             let plan = snapshot.plan();
             (snapshot, plan)
         })

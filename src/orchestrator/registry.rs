@@ -69,7 +69,7 @@ pub struct Lease {
 
 /// All entries of a registry, the names that are missing, and its version.
 pub(super) struct Entries {
-    pub(super) entries: Vec<Arc<Registered>>,
+    pub(super) registered: Vec<Arc<Registered>>,
     missing: Vec<Name>,
     version: u64,
 }
@@ -127,7 +127,7 @@ impl Registered {
 impl Entries {
     /// The plan over all entries; `None` after a defect.
     pub(super) fn plan(&self) -> Option<Arc<Plan>> {
-        match Plan::compile(self.entries.iter().map(|entry| entry.member.clone())) {
+        match Plan::compile(self.registered.iter().map(|entry| entry.member.clone())) {
             Ok(plan) => Some(Arc::new(plan.lacking(self.missing.clone()))),
             // Every entry was checked before it was added, so this is a defect.
             Err(ring) => {
@@ -272,7 +272,7 @@ impl Registry {
 
     pub(super) fn snapshot(&self) -> Entries {
         let missing = self.missing.iter().cloned().collect();
-        Entries { entries: self.entries.values().cloned().collect(), missing, version: self.version }
+        Entries { registered: self.entries.values().cloned().collect(), missing, version: self.version }
     }
 
     /// Adds or replaces an entry, which the caller has checked to add no circular dependency. Returns the subsystem

@@ -78,7 +78,7 @@ impl Orchestrator {
 
 impl Shared {
     async fn reload(&self, turn: Turn, settings: Settings, declared: Declared) -> Result<(), Refusal> {
-        let Entries { entries: before, .. } = self.state().registry.snapshot();
+        let Entries { registered: before, .. } = self.state().registry.snapshot();
         let Declared { subsystems, loops, expected } = declared;
         let hold = |settings: IntervalLoop| {
             let held = self.memory.try_hold(settings.footprint()).map_err(Refusal::RegistryMemoryFull)?;

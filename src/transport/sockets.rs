@@ -73,7 +73,7 @@ impl Transport for Sockets {
                         Ok(path) => time.limit(UnixStream::connect(path)).await,
                         Err(why) => Err(why),
                     };
-                    let socket = socket.map_err(unconnected)?;
+                    let socket = socket.map_err(|why| unconnected(&why))?;
                     let origin = user_of(&socket);
                     Ok((Box::new(socket) as _, origin))
                 }
@@ -92,7 +92,7 @@ impl Transport for Sockets {
                         return Err(io::Error::other(format!("can't connect to {host}, {why}")));
                     }
                     let socket = first_of(&admitted, time).await;
-                    let socket = socket.map_err(unconnected)?;
+                    let socket = socket.map_err(|why| unconnected(&why))?;
                     let origin = socket.peer_addr().map_or(Origin::Unknown, |peer| Origin::Address(peer.ip()));
                     Ok((Box::new(socket) as _, origin))
                 }
@@ -102,7 +102,7 @@ impl Transport for Sockets {
 }
 
 /// The error if no address takes a connection, of the same kind.
-fn unconnected(why: io::Error) -> io::Error {
+fn unconnected(why: &io::Error) -> io::Error {
     io::Error::new(why.kind(), format!("can't connect: {why}"))
 }
 

@@ -125,7 +125,7 @@ async fn a_reload_initializes_only_changed_subsystems_and_closes_breakers_only_o
 #[tokio::test(start_paused = true)]
 async fn removed_declarations_are_forgotten_though_the_process_dies_right_after_the_reload() {
     let store = in_memory().await;
-    let declared = || Declared { subsystems: vec![subsystem("a")], loops: vec![hourly("l")] };
+    let declared = || Declared { subsystems: vec![subsystem("a")], loops: vec![hourly("l")], ..Declared::default() };
     let (orchestrator, tasks) = declaring(declared(), &store).await;
     orchestrator.suspend(&name("a"), true, by_test()).await.unwrap();
     orchestrator.stop_loop(&name("l"), by_test()).await.unwrap();

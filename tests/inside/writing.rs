@@ -441,7 +441,7 @@ async fn cycles_are_refused_while_a_commit_is_late_and_admitted_afterwards() {
 async fn a_reload_waits_for_its_late_commit() {
     let stage = Stage::new().await;
     let (orchestrator, declared) =
-        (stage.orchestrator.clone(), Declared { subsystems: vec![subsystem("d")], loops: vec![] });
+        (stage.orchestrator.clone(), Declared { subsystems: vec![subsystem("d")], ..Declared::default() });
     let reloading = tokio::spawn(async move { orchestrator.reload(settings(), declared).await });
     sleep(Duration::from_millis(10)).await;
     stage.trouble.send_replace(Some(late()));
