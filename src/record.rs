@@ -137,9 +137,7 @@ pub fn decode_request(bytes: Bytes) -> Result<CycleRequest, String> {
 
 /// Encodes the entry of the log that says which records were removed.
 pub fn encode_pruned(pruned: &RecordsPruned) -> Bytes {
-    let range = |range: &Range<u64>| pb::LeafRange { first: range.start, count: range.end - range.start };
-    let message =
-        pb::RecordsPruned { leaves: pruned.leaves.iter().map(range).collect(), first_kept: pruned.first_kept };
+    let message = pb::RecordsPruned { leaves: encode_leaves(&pruned.leaves), first_kept: pruned.first_kept };
     let entry = Some(pb::control_entry::Entry::RecordsPruned(message));
     pb::ControlEntry { entry }.encode_to_vec().into()
 }
@@ -152,7 +150,11 @@ pub fn encode_began(began: &LogBegan) -> Bytes {
         LogBeganReason::Behind => pb::LogBeganReason::Behind,
         LogBeganReason::Accepted => pb::LogBeganReason::Accepted,
     };
-    let message = pb::LogBegan { reason: reason.into(), previous: began.previous.clone() };
+    let message = pb::LogBegan {
+        reason: reason.into(),
+        previous: began.previous.clone(),
+        missing: encode_leaves(&began.missing),
+    };
     let entry = Some(pb::control_entry::Entry::LogBegan(message));
     pb::ControlEntry { entry }.encode_to_vec().into()
 }
@@ -165,18 +167,19 @@ pub fn decode_control(bytes: &[u8]) -> Result<Control, String> {
     let entry = pb::ControlEntry::decode(bytes).map_err(|error| error.to_string())?.entry;
     Ok(match entry {
         Some(pb::control_entry::Entry::RecordsPruned(pb::RecordsPruned { leaves, first_kept })) => {
-            let range = |range: &pb::LeafRange| range.first..range.first.saturating_add(range.count);
-            Control::Pruned(RecordsPruned { leaves: leaves.iter().map(range).collect(), first_kept })
+            Control::Pruned(RecordsPruned { leaves: decode_leaves(&leaves), first_kept })
         }
-        Some(pb::control_entry::Entry::LogBegan(began)) => Control::Began(match began.reason() {
-            pb::LogBeganReason::Unspecified => None,
-            pb::LogBeganReason::KeyMissing => Some(LogBeganReason::KeyMissing),
-            pb::LogBeganReason::CheckpointMissing => Some(LogBeganReason::CheckpointMissing),
-            pb::LogBeganReason::Behind => Some(LogBeganReason::Behind),
-            pb::LogBeganReason::Accepted => Some(LogBeganReason::Accepted),
-        }),
+        Some(pb::control_entry::Entry::LogBegan(began)) => Control::Began(decode_leaves(&began.missing)),
         None => Control::Unknown,
     })
+}
+
+fn encode_leaves(leaves: &[Range<u64>]) -> Vec<pb::LeafRange> {
+    leaves.iter().map(|leaves| pb::LeafRange { first: leaves.start, count: leaves.end - leaves.start }).collect()
+}
+
+fn decode_leaves(leaves: &[pb::LeafRange]) -> Vec<Range<u64>> {
+    leaves.iter().map(|leaves| leaves.first..leaves.first.saturating_add(leaves.count)).collect()
 }
 
 /// The SHA-256 of the output of a subsystem, by a record that was checked; `None` if it had none in that cycle, or an
@@ -580,14 +583,10 @@ mod tests {
 
     #[test]
     fn a_control_entry_is_read_as_it_was() {
-        use LogBeganReason::{Accepted, Behind, CheckpointMissing, KeyMissing};
-
         let pruned = RecordsPruned { leaves: vec![3..7, 9..10], first_kept: 2 };
         assert_eq!(decode_control(&encode_pruned(&pruned)), Ok(Control::Pruned(pruned)));
-        for reason in [KeyMissing, CheckpointMissing, Behind, Accepted] {
-            let began = LogBegan { reason, previous: "p".into() };
-            assert_eq!(decode_control(&encode_began(&began)), Ok(Control::Began(Some(reason))));
-        }
+        let began = LogBegan { reason: LogBeganReason::Accepted, previous: "p".into(), missing: vec![1..2, 5..9] };
+        assert_eq!(decode_control(&encode_began(&began)), Ok(Control::Began(began.missing)));
         assert_eq!(decode_control(b""), Ok(Control::Unknown));
         assert!(decode_control(b"\x0a").is_err());
     }

@@ -810,7 +810,7 @@ async fn each_change_of_a_database_is_named_when_it_is_verified() {
         "{said}"
     );
 
-    let changes: [(&str, &[&str]); 24] = [
+    let changes: [(&str, &[&str]); 25] = [
         (
             "UPDATE cycles SET record = CAST(record || x'00' AS BLOB) WHERE cycle_id = 9",
             &["cycle 9 (leaf 17) was changed"],
@@ -852,6 +852,7 @@ async fn each_change_of_a_database_is_named_when_it_is_verified() {
             "UPDATE control SET entry = 'x'",
             &["the table control has 1 row that no version", "leaf 23, a control entry, can't be read"],
         ),
+        ("UPDATE meta SET log_size = 9000000000000000", &["the table hashes is not that of such a log"]),
         ("INSERT INTO hashes VALUES (99, zeroblob(32))", &["the hash 99 in the table hashes belongs to no entry"]),
         (
             "DELETE FROM cycles WHERE cycle_id = 12; DELETE FROM audit WHERE leaf = 25; DELETE FROM hashes WHERE id >= 46;
@@ -1194,7 +1195,8 @@ async fn an_entry_with_a_forged_hash_neither_counts_as_a_removal_nor_is_removed(
     home = home.with_args(["--set", "store.retention.max_cycles=5"]);
     let service = home.serve().await;
     // Nor is the record beside it in the tree.
-    home.logged("the record of cycle 1, revision 1, can't be read: its bytes were changed: the log does not", 1).await;
+    home.logged("the record of cycle 1, revision 1, can't be read: its bytes were changed, or hashes of the log", 1)
+        .await;
     assert!(service.stop().await.success());
     assert_eq!((count("cycles"), count("control")), (6, 1));
     database(&path).execute("DELETE FROM control WHERE leaf = 1", []).unwrap();
@@ -1212,7 +1214,8 @@ async fn an_entry_with_a_forged_hash_neither_counts_as_a_removal_nor_is_removed(
     let put = "UPDATE cycles SET record = ?2, state = 4 WHERE leaf = ?1";
     forge(&database(&path), 0, Entry::Cycle(&record), put, &record);
     let service = home.serve().await;
-    home.logged("the record of cycle 1, revision 1, can't be read: its bytes were changed: the log does not", 1).await;
+    home.logged("the record of cycle 1, revision 1, can't be read: its bytes were changed, or hashes of the log", 1)
+        .await;
     assert!(service.stop().await.success());
     assert_eq!((count("cycles"), count("control")), (6, 0));
 }
@@ -1328,9 +1331,18 @@ async fn retention_removes_nothing_in_the_place_of_what_is_missing() {
         fs::remove_file(home.path("log")).unwrap();
     }
 
-    // Once an operator has accepted it, the limits are those of the entries that were there.
+    // Once an operator has accepted it, the limits are those of the entries that were there, and what is taken away
+    // since then still counts.
     database(&path).execute_batch("DELETE FROM cycles WHERE cycle_id <= 2").unwrap();
     assert_eq!(call(None, &["store", "accept", &format!("sqlite:{}", path.display())]).await.0, 0);
+    database(&path).execute_batch("UPDATE cycles SET revision = -revision WHERE cycle_id = 3").unwrap();
+    let service = home.serve().await;
+    home.logged("retention keeps more than its limits allow: leaf 4 of the log is missing", 1).await;
+    assert!(service.stop().await.success());
+    database(&path).execute_batch("UPDATE cycles SET revision = 3 WHERE cycle_id = 3").unwrap();
+    assert_eq!(count("cycles"), 4);
+    let (code, said) = verify_with(&path, &["--key-file", home.path("o.db.key").to_str().unwrap()]);
+    assert!(code == Some(0) && said.contains("2 entries were missing when a new log began"), "{code:?}: {said}");
     for _ in 0..2 {
         let service = home.serve().await;
         let waited = async {

@@ -16,7 +16,7 @@ use super::{
     pin::checkpoint_in,
 };
 use crate::{
-    ledger::{Content, Head, Leaves, LogVerifier, Part, VerifyingKey},
+    ledger::{Content, Control, Head, Leaves, LogVerifier, Part, VerifyingKey},
     proto::orchestrator::v1::{LogEntry, log_entry::Entry},
     record,
 };
@@ -55,6 +55,7 @@ pub(super) fn verify(path: &Path, key: &VerifyingKey, since: Option<&Path>) -> R
     if !missing.is_empty() {
         return Err(wrong(&"entries are missing"));
     }
+    let missing = contents.accepted.count();
     let Contents { records, events, controls, gone, .. } = contents;
     let mut said = vec![format!(
         "{} has the log {origin} of {}, as the key has signed it: {}, {} and {} about removals are as they were written",
@@ -67,9 +68,12 @@ pub(super) fn verify(path: &Path, key: &VerifyingKey, since: Option<&Path>) -> R
     if from_leaf > 0 {
         said.push(format!("hashes take the place of the entries before leaf {from_leaf}"));
     }
-    let removed: u64 = gone.iter().map(|leaves| leaves.end - leaves.start).sum();
-    if removed > 0 {
+    let gone: u64 = gone.iter().map(|leaves| leaves.end - leaves.start).sum();
+    if let removed @ 1.. = gone.saturating_sub(missing) {
         said.push(format!("retention has removed {}", count(removed, "entry")));
+    }
+    if missing > 0 {
+        said.push(format!("{} were missing when a new log began", count(missing, "entry")));
     }
     said.extend(since.map(|since| format!("it extends the earlier log of {}", count(since, "entry"))));
     print(&said.iter().map(|line| clean(line) + "\n").collect::<String>())?;
@@ -88,6 +92,8 @@ pub(super) struct Contents {
     gone: Vec<Range<u64>>,
     /// The leaves that retention has removed, as entries say.
     removed: Leaves,
+    /// The leaves that were missing when a new log began, as entries say.
+    accepted: Leaves,
 }
 
 /// Leaves that are gone although no entry says that retention has removed them.
@@ -139,9 +145,12 @@ impl Contents {
             Some(Entry::Audit(_)) => self.events += 1,
             Some(Entry::Control(control)) => {
                 self.controls += 1;
-                let pruned =
-                    record::decode_control(&control.encode_to_vec()).map_err(|error| unreadable(&error))?.pruned();
-                pruned.all().for_each(|leaves| self.removed.add(leaves));
+                let control = record::decode_control(&control.encode_to_vec()).map_err(|error| unreadable(&error))?;
+                match control {
+                    Control::Pruned(pruned) => pruned.all().for_each(|leaves| self.removed.add(leaves)),
+                    Control::Began(missing) => missing.into_iter().for_each(|leaves| self.accepted.add(leaves)),
+                    Control::Unknown => {}
+                }
             }
             None => return Err(unreadable(&"it is of no kind that this version knows")),
         }
@@ -150,7 +159,8 @@ impl Contents {
 
     /// The leaves that are gone although no entry says that retention has removed them.
     pub(super) fn missing(&self) -> impl Iterator<Item = Missing> {
-        self.gone.iter().cloned().flat_map(|gone| self.removed.missing(gone)).map(Missing)
+        let unsaid = self.gone.iter().cloned().flat_map(|gone| self.removed.missing(gone));
+        unsaid.flat_map(|gone| self.accepted.missing(gone)).map(Missing)
     }
 }
 

@@ -1,6 +1,6 @@
 //! `orchestrator store`: work on a store that no process has open.
 
-use std::{error::Error, path::PathBuf};
+use std::{error::Error, ops::Range, path::PathBuf};
 
 use bytes::Bytes;
 use clap::Subcommand;
@@ -13,7 +13,7 @@ use crate::{
     host::Host,
     ledger::{LogBegan, LogBeganReason},
     record,
-    store::{self, Accepted, Compacted, KeyFileError, LogKeys, StoreUrl},
+    store::{self, Accepted, Compacted, ControlCodec, KeyFileError, LogKeys, StoreUrl},
 };
 
 /// Work on a store that no process has open
@@ -116,15 +116,17 @@ impl Store {
             }
         };
         let keys = log.keys(&url).map_err(|error| refused(&error))?;
-        let accepted = store::accept(&url, keys, log.origin, began).map_err(|error| refused(&error))?;
+        let accepted = store::accept(&url, keys, log.origin, CONTROLS).map_err(|error| refused(&error))?;
         print(&told(&accepted))?;
         Ok(Exit::Done)
     }
 }
 
-/// The entry of the log that begins when an operator accepts a store, beside which was this checkpoint.
-pub(super) fn began(previous: String) -> Bytes {
-    record::encode_began(&LogBegan { reason: LogBeganReason::Accepted, previous })
+/// The control entries of a log that begins when an operator accepts a store.
+pub(super) const CONTROLS: ControlCodec = ControlCodec { decode: record::CHECKS.control, began };
+
+fn began(previous: String, missing: Vec<Range<u64>>) -> Bytes {
+    record::encode_began(&LogBegan { reason: LogBeganReason::Accepted, previous, missing })
 }
 
 /// The message about an accepted store.

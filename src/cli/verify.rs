@@ -89,7 +89,7 @@ impl Verify {
 
 /// What a database without differences contains, in lines for people.
 pub(super) fn findings(db: &Path, checkpoint: &Checkpoint, verified: &Verified) -> String {
-    let Verified { entries, first_kept, removed, records, events, unlogged, sealed } = *verified;
+    let Verified { entries, first_kept, removed, missing, records, events, unlogged, sealed } = *verified;
     let mut lines = vec![format!(
         "{} has the log {} of {}, signed up to {}; {} and {} are as they were written",
         db.display(),
@@ -108,6 +108,9 @@ pub(super) fn findings(db: &Path, checkpoint: &Checkpoint, verified: &Verified) 
     }
     if let others @ 1.. = removed.saturating_sub(first_kept) {
         lines.push(format!("retention removed {others} of the later entries as well"));
+    }
+    if missing > 0 {
+        lines.push(format!("{} were missing when a new log began", count(missing, "entry")));
     }
     if unlogged > 0 {
         lines.push(format!("older than the log, and not proved: {}", count(unlogged, "record")));

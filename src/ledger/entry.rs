@@ -61,19 +61,20 @@ impl Entry<'_> {
 pub enum Control {
     /// Retention removed entries.
     Pruned(RecordsPruned),
-    /// A new log began, for this reason; `None` if only a later version knows it.
-    Began(Option<LogBeganReason>),
+    /// A new log began, while the entries of these leaves were missing.
+    Began(Vec<Range<u64>>),
     /// Something else, which only a later version knows.
     Unknown,
 }
 
 impl Control {
-    /// The removals that it is about; none if it is about something else.
+    /// All leaves whose entries are gone by it, in any order.
     #[must_use]
-    pub fn pruned(self) -> RecordsPruned {
+    pub fn gone(self) -> Vec<Range<u64>> {
         match self {
-            Self::Pruned(pruned) => pruned,
-            Self::Began(_) | Self::Unknown => RecordsPruned::default(),
+            Self::Pruned(pruned) => pruned.all().collect(),
+            Self::Began(missing) => missing,
+            Self::Unknown => Vec::new(),
         }
     }
 }
@@ -113,10 +114,17 @@ pub struct LogBegan {
     pub reason: LogBeganReason,
     /// The checkpoint that was beside the store, which nobody has verified; empty if there was none.
     pub previous: String,
+    /// The leaves whose entries were missing, if the store was accepted with what it had, lowest first; at most
+    /// [`LogBegan::MAX_MISSING`].
+    pub missing: Vec<Range<u64>>,
 }
 
-/// Why a new log began. Its numbers of entries were counted anew if nothing had sealed the earlier ones, or an operator
-/// accepted the store: entries that were missing then are in none of them.
+impl LogBegan {
+    /// Most ranges of missing leaves, so that the entry stays small. Further leaves stay missing.
+    pub const MAX_MISSING: usize = 256;
+}
+
+/// Why a new log began.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogBeganReason {
     /// The key that had signed and sealed was missing.
@@ -127,14 +135,6 @@ pub enum LogBeganReason {
     Behind,
     /// An operator accepted the store as it was.
     Accepted,
-}
-
-impl LogBeganReason {
-    /// True if the entries were counted anew.
-    #[must_use]
-    pub fn counts_anew(self) -> bool {
-        matches!(self, Self::KeyMissing | Self::Accepted)
-    }
 }
 
 #[cfg(test)]

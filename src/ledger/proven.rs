@@ -21,8 +21,9 @@ impl Proven {
         Self { nodes, size: log.size() }
     }
 
-    /// True if the log has this hash as this leaf, and what is stored of the nodes above it is theirs: a stored hash
-    /// may outlive all that is below it. `stored` gives the hash of a node that is not proved yet, if it is there.
+    /// True if the log has this hash as this leaf, and the stored hashes of the nodes above it are right as well: once
+    /// retention has removed all below a node, its hash is all that is left, and a wrong one would be so for good.
+    /// `stored` gives the hash of a node that is not proved yet, if it is there.
     ///
     /// # Errors
     /// Those of `stored`.

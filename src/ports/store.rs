@@ -189,6 +189,8 @@ pub struct Contents {
     /// False if there is something in it whose seals were not checked: an earlier version wrote it, which did not seal,
     /// or they are [renewed](Seals::Renewed). Nothing shows whether other programs have changed it.
     pub is_sealed: bool,
+    /// The leaves that are missing in a log whose seals are [renewed](Seals::Renewed), for the entry of the new log.
+    pub missing: Vec<Range<u64>>,
     /// Unreadable entries. They stay in the store; an open cycle stays until it is recorded.
     pub unreadable: Vec<UnreadableRow>,
 }

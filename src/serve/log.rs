@@ -1,6 +1,6 @@
 //! The start of the log: its keys, and whether the store goes on from what an earlier process has signed.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use tokio::task::spawn_blocking;
 
@@ -96,7 +96,7 @@ pub(super) async fn take_over(
         Some(found) if is_strict => return Err(StartError::NotContinued { url: url.clone(), found }),
         Some(found) => {
             tracing::warn!(store = %url, "a new log begins: {found}");
-            Some(found.began(previous.as_deref()))
+            Some(found.began(previous.as_deref(), &contents.missing))
         }
         None => None,
     };
@@ -193,13 +193,13 @@ async fn compare(
 
 impl LogBreak {
     /// The entry of the new log.
-    fn began(&self, previous: Option<&str>) -> LogBegan {
+    fn began(&self, previous: Option<&str>, missing: &[Range<u64>]) -> LogBegan {
         let reason = match self {
             Self::KeyMissing => LogBeganReason::KeyMissing,
             Self::CheckpointMissing | Self::Unreadable { .. } | Self::Unsealed => LogBeganReason::CheckpointMissing,
             Self::Behind { .. } | Self::Other { .. } => LogBeganReason::Behind,
         };
-        LogBegan { reason, previous: previous.unwrap_or_default().to_owned() }
+        LogBegan { reason, previous: previous.unwrap_or_default().to_owned(), missing: missing.to_vec() }
     }
 }
 

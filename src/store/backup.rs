@@ -5,10 +5,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use bytes::Bytes;
-
 use super::{
-    AcceptError, Accepted, DatabaseFileError, LogKeys, OpenError, StoreUrl, accept, checkpoint_of, published, sqlite,
+    AcceptError, Accepted, ControlCodec, DatabaseFileError, LogKeys, OpenError, StoreUrl, accept, checkpoint_of,
+    published, sqlite,
 };
 use crate::{file, ledger::SigningKey, model::CycleId};
 
@@ -97,7 +96,7 @@ pub fn restore<E: From<BackupError>>(
     backup: &Path,
     url: &StoreUrl,
     (keys, origin): (LogKeys, Option<String>),
-    began: impl FnOnce(String) -> Bytes,
+    controls: ControlCodec,
     replaces: bool,
     verify: impl FnOnce(&Path, &[SigningKey]) -> Result<(), E>,
 ) -> Result<Accepted, E> {
@@ -114,7 +113,7 @@ pub fn restore<E: From<BackupError>>(
         let path = checkpoint_of(database);
         file::replace(&path, &checkpoint).map_err(|problem| BackupError::File { path, problem })?;
     }
-    Ok(accept(url, keys, origin, began).map_err(BackupError::from)?)
+    Ok(accept(url, keys, origin, controls).map_err(BackupError::from)?)
 }
 
 /// The database of a store that has one.

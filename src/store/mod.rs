@@ -11,6 +11,7 @@ mod suite;
 
 use std::{
     fmt, io,
+    ops::Range,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -27,7 +28,7 @@ use crate::{
     file,
     ledger::{Checkpoint, Hash, SealKeys, Signer},
     model::{CycleId, Name},
-    ports::{Checks, Record, Store, StoreError},
+    ports::{Checks, ControlDecoder, Record, Store, StoreError},
 };
 
 /// The location of a store.
@@ -218,9 +219,18 @@ pub struct Accepted {
     pub noted_cycle_id: CycleId,
 }
 
+/// Reads and makes control entries.
+#[derive(Clone, Copy, Debug)]
+pub struct ControlCodec {
+    /// Decodes one.
+    pub decode: ControlDecoder,
+    /// Makes the entry of a new log, of the checkpoint beside its store, and of the leaves that are missing.
+    pub began: fn(String, Vec<Range<u64>>) -> Bytes,
+}
+
 /// Accepts a store as it is, although it is a copy, lacks acknowledged cycles, or is not what was signed last: a new
-/// log begins, with the entry that `began` makes of the checkpoint beside the store. `keys` are those of the log, and
-/// `origin` its name, if it is not that of the first key. Waits for the disk.
+/// log begins, with its control entry. `keys` are those of the log, and `origin` its name, if it is not that of the
+/// first key. Waits for the disk.
 ///
 /// # Errors
 /// It does not exist, another process has it open, or a file can't be read or written.
@@ -228,7 +238,7 @@ pub fn accept(
     url: &StoreUrl,
     keys: LogKeys,
     origin: Option<String>,
-    began: impl FnOnce(String) -> Bytes,
+    ControlCodec { decode, began }: ControlCodec,
 ) -> Result<Accepted, AcceptError> {
     let StoreUrl::Sqlite(path) = url else {
         return Err(OpenError::from(DatabaseFileError::Missing { database: url.to_string() }).into());
@@ -236,8 +246,8 @@ pub fn accept(
     let LogKeys { keys, new } = keys;
     let signer = Signer::of(origin, keys);
     let previous = published(url);
-    let began = began(previous.clone().unwrap_or_default());
-    let (accepted, log) = sqlite::accept(path, (SealKeys::of(&signer), new), began)?;
+    let began = |missing| began(previous.clone().unwrap_or_default(), missing);
+    let (accepted, log) = sqlite::accept(path, (SealKeys::of(&signer), new), decode, began)?;
     let publish = || {
         previous.map(|previous| keep_published(url, &previous)).transpose()?;
         file::replace(&checkpoint_of(path), &signer.sign(log.size(), log.root()))
@@ -305,6 +315,8 @@ pub struct Verified {
     pub first_kept: u64,
     /// Number of all entries that retention has removed.
     pub removed: u64,
+    /// Number of entries that were missing when a new log began.
+    pub missing: u64,
     /// Number of records in the log that are there.
     pub records: u64,
     /// Number of audit events that are there.

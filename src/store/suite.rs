@@ -549,6 +549,9 @@ async fn audit_events_are_leaves_between_records_and_removals(store: &dyn Store,
         first_kept: 1,
         entry: Some(Bytes::from_static(b"pruned")),
     };
+    // A store removes what it has found.
+    let three = Retention { default: RetentionRule { max_cycles: Some(3), max_age: None }, ..Retention::default() };
+    assert_eq!(store.excess(three, at(0), 10).await.unwrap().records, [(Revision(1), Some(0))]);
     commit(store, write(&[1, 2], removal)).await;
     commit(store, Write { audit: vec![event(3)], ..recorded(5..=6, epoch) }).await;
     let record = |revision| record(revision, epoch).bytes;
@@ -738,6 +741,8 @@ async fn removals_are_in_order_and_leave_the_newest_record(store: &dyn Store, ep
     for (revisions, first_kept) in [(&[2, 1][..], 2), (&[1, 1], 1), (&[0], 0), (&[6], 0), (&[1, 7], 1), (&[1], 7)] {
         refuses(store, removing(revisions, first_kept)).await;
     }
+    let one = Retention { default: RetentionRule { max_cycles: Some(1), max_age: None }, ..Retention::default() };
+    assert_eq!(store.excess(one, at(0), 10).await.unwrap().records.len(), 5);
     commit(store, removing(&[1, 2, 3], 3)).await;
     refuses(store, removing(&[4], 2)).await;
     commit(store, removing(&[4], 3)).await;

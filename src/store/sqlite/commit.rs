@@ -6,10 +6,11 @@ use rusqlite::{Connection, ToSql, Transaction, TransactionBehavior};
 
 use super::{
     counts::Counts,
+    excess::Found,
     identity::Identity,
     log,
     note::Mark,
-    rows::{integer, leaf, nanoseconds, number, state_number, to_json, trigger_number},
+    rows::{integer, kind_number, nanoseconds, number, state_number, to_json, trigger_number},
     seal::{LOOPS, OPEN_CYCLES, OUTPUTS, SUBSYSTEMS, Sealer},
 };
 use crate::{
@@ -35,8 +36,8 @@ pub(super) struct Term {
     pub(super) frontier: Frontier,
     /// The leaves that retention has removed: those below `log.first_kept` of the frontier, and others.
     pub(super) removed: Leaves,
-    /// The entries before this leaf were counted anew: those that were missing then are in no number of `counts`.
-    pub(super) counted_from: u64,
+    /// The leaves that were missing when a new log began, so that their entries are in no number of `counts`.
+    pub(super) accepted: Leaves,
     pub(super) sealer: Sealer,
     /// What the first commit of the term seals anew, if anything.
     pub(super) renewal: Option<Renewal>,
@@ -61,6 +62,7 @@ impl Term {
         here: &Identity,
         write: &Write,
         appended: &Appended,
+        found: &Found,
     ) -> rusqlite::Result<Result<Written, Epoch>> {
         let last_revision = write.records.last().map_or(self.frontier.last_revision, |record| record.revision);
         let values = [
@@ -75,7 +77,7 @@ impl Term {
         ];
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let mut counts = self.counts;
-        let removed = remove_entries(&transaction, write, &mut counts)?;
+        let removed = remove_entries(&transaction, write, found, &mut counts)?;
         counts.add(write);
         let current = integer(self.current.0);
         if !self.sealer.put_end(&transaction, &appended.log.frontier, values, counts, current)? {
@@ -196,22 +198,45 @@ fn put_cycles(
     Ok(())
 }
 
-/// Removes entries, and returns their leaves, lowest first.
-fn remove_entries(transaction: &Transaction<'_>, write: &Write, counts: &mut Counts) -> rusqlite::Result<Vec<u64>> {
+/// Removes entries that a search has found, and returns their leaves, lowest first.
+///
+/// # Errors
+/// One of them is not what was found any more.
+fn remove_entries(
+    transaction: &Transaction<'_>,
+    write: &Write,
+    found: &Found,
+    counts: &mut Counts,
+) -> rusqlite::Result<Vec<u64>> {
     let Removal { revisions, events, first_kept, .. } = &write.removal;
     if write.removal.is_empty() {
         return Ok(Vec::new());
     }
     let mut leaves = events.clone();
-    let mut remove = transaction.prepare_cached("DELETE FROM cycles WHERE revision = ?1 RETURNING state, leaf")?;
+    // A row may have been changed since: then its columns would say what is counted and removed.
+    let changed = |what: String| {
+        let problem = format!("{what} is not what retention has found any more, so nothing was removed");
+        rusqlite::Error::ToSqlConversionFailure(problem.into())
+    };
+    let mut remove =
+        transaction.prepare_cached("DELETE FROM cycles WHERE revision = ?1 AND state = ?2 AND leaf IS ?3")?;
     for revision in revisions {
-        let (state, leaf) = remove.query_row([integer(revision.0)], |row| Ok((row.get(0)?, leaf(row)?)))?;
-        counts.remove_record(state);
+        let changed = || changed(format!("the record of revision {revision}"));
+        let (state, leaf) = found.records.get(&revision.0).ok_or_else(changed)?;
+        if remove.execute((integer(revision.0), state_number(*state), leaf.map(integer)))? == 0 {
+            return Err(changed());
+        }
+        counts.remove_record(*state);
         leaves.extend(leaf);
     }
-    let mut remove = transaction.prepare_cached("DELETE FROM audit WHERE leaf = ?1 RETURNING kind")?;
+    let mut remove = transaction.prepare_cached("DELETE FROM audit WHERE leaf = ?1 AND kind = ?2")?;
     for leaf in events {
-        counts.remove_event(remove.query_row([integer(*leaf)], |row| row.get(0))?);
+        let changed = || changed(format!("the audit event of leaf {leaf}"));
+        let kind = found.events.get(leaf).ok_or_else(changed)?;
+        if remove.execute((integer(*leaf), kind_number(*kind)))? == 0 {
+            return Err(changed());
+        }
+        counts.remove_event(*kind);
     }
     // The entry of this removal replaces them.
     let mut query = transaction.prepare_cached("DELETE FROM control WHERE leaf >= 0 AND leaf < ?1 RETURNING leaf")?;

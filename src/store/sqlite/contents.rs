@@ -110,7 +110,8 @@ pub(super) fn read_contents(
         check_unsealed_epoch(current)
             .map_err(|problem| StoreError::Corrupt { store: path.display().to_string(), problem })?;
         counts = Counts::count(&transaction).map_err(explained)?;
-        said.counted_from = log.frontier.size();
+        contents.missing = said.missing(&transaction, &log).map_err(explained)?;
+        contents.missing.iter().for_each(|leaves| said.accepted.add(leaves.clone()));
     }
     let (mut unreadable, mut changed) = (Vec::new(), None);
     let mut rows = Rows {

@@ -62,18 +62,14 @@ impl Counts {
         }
     }
 
-    /// Counts a removed record; its state is that of its column.
-    pub(super) fn remove_record(&mut self, state: i64) {
-        if let Some(state) = CycleState::ALL.into_iter().find(|known| state_number(*known) == state) {
-            self.0[of_state(state)] = self.0[of_state(state)].saturating_sub(1);
-        }
+    /// Counts a removed record.
+    pub(super) fn remove_record(&mut self, state: CycleState) {
+        self.0[of_state(state)] = self.0[of_state(state)].saturating_sub(1);
     }
 
-    /// Counts a removed audit event; its kind is that of its column.
-    pub(super) fn remove_event(&mut self, kind: i64) {
-        if let Some(kind) = EventKind::ALL.into_iter().find(|known| kind_number(*known) == kind) {
-            self.0[of_kind(kind)] = self.0[of_kind(kind)].saturating_sub(1);
-        }
+    /// Counts a removed audit event.
+    pub(super) fn remove_event(&mut self, kind: EventKind) {
+        self.0[of_kind(kind)] = self.0[of_kind(kind)].saturating_sub(1);
     }
 
     pub(super) fn records_of(&self, state: CycleState) -> u64 {

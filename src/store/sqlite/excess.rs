@@ -32,6 +32,17 @@ pub(super) struct Searches {
     records: BTreeMap<Vec<CycleState>, Search>,
     /// In the order of [`EventKind::ALL`].
     events: [Search; EventKind::ALL.len()],
+    /// What the last search has found.
+    found: Found,
+}
+
+/// Entries that a search has found, as they were proved then. Their rows may be changed before they are removed.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    /// By revision.
+    pub(super) records: BTreeMap<u64, (CycleState, Option<u64>)>,
+    /// By leaf.
+    pub(super) events: BTreeMap<u64, EventKind>,
 }
 
 /// The search for the oldest entries of one rule.
@@ -69,6 +80,7 @@ impl Searches {
         let mut budget = Budget { limit, entries: MOST_EXAMINED, bytes: MOST_BYTES };
         let newest = term.frontier.last_revision.0;
         let mut records = Vec::new();
+        self.found = Found::default();
         let rules = rules(retention);
         self.records.retain(|states, _| rules.iter().any(|(_, known)| known == states));
         for (rule, states) in &rules {
@@ -79,7 +91,12 @@ impl Searches {
                 _ => None,
             };
             let oldest = search.oldest(&mut source, Table::Records, limits, &mut budget, time)?;
-            records.extend(oldest.into_iter().map(|entry| (Revision(entry.place), entry.leaf)));
+            for Passed { place, leaf, is, .. } in oldest {
+                if let Is::Record(state, _) = is {
+                    self.found.records.insert(place, (state, leaf));
+                }
+                records.push((Revision(place), leaf));
+            }
         }
         records.sort_unstable();
         records.truncate(limit);
@@ -91,7 +108,10 @@ impl Searches {
                 _ => None,
             };
             let oldest = search.oldest(&mut source, Table::Events, limits, &mut budget, time)?;
-            events.extend(oldest.into_iter().map(|entry| entry.place));
+            for Passed { place, .. } in oldest {
+                self.found.events.insert(place, kind);
+                events.push(place);
+            }
         }
         events.sort_unstable();
         events.truncate(limit - records.len());
@@ -105,6 +125,11 @@ impl Searches {
             damaged: None,
         };
         Ok((excess, self.problem()))
+    }
+
+    /// What the last search has found.
+    pub(super) fn found(&self) -> &Found {
+        &self.found
     }
 
     /// The problem of the first search that has found one.
@@ -152,9 +177,9 @@ impl Search {
                         format!("leaf {leaf} of the log is missing, and no entry says that retention removed it")
                     });
                 }
-                Step::Damaged { problem, bytes, is_counted } => {
+                Step::Damaged { problem, bytes, is_older } => {
                     budget.spend(bytes);
-                    missing += u64::from(is_counted);
+                    missing += u64::from(is_older);
                     self.problem.get_or_insert(problem);
                 }
             }

@@ -1,6 +1,6 @@
 //! Opens a database: takes its locks, sees whether it may be served, and migrates it. Or opens it to look at it.
 
-use std::{fmt::Write as _, fs, os::unix::ffi::OsStrExt, path::Path};
+use std::{fmt::Write as _, fs, ops::Range, os::unix::ffi::OsStrExt, path::Path};
 
 use bytes::Bytes;
 use rusqlite::{Connection, OpenFlags, TransactionBehavior, config::DbConfig};
@@ -22,7 +22,7 @@ use super::{
 use crate::{
     ledger::{Frontier, SealKeys},
     model::Epoch,
-    ports::{StoreError, Write},
+    ports::{ControlDecoder, StoreError, Write},
     store::{AcceptError, Accepted, Compacted, NewKeys, OpenError, frontier::Appended},
 };
 
@@ -64,12 +64,13 @@ impl Opened {
     }
 }
 
-/// Accepts a database with its current file and contents: seals them, and appends `began` to its log. First saves the
-/// new ones of its keys. Also returns the end of the log.
+/// Accepts a database with its current file and contents: seals them, and appends to its log what `began` makes of the
+/// leaves that are missing. First saves the new ones of its keys. Also returns the end of the log.
 pub(in crate::store) fn accept(
     path: &Path,
     (keys, new): (SealKeys, NewKeys),
-    began: Bytes,
+    decode: ControlDecoder,
+    began: impl FnOnce(Vec<Range<u64>>) -> Bytes,
 ) -> Result<(Accepted, Frontier), AcceptError> {
     if !path.exists() {
         return Err(OpenError::from(DatabaseFileError::Missing { database: path.display().to_string() }).into());
@@ -81,10 +82,11 @@ pub(in crate::store) fn accept(
     let store = place.path.display().to_string();
     check_unsealed_epoch(epoch).map_err(|problem| OpenError::from(StoreError::Corrupt { store, problem }))?;
     new.save()?;
-    let write = Write { began: Some(began), ..Write::default() };
-    let appended = Appended::to(&log, &write);
-    let mark = (|| {
+    let accepted = (|| {
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let missing = log::said(&transaction, &log, decode)?.missing(&transaction, &log)?;
+        let write = Write { began: Some(began(missing)), ..Write::default() };
+        let appended = Appended::to(&log, &write);
         here.note(&transaction)?;
         let mark = Mark::read(&transaction)?;
         let sealer = Sealer::new(keys, mark.id);
@@ -94,9 +96,9 @@ pub(in crate::store) fn accept(
         sealer.seal_end(&transaction, &appended.log.frontier)?;
         sealer.renew(&transaction, Renewal::Everything)?;
         transaction.commit()?;
-        Ok(mark)
-    })()
-    .map_err(|error| OpenError::from(explain(&place.path, &error)))?;
+        Ok((mark, appended.log.frontier))
+    })();
+    let (mark, end) = accepted.map_err(|error| OpenError::from(explain(&place.path, &error)))?;
     let (note, known) = Note::open(&place.path)?;
     note.write(&mark).map_err(|error| unwritable(&note_of(&place.path), &error))?;
     let accepted = Accepted {
@@ -107,7 +109,7 @@ pub(in crate::store) fn accept(
             .filter(|known| known.id == mark.id)
             .map_or(mark.last_cycle_id, |known| known.last_cycle_id),
     };
-    Ok((accepted, appended.log.frontier))
+    Ok((accepted, end))
 }
 
 /// Removes the free pages of a database.

@@ -13,17 +13,17 @@ use super::{
 };
 use crate::{
     clock::Clock,
-    ledger::{SealKeys, Signer, SigningKey},
+    ledger::{RecordsPruned, SealKeys, Signer, SigningKey},
     model::{CycleId, CycleState, Epoch, LoopSpec, LoopState, Revision, TraceId, Trigger},
     ports::{
-        Contents, Durability, Filter, Found, Lost, OpenCycle, Page, PageLimits, Removal, Retention, RetentionRule,
-        Seals, Stage, Store, StoreError, StoredLoop, StoredOutput, Write,
+        Contents, Durability, EventRule, Excess, Filter, Found, Lost, OpenCycle, Page, PageLimits, Removal, Retention,
+        RetentionRule, Seals, Stage, Store, StoreError, StoredLoop, StoredOutput, Write,
     },
     store::{
         Accepted, NewKeys, OpenError, StoreUrl, look, open,
         suite::{
-            ALL, CHECKS, at, commit, cycle_of, event, filled, keys, name, open_cycle, output, pruned, record,
-            record_of, recorded, refuses, request, seals, stored_subsystem, waiting_cycle,
+            ALL, CHECKS, at, commit, cycle_of, encode_pruned, event, filled, keys, name, open_cycle, output, pruned,
+            record, record_of, recorded, refuses, request, seals, stored_subsystem, waiting_cycle,
         },
     },
 };
@@ -44,7 +44,7 @@ async fn refused(path: &Path) -> OpenError {
 
 /// Accepts a database as it is.
 fn accepted(path: &Path) -> Accepted {
-    accept(path, (keys(), NewKeys::default()), Bytes::from_static(b"began")).unwrap().0
+    accept(path, (keys(), NewKeys::default()), CHECKS.control, |_| Bytes::from_static(b"began")).unwrap().0
 }
 
 /// An open cycle of which only the id can be read.
@@ -517,6 +517,38 @@ async fn a_search_for_old_records_ends_at_its_limit_and_the_next_one_goes_on() {
     assert_eq!(search().await, (failed(1001..=1024), true));
     // It begins at the first one that is still there, and the newest record stays.
     assert_eq!(search().await, (failed(1001..=1199), false));
+}
+
+/// Another program may change a row between the search that has found it and its removal.
+#[tokio::test]
+async fn what_was_changed_since_it_was_found_is_not_removed() {
+    let retention = Retention {
+        default: RetentionRule { max_cycles: Some(2), max_age: None },
+        events: EventRule { max_events: Some(2), max_age: None },
+        ..Retention::default()
+    };
+    for (change, named) in [
+        ("UPDATE cycles SET state = 3 WHERE revision = 1", "the record of revision 1"),
+        ("UPDATE cycles SET leaf = 3 WHERE revision = 2", "the record of revision 2"),
+        ("DELETE FROM cycles WHERE revision = 1", "the record of revision 1"),
+        ("UPDATE audit SET kind = 3 WHERE leaf = 4", "the audit event of leaf 4"),
+    ] {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("o.db");
+        let (store, contents) = opened(&path).await;
+        let noted = Write { audit: (1..=3).map(event).collect(), ..recorded(1..=4, contents.epoch) };
+        commit(&*store, noted.clone()).await;
+        let Excess { records, events, first_kept, .. } = store.excess(retention.clone(), at(0), 10).await.unwrap();
+        assert_eq!((records.len(), &events[..]), (2, &[4][..]));
+        rusqlite::Connection::open(&path).unwrap().execute_batch(change).unwrap();
+        let revisions = records.iter().map(|(revision, _)| *revision).collect();
+        let entry = Some(encode_pruned(&RecordsPruned::of([0, 1, 4], first_kept)));
+        let removal = Removal { revisions, events, first_kept, entry };
+        let Write { epoch, last_cycle_id, .. } = noted;
+        let write = Write { epoch, last_cycle_id, removal, ..Write::default() };
+        let refused = store.commit(Arc::new(write)).await.unwrap_err().to_string();
+        assert!(refused.contains(&format!("{named} is not what retention has found any more")), "{change}: {refused}");
+    }
 }
 
 #[tokio::test]

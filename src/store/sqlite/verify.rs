@@ -58,6 +58,7 @@ pub(in super::super) fn verify(
         wrong: &mut counted,
         verified,
         removed: Leaves::default(),
+        accepted: Leaves::default(),
         is_compared: false,
     };
     Ok(verifier.verify().map_err(explained)?)
@@ -75,6 +76,8 @@ struct Verifier<'a> {
     verified: Verified,
     /// The leaves that retention has removed, by the entries that say so.
     removed: Leaves,
+    /// The leaves that were missing when a new log began.
+    accepted: Leaves,
     /// True once the checkpoint was compared with the tree.
     is_compared: bool,
 }
@@ -159,14 +162,16 @@ impl Verifier<'_> {
         while let Some(row) = rows.next()? {
             let leaf = number(row, 0)?;
             let entry = row.get::<_, Vec<u8>>(1).map_err(|error| error.to_string());
-            match entry.and_then(|entry| (self.rules.checks.control)(&entry)).map(Control::pruned) {
-                Ok(pruned) if pruned.all().any(|leaves| leaves.end > leaf) => {
+            match entry.and_then(|entry| (self.rules.checks.control)(&entry)) {
+                Ok(control) if control.clone().gone().iter().any(|leaves| leaves.end > leaf) => {
                     (self.wrong)(format!("leaf {leaf}, a control entry, names leaves that are not before it"));
                 }
-                Ok(pruned) => {
+                Ok(Control::Pruned(pruned)) => {
                     first_kept = first_kept.max(pruned.first_kept);
                     pruned.all().for_each(|leaves| self.removed.add(leaves));
                 }
+                Ok(Control::Began(missing)) => missing.into_iter().for_each(|leaves| self.accepted.add(leaves)),
+                Ok(Control::Unknown) => {}
                 Err(problem) => (self.wrong)(format!("leaf {leaf}, a control entry, can't be read: {problem}")),
             }
         }
@@ -185,6 +190,15 @@ impl Verifier<'_> {
     /// Walks over all leaves, and makes the tree anew.
     fn check_entries(&mut self) -> rusqlite::Result<()> {
         let Verified { entries: size, .. } = self.verified;
+        let end = self.database.query_row("SELECT max(id) + 1 FROM hashes", [], |row| row.get::<_, Option<i64>>(0))?;
+        // Otherwise each leaf up to there would be named.
+        if size > 0 && end.unwrap_or_default() < integer(Node::of_leaf(size - 1).number()) {
+            let entries = count(size, "entry");
+            (self.wrong)(format!(
+                "by the table meta, the log has {entries}, and the table hashes is not that of such a log"
+            ));
+            return Ok(());
+        }
         let claims = "SELECT leaf, 1, revision, cycle_id FROM cycles WHERE leaf >= 0 AND typeof(leaf) = 'integer'
                       UNION ALL SELECT leaf, 2, 0, 0 FROM audit WHERE leaf >= 0
                       UNION ALL SELECT leaf, 3, 0, 0 FROM control WHERE leaf >= 0 ORDER BY leaf";
@@ -217,6 +231,7 @@ impl Verifier<'_> {
                             (self.wrong)(format!("{claim} was changed: its bytes don't have the hash of its leaf"));
                         }
                     }
+                    None if !self.accepted.from(leaf).is_empty() => self.verified.missing += 1,
                     None => {
                         (self.wrong)(format!("leaf {leaf} is missing, and no entry says that retention removed it"));
                     }
@@ -423,11 +438,11 @@ impl Verifier<'_> {
     /// The numbers of records and events, which are sealed, are those of the rows. If anything else is wrong, that
     /// may be why they are not. So this finds missing records that are older than the log.
     fn check_counts(&mut self) -> rusqlite::Result<()> {
-        let sealed = self.database.query_row("SELECT * FROM meta", [], Counts::of_row)?;
-        let found = Counts::count(self.database)?;
         if self.faults.get() > 0 {
             return Ok(());
         }
+        let sealed = self.database.query_row("SELECT * FROM meta", [], Counts::of_row)?;
+        let found = Counts::count(self.database)?;
         for (column, (sealed, found)) in Counts::COLUMNS.iter().zip(sealed.columns().iter().zip(found.columns())) {
             if *sealed != found {
                 (self.wrong)(format!(
@@ -463,16 +478,17 @@ impl std::fmt::Display for Leaf {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, path::PathBuf};
+    use std::{collections::BTreeMap, fs, path::PathBuf};
 
+    use jiff::Timestamp;
     use tempfile::TempDir;
 
     use super::*;
     use crate::{
         clock::Clock,
         ledger::RecordsPruned,
-        model::{CycleId, Epoch, LoopState, Name, Revision},
-        ports::{AuditEntry, Checks, Removal, StoredLoop, Write},
+        model::{CycleId, CycleState, Epoch, LoopState, Name, Revision},
+        ports::{AuditEntry, Checks, Removal, Retention, RetentionRule, StoredLoop, Write},
         store::{
             StoreUrl, open,
             sqlite::tests::database_of_version,
@@ -508,7 +524,13 @@ mod tests {
         let store = open(&StoreUrl::Sqlite(path.clone()), CHECKS, Clock::system()).await.unwrap();
         let epoch = store.take_over(seals()).await.unwrap().epoch;
         filled(&*store, epoch, 8).await;
-        let revisions = [1, 2, 4].map(Revision).to_vec();
+        // All records but those of failed cycles, of which the third is the first one.
+        let three = RetentionRule { max_cycles: Some(3), max_age: None };
+        let failed = BTreeMap::from([(CycleState::Failed, RetentionRule::default())]);
+        let retention = Retention { default: three, by_state: failed, ..Retention::default() };
+        let excess = store.excess(retention, Timestamp::UNIX_EPOCH, 10).await.unwrap();
+        let revisions: Vec<_> = excess.records.into_iter().map(|(revision, _)| revision).collect();
+        assert_eq!(revisions, [1, 2, 4].map(Revision));
         let removal = Removal { revisions, events: Vec::new(), first_kept: 2, entry: Some(REMOVED.into()) };
         commit(&*store, Write { epoch, last_cycle_id: CycleId(8), removal, ..Write::default() }).await;
         commit(&*store, recorded(9..=10, epoch)).await;
@@ -525,8 +547,17 @@ mod tests {
         (verified, faults)
     }
 
-    const SOUND: Verified =
-        Verified { entries: 11, first_kept: 2, removed: 3, records: 7, events: 0, unlogged: 0, sealed: Some(0) };
+    const NOTHING: Verified = Verified {
+        entries: 0,
+        first_kept: 0,
+        removed: 0,
+        missing: 0,
+        records: 0,
+        events: 0,
+        unlogged: 0,
+        sealed: None,
+    };
+    const SOUND: Verified = Verified { entries: 11, first_kept: 2, removed: 3, records: 7, sealed: Some(0), ..NOTHING };
 
     #[tokio::test]
     async fn an_unchanged_database_is_verified_by_each_checkpoint_of_what_is_kept() {

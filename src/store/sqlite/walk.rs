@@ -55,12 +55,12 @@ pub(super) struct Place {
 pub(super) enum Step {
     /// An entry of the log, or a record that is older than the log.
     Entry(Passed),
-    /// Entries of this number are missing before the next one, from this leaf on, and no entry says that retention has
-    /// removed them.
+    /// This number of entries is missing before the next one, the first of them at this leaf: no entry says that
+    /// retention has removed them, or that a new log began without them.
     Missing { leaf: u64, number: u64 },
-    /// A row that is not what was written, with its number of bytes. `is_counted` if it has no leaf that is missing
-    /// instead.
-    Damaged { problem: String, bytes: usize, is_counted: bool },
+    /// A row that is not what was written, with its number of bytes. `is_older` if it is older than the log: others
+    /// have a leaf, which is missing then.
+    Damaged { problem: String, bytes: usize, is_older: bool },
 }
 
 /// An entry that is what was written.
@@ -100,7 +100,7 @@ impl<'t> Statements<'t> {
     }
 }
 
-/// One walk. It looks at the rows of a table as they come, so that each table is read in its own order.
+/// One walk. It reads the next entry of each table ahead, to go on with that of the lowest leaf.
 pub(super) struct Walk<'w, 's> {
     source: &'w mut Source<'s>,
     /// The table that it is about: of the entries of the others, it only sees that they are there.
@@ -141,8 +141,7 @@ impl<'w, 's> Walk<'w, 's> {
                     Err(problem) => {
                         self.place.rows[index] = place + 1;
                         let is_older = table == Table::Records && place <= self.source.term.unlogged_to.0;
-                        let is_counted = is_older || self.place.leaf < self.source.term.counted_from;
-                        return Ok(Some(Step::Damaged { problem, bytes: bytes_of(row), is_counted }));
+                        return Ok(Some(Step::Damaged { problem, bytes: bytes_of(row), is_older }));
                     }
                 }
             }
@@ -159,13 +158,13 @@ impl<'w, 's> Walk<'w, 's> {
         Ok(Some(Step::Entry(passed)))
     }
 
-    /// The leaves from the current one up to this one, as passed; and those of them that are missing, if any. Those
-    /// that were missing when the entries were counted anew are not: they are in none of the numbers.
+    /// Passes the leaves up to this one. Returns those of them that are missing, if any.
     fn missing_before(&mut self, leaf: u64) -> Option<Step> {
         let term = self.source.term;
-        let from = self.place.leaf.max(term.counted_from).min(leaf);
+        let from = self.place.leaf.min(leaf);
         self.place.leaf = self.place.leaf.max(leaf);
-        let mut missing = term.removed.missing(from..leaf).peekable();
+        let unnamed = term.removed.missing(from..leaf).flat_map(|leaves| term.accepted.missing(leaves));
+        let mut missing = unnamed.peekable();
         let first = missing.peek()?.start;
         Some(Step::Missing { leaf: first, number: missing.map(|leaves| leaves.end - leaves.start).sum() })
     }
@@ -181,6 +180,10 @@ impl Source<'_> {
         place: u64,
         about: Table,
     ) -> rusqlite::Result<Result<Passed, String>> {
+        let bytes = row.get_ref(table.bytes())?.as_blob().unwrap_or_default();
+        if bytes.len() > MAX_RECORD {
+            return Ok(Err(named(table, row, place, format!("it is {} bytes long", bytes.len()))));
+        }
         let leaf = if table == Table::Records { leaf(row) } else { Ok(Some(place)) };
         let is = if table == about { self.read(table, row, place) } else { Ok(Is::Other) };
         let (leaf, is) = match (leaf, is) {
@@ -188,15 +191,16 @@ impl Source<'_> {
             (_, Err(problem)) => return Ok(Err(problem)),
             (Err(error), _) => return Ok(Err(named(table, row, place, error.to_string()))),
         };
-        let bytes = row.get_ref(table.bytes())?.as_blob().unwrap_or_default();
-        let is_sound = match leaf {
-            _ if bytes.len() > MAX_RECORD => false,
-            Some(leaf) if !self.term.removed.from(leaf).is_empty() => false,
-            Some(leaf) => log::is_in_log(self.transaction, &mut self.proven, leaf, table.entry(bytes))?,
-            None => place <= self.term.unlogged_to.0,
+        let problem = match leaf {
+            Some(leaf) if !self.term.removed.from(leaf).is_empty() => Some(REMOVED),
+            Some(leaf) if !log::is_in_log(self.transaction, &mut self.proven, leaf, table.entry(bytes))? => {
+                Some(NOT_IN_LOG)
+            }
+            None if place > self.term.unlogged_to.0 => Some(WITHOUT_LEAF),
+            _ => None,
         };
-        if !is_sound {
-            return Ok(Err(named(table, row, place, NOT_IN_LOG.into())));
+        if let Some(problem) = problem {
+            return Ok(Err(named(table, row, place, problem.into())));
         }
         Ok(Ok(Passed { place, leaf, is, bytes: bytes_of(row) }))
     }
@@ -240,7 +244,11 @@ impl Table {
 }
 
 /// The problem of an entry whose hashes do not lead to the end of the log.
-const NOT_IN_LOG: &str = "its bytes were changed: the log does not have them as its leaf";
+const NOT_IN_LOG: &str = "its bytes were changed, or hashes of the log: the log does not have them as its leaf";
+/// The problem of an entry that was put back.
+const REMOVED: &str = "it is there, although the log says that retention removed it";
+/// The problem of a record that is not older than the log.
+const WITHOUT_LEAF: &str = "it has no leaf, and was written since the log began";
 
 /// A problem of a row, with the name of its entry.
 fn named(table: Table, row: &Row<'_>, place: u64, problem: String) -> String {

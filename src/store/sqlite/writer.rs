@@ -142,7 +142,7 @@ impl Writer {
             counts,
             frontier,
             removed: said.removed,
-            counted_from: said.counted_from,
+            accepted: said.accepted,
             sealer,
             renewal,
         });
@@ -169,7 +169,8 @@ impl Writer {
         }
         let begins = term.current != term.epoch;
         let appended = Appended::to(&term.frontier.log, write);
-        let written = term.transact(&mut self.connection, &self.here, write, &appended).map_err(explained)?;
+        let found = self.searches.found();
+        let written = term.transact(&mut self.connection, &self.here, write, &appended, found).map_err(explained)?;
         let written = written.map_err(|by| StoreError::Fenced { by })?;
         term.advance(write, appended, written);
         if write.durability == Durability::Durable {
