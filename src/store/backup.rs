@@ -62,7 +62,7 @@ pub struct BackedUp {
 }
 
 /// Copies a store, which a process may have open, to a new file that only its owner can read, and its checkpoint beside
-/// that. The file gets its name once `verify` has accepted the copy, which it gets with the checkpoint, if the store has
+/// that. The file gets its name once `verify` has accepted the copy. `verify` also gets the checkpoint, if the store has
 /// one. Waits for the disk.
 ///
 /// # Errors
