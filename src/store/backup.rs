@@ -62,8 +62,8 @@ pub struct BackedUp {
 }
 
 /// Copies a store, which a process may have open, to a new file that only its owner can read, and its checkpoint beside
-/// that. The file gets its name once `verify` has accepted the copy. `verify` also gets the checkpoint, if the store has
-/// one. Waits for the disk.
+/// that. The file gets its name once `verify` has accepted the copy. `verify` also gets the checkpoint, if the store
+/// has one. Waits for the disk.
 ///
 /// # Errors
 /// The file exists or can't be written, the store can't be read, or `verify` refuses the copy.
