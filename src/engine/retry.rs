@@ -38,8 +38,9 @@ pub(super) struct Calls<'a> {
 impl Calls<'_> {
     /// Makes the calls. The caller has to enforce the deadline.
     ///
-    /// The error is that of the last attempt. Its message also says if the connection was lost during an earlier one,
-    /// which the subsystem of a process that died may have caused, and why there was no further attempt.
+    /// The error is that of the last attempt. If the connection was lost during an earlier one, its message begins with
+    /// that: the subsystem was being called when its process died. It ends with the reason for which a further attempt
+    /// was not made.
     pub(super) async fn make(self, on_attempt: impl Fn(u32)) -> Result<Reply, CallError> {
         let subsystem = &*self.member.subsystem;
         let max_attempts = if self.is_probe { 1 } else { subsystem.retry.max_attempts };
@@ -60,6 +61,7 @@ impl Calls<'_> {
                 self.member.set_initialized(false);
                 continue;
             }
+            // Each attempt but the first came after a wait.
             let mut waits = failed;
             failed += 1;
             let mut refused_others = None;
