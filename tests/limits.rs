@@ -331,6 +331,41 @@ async fn requests_that_never_end_give_way_to_other_calls_of_their_caller() {
 }
 
 #[tokio::test]
+async fn bodies_that_never_end_give_way_to_other_calls_of_their_caller() {
+    let stage = Stage::with("concurrent_calls = 2").await;
+    let client = stage.service.client().await;
+    let head = format!(
+        "POST /api/loops/pause HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {}\r\nContent-Type: \
+         application/json\r\nContent-Length: 9\r\nConnection: close\r\n\r\n{{",
+        stage.texts["a"]
+    );
+    let mut open = Vec::new();
+    let gave_way = async {
+        loop {
+            while open.len() < 2 {
+                let mut stream = TcpStream::connect(stage.service.admin()).await.unwrap();
+                stream.write_all(head.as_bytes()).await.unwrap();
+                open.push(stream);
+            }
+            let _ = stage.status(&mut client.clone(), "a").await;
+            let answered = open.iter().position(|stream| stream.peek(&mut [0]).now_or_never().is_some());
+            if let Some(answered) = answered {
+                let mut answer = String::new();
+                open.remove(answered).read_to_string(&mut answer).await.unwrap();
+                // It may also have met a status that was still open.
+                if answer.contains("gave way") {
+                    return answer;
+                }
+            }
+        }
+    };
+    let answer = patiently("a request to give way", gave_way).await;
+    assert!(answer.starts_with("HTTP/1.1 429") && answer.contains("so it gave way to another call"), "{answer}");
+    assert!(answer.contains("\"reason\":\"CALLER_LIMIT\""), "{answer}");
+    accepted(async || stage.status(&mut client.clone(), "a").await).await;
+}
+
+#[tokio::test]
 async fn streams_of_reflection_are_limited_for_each_caller() {
     const REFLECT: &str = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
     let stage = Stage::with("concurrent_calls = 2").await;

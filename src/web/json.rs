@@ -259,8 +259,15 @@ impl Asked {
             answers.asking.acquire().await.map_err(|error| Status::unavailable(error.to_string()))?
         };
         let answer = call(answers.api.clone(), request).await?.into_inner();
-        encode(&answers, A::NAME, answer).await
+        let text = encode(&answers, A::NAME, answer).await;
+        // A program that repeats the request would repeat the change.
+        text.map_err(|status| if changes { made(&status) } else { status })
     }
+}
+
+/// The status of a call that was made, and whose response is missing.
+fn made(why: &Status) -> Status {
+    Status::new(why.code(), format!("the call was made, but its response can't be sent: {}", why.message()))
 }
 
 fn try_acquire<'a>(places: &'a Semaphore, max: usize, of: &str) -> Result<SemaphorePermit<'a>, Status> {
@@ -276,8 +283,11 @@ impl Answers {
     {
         /// Of each byte: in the text, in the message that is read, in its encoded form, and in the request.
         const COPIES: usize = 4;
-        if !body.is_end_stream() {
-            check_type(headers)?;
+        if !body.is_end_stream()
+            && let Err(status) = check_type(headers)
+        {
+            body::forget(body).await;
+            return Err(status);
         }
         let mut held: Option<Held> = None;
         let text = body::read(body, Self::MAX_BODY, |bytes| {

@@ -156,16 +156,17 @@ fn operation(route: &Route, schemas: &mut Schemas) -> Option<Value> {
 }
 
 fn content(route: &Route, rpc: &Rpc, schemas: &mut Schemas) -> Value {
-    let schema = schemas.response(rpc);
+    let mut schema = schemas.response(rpc);
     if route.path != EVENTS {
         return json!({ "application/json": { "schema": schema } });
     }
+    schema["description"] = "One object a line. The last one may be an `Error`.".into();
     let events = "Server-sent events: `id` is the revision, `event` is the kind (`recorded`, `unreadable`, `started`, \
                   `progress` or `bookmark`), and `data` is a `CycleEvent`. The last one may be `refused`, with an \
                   `Error`.";
     json!({
         "text/event-stream": { "schema": { "type": "string", "description": events } },
-        "application/x-ndjson": { "schema": { "description": "One object a line. The last one may be an `Error`.", "anyOf": [schema] } },
+        "application/x-ndjson": { "schema": schema },
     })
 }
 
