@@ -14,7 +14,13 @@ use common::{
     raw::Raw,
     service::{Home, registration},
 };
-use orchestrator_core::proto::orchestrator::v1::{self as pb, orchestrator_client::OrchestratorClient};
+use orchestrator_core::{
+    proto::{
+        orchestrator::v1::{self as pb, orchestrator_client::OrchestratorClient},
+        subsystem::v1::{self as subsystem, subsystem_client::SubsystemClient},
+    },
+    subsystem::{Answer, Cycle, Failure, Server},
+};
 use serde_json::json;
 use tokio::{
     io::{AsyncBufReadExt, BufReader},
@@ -93,6 +99,22 @@ async fn a_compressed_answer_is_as_its_uncompressed_one_and_has_its_limit() {
     let get = pb::GetSubsystemRequest { name: "large".into(), include_output: true, ..Default::default() };
     let large = stage.client.get_subsystem(get).await.unwrap().into_inner().subsystem.unwrap();
     assert_eq!(large.output, to_struct(&output));
+}
+
+#[tokio::test]
+async fn a_subsystem_in_rust_accepts_compressed_requests() {
+    let echo = |cycle: Cycle| async move {
+        let mut answer = Answer::default();
+        answer.output("inputs", cycle.inputs.len());
+        Ok::<_, Failure>(answer)
+    };
+    let serving = Server::new().subsystem("a", echo).listen("127.0.0.1:0").await.unwrap();
+    let channel = Endpoint::from_shared(serving.endpoint().to_owned()).unwrap().connect().await.unwrap();
+    let mut client = SubsystemClient::new(channel).send_compressed(CompressionEncoding::Gzip);
+    let inputs = [("b".to_owned(), subsystem::Input::default())].into();
+    let request = subsystem::RunCycleRequest { subsystem: "a".into(), cycle_id: 1, inputs, ..Default::default() };
+    let answer = client.run_cycle(request).await.unwrap().into_inner();
+    assert_eq!(answer.output, to_struct(&json!({ "inputs": 1 })));
 }
 
 /// Needs the packages of `tests/python/requirements.txt`.
