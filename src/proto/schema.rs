@@ -9,6 +9,7 @@ use prost_reflect::{
 use serde_json::{Value, json};
 
 use super::{bounds, descriptors};
+use crate::model::Code;
 
 /// The schemas of the contract.
 pub struct Schemas {
@@ -226,16 +227,66 @@ fn describe(schema: &mut Value, comment: String) {
     }
 }
 
-/// The comments of a file, by its name and by their paths in it. Lines of a paragraph are joined.
+/// The comments of a file, by its name and by their paths in it.
 fn comments_of(file: &FileDescriptor) -> Vec<((String, Vec<i32>), String)> {
     let info = file.file_descriptor_proto().source_code_info.as_ref();
     let commented = info.into_iter().flat_map(|info| &info.location).filter(|it| it.leading_comments.is_some());
-    let text = |comment: &str| {
-        let paragraphs = comment.trim().split("\n\n").map(|paragraph| {
-            let lines: Vec<_> = paragraph.lines().map(str::trim).collect();
-            lines.join("\n")
-        });
-        paragraphs.collect::<Vec<_>>().join("\n\n")
-    };
-    commented.map(|it| ((file.name().to_owned(), it.path.clone()), text(it.leading_comments()))).collect()
+    commented.map(|it| ((file.name().to_owned(), it.path.clone()), markdown(it.leading_comments()))).collect()
+}
+
+/// A comment as Markdown: the lines of a paragraph are joined, except for lists, and the codes of errors are a list.
+fn markdown(comment: &str) -> String {
+    let mut text = String::new();
+    for paragraph in comment.trim().split("\n\n") {
+        text += if text.is_empty() { "" } else { "\n\n" };
+        let mut lines = paragraph.lines().map(str::trim);
+        let first = lines.next().unwrap_or_default();
+        text += first;
+        for line in lines {
+            let word = line.split([' ', ':']).next().unwrap_or_default();
+            let is_error = first.starts_with("Errors:") && Code::from_name(word).is_some();
+            text += match line {
+                _ if is_error => "\n* ",
+                item if item.starts_with("* ") => "\n",
+                _ => " ",
+            };
+            text += line;
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_comment_becomes_markdown() {
+        let comment =
+            " Runs one\n cycle.\n\n * a\n   and\n * b\n\n Errors:\n NOT_FOUND (X): it is\n not there.\n ABORTED: or\n";
+        assert_eq!(
+            markdown(comment),
+            "Runs one cycle.\n\n* a and\n* b\n\nErrors:\n* NOT_FOUND (X): it is not there.\n* ABORTED: or"
+        );
+    }
+
+    #[test]
+    fn the_schema_of_a_message_is_that_of_its_json() {
+        let mut schemas = Schemas::new().unwrap();
+        let run = schemas.rpc("RunCycle").unwrap();
+        assert_eq!(run.service, "Orchestrator");
+        assert_eq!(schemas.request(&run, &[])["$ref"], "#/components/schemas/RunCycleRequest");
+        schemas.response(&run);
+        let named = schemas.into_named();
+        let request = &named["RunCycleRequest"];
+        let of = |name: &str| &request["properties"][name];
+        assert_eq!(request["additionalProperties"], false);
+        assert_eq!((&of("subsystems")["type"], &of("subsystems")["maxItems"]), (&"array".into(), &20_000.into()));
+        assert_eq!(of("overlapPolicy")["$ref"], "#/components/schemas/OverlapPolicy");
+        assert_eq!((&of("parameters")["type"], &of("async")["type"]), (&"object".into(), &"boolean".into()));
+        assert!(of("deadline")["pattern"].is_string() && of("requestId")["description"].is_string());
+        assert_eq!(named["CycleTelemetry"]["properties"]["cycleId"]["format"], "uint64");
+        assert_eq!(named["SubsystemTelemetry"]["properties"]["metrics"]["additionalProperties"]["type"], "number");
+        assert_eq!(named["OverlapPolicy"]["enum"][1], "OVERLAP_POLICY_SKIP");
+    }
 }

@@ -199,7 +199,7 @@ fn error() -> Value {
 }
 
 fn first_sentence(comment: &str) -> String {
-    let first = comment.split("\n\n").next().unwrap_or_default().replace('\n', " ");
+    let first = comment.split("\n\n").next().unwrap_or_default();
     first.split_inclusive(". ").next().unwrap_or_default().trim().to_owned()
 }
 
