@@ -255,18 +255,14 @@ struct Removed {
 }
 
 /// The removal of these records and events, with its entry in the log.
-fn removal(Excess { records, events, first_kept, .. }: Excess, log: &Log) -> Removal {
-    let mut leaves: Vec<_> = records.iter().filter_map(|(_, leaf)| *leaf).chain(events.iter().copied()).collect();
+fn removal(excess: Excess, log: &Log) -> Removal {
+    let mut leaves: Vec<_> = excess.leaves().collect();
     leaves.sort_unstable();
+    let Excess { records, events, first_kept, .. } = excess;
     // Without an entry that says so, nothing of the log is gone.
     let first_kept = if leaves.is_empty() { log.first_kept } else { first_kept };
     let entry = |leaves| record::encode_pruned(&RecordsPruned::of(leaves, first_kept));
-    Removal {
-        revisions: records.into_iter().map(|(revision, _)| revision).collect(),
-        events,
-        first_kept,
-        entry: (!leaves.is_empty()).then(|| entry(leaves)),
-    }
+    Removal { records, events, first_kept, entry: (!leaves.is_empty()).then(|| entry(leaves)) }
 }
 
 /// The removal of old records. Its entry in the log takes the place of an audit event, unless it has a cause.
@@ -289,7 +285,7 @@ impl ToWrite for Removing {
     }
 
     fn size(&self) -> (usize, usize) {
-        (0, self.removal.revisions.len() + self.removal.events.len())
+        (0, self.removal.records.len() + self.removal.events.len())
     }
 
     fn is_needed(&self) -> bool {
@@ -300,7 +296,8 @@ impl ToWrite for Removing {
         if let Some(cause) = &self.cause {
             cause.own_event.set();
         }
-        state.pruned_to = state.pruned_to.max(self.removal.revisions.last().copied().unwrap_or_default());
+        state.pruned_to =
+            state.pruned_to.max(self.removal.records.last().map(|record| record.revision).unwrap_or_default());
     }
 
     fn done(self: Box<Self>) {

@@ -268,13 +268,34 @@ pub struct Write {
     pub close: bool,
 }
 
+/// A record that retention removes, as it was when it was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct OldRecord {
+    /// Its revision.
+    pub revision: Revision,
+    /// Its leaf in the log; `None` if it is older than the log.
+    pub leaf: Option<u64>,
+    /// Its state.
+    pub state: CycleState,
+}
+
+/// An audit event that retention removes, as it was when it was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct OldEvent {
+    /// Its leaf in the log.
+    pub leaf: u64,
+    /// What it is about.
+    pub kind: EventKind,
+}
+
 /// Records and audit events that a write removes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Removal {
-    /// Their revisions, in increasing order. Each has a record, which is not the newest one.
-    pub revisions: Vec<Revision>,
-    /// The leaves of the events, in increasing order.
-    pub events: Vec<u64>,
+    /// The records, in the order of their revisions. None of them is the newest one. If another program has changed
+    /// one since it was found, the write fails.
+    pub records: Vec<OldRecord>,
+    /// The events, in the order of their leaves, likewise.
+    pub events: Vec<OldEvent>,
     /// All entries of the log below this leaf are gone then. Never lower than that of an earlier removal.
     pub first_kept: u64,
     /// An encoded `ControlEntry` that says so, if one of these has a leaf.
@@ -285,7 +306,7 @@ impl Removal {
     /// True if it removes nothing.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.revisions.is_empty() && self.events.is_empty()
+        self.records.is_empty() && self.events.is_empty()
     }
 }
 
@@ -604,11 +625,10 @@ pub struct RetentionRule {
 /// The records and audit events that exceed the limits of the history.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Excess {
-    /// Their revisions, in increasing order, with their leaves in the log; a record that is older than the log has
-    /// none.
-    pub records: Vec<(Revision, Option<u64>)>,
-    /// The leaves of the events, in increasing order.
-    pub events: Vec<u64>,
+    /// The records, in the order of their revisions.
+    pub records: Vec<OldRecord>,
+    /// The events, in the order of their leaves.
+    pub events: Vec<OldEvent>,
     /// All entries of the log below this leaf are gone without these: retention has removed each of them.
     pub first_kept: u64,
     /// True if the search ended at its limit, before all of them were found. A further search goes on from there.
@@ -619,18 +639,22 @@ pub struct Excess {
 }
 
 impl Excess {
+    /// The leaves of all of them, in no order.
+    pub fn leaves(&self) -> impl Iterator<Item = u64> {
+        self.records.iter().filter_map(|record| record.leaf).chain(self.events.iter().map(|event| event.leaf))
+    }
+
     /// The leaf after the last one of them; 0 if none has a leaf.
     #[must_use]
     pub fn end(&self) -> u64 {
-        let leaves = self.records.iter().filter_map(|(_, leaf)| *leaf).chain(self.events.iter().copied());
-        leaves.max().map_or(0, |last| last + 1)
+        self.leaves().max().map_or(0, |last| last + 1)
     }
 
     /// Those of them that have no leaf, or one below this one.
     #[must_use]
     pub fn before(mut self, end: u64) -> Self {
-        self.records.retain(|(_, leaf)| leaf.is_none_or(|leaf| leaf < end));
-        self.events.retain(|leaf| *leaf < end);
+        self.records.retain(|record| record.leaf.is_none_or(|leaf| leaf < end));
+        self.events.retain(|event| event.leaf < end);
         Self { first_kept: self.first_kept.min(end), ..self }
     }
 }

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use crate::{
     ledger::{Entry, Hash, Node},
     model::{CycleId, Revision},
-    ports::{AuditEntry, Log, Record, Removal, Write},
+    ports::{AuditEntry, Log, OldRecord, Record, Removal, Write},
 };
 
 /// The frontier of a store.
@@ -91,7 +91,7 @@ impl Frontier {
             }
         }
         let mut removed = Revision::default();
-        for revision in &write.removal.revisions {
+        for OldRecord { revision, .. } in &write.removal.records {
             if *revision <= removed || *revision >= self.last_revision {
                 return Err(format!("revision {revision} can't be removed: it is not in order, or is the newest one"));
             }
@@ -99,7 +99,8 @@ impl Frontier {
         }
         let size = self.log.frontier.size();
         let Removal { events, first_kept, .. } = &write.removal;
-        if !events.is_sorted_by(|one, next| one < next) || events.last().is_some_and(|leaf| *leaf >= size) {
+        let is_sorted = events.is_sorted_by(|one, next| one.leaf < next.leaf);
+        if !is_sorted || events.last().is_some_and(|event| event.leaf >= size) {
             return Err("the removed events are not in order, or are beyond the end of the log".into());
         }
         let first_kept = *first_kept;

@@ -26,9 +26,9 @@ use crate::{
     ledger::{Content, Entry, Hash, Node, Part},
     model::{CycleId, Epoch, EventKind, Name, Output, RequestKey, Revision},
     ports::{
-        AuditEntry, Contents, EventFilter, EventPage, Excess, Filter, Found, Log, LoggedEvent, OpenCycle, Page,
-        PageLimits, Record, Removal, ResumeError, Retention, SCAN_LIMIT, Seals, Store, StoreError, StoreSize,
-        StoredLoop, StoredOutput, StoredSubsystem, Write,
+        AuditEntry, Contents, EventFilter, EventPage, Excess, Filter, Found, Log, LoggedEvent, OldEvent, OldRecord,
+        OpenCycle, Page, PageLimits, Record, Removal, ResumeError, Retention, SCAN_LIMIT, Seals, Store, StoreError,
+        StoreSize, StoredLoop, StoredOutput, StoredSubsystem, Write,
     },
 };
 
@@ -140,7 +140,7 @@ impl Kept {
     fn remove(&mut self, removal: &Removal) {
         // Control entries before the first kept one are gone, too.
         let mut removed: Vec<_> = self.entries.range(..removal.first_kept).copied().collect();
-        for revision in &removal.revisions {
+        for OldRecord { revision, .. } in &removal.records {
             removed.extend(self.leaves.remove(revision));
             self.pruned_to = self.pruned_to.max(*revision);
             if let Some(record) = self.records.remove(revision) {
@@ -148,10 +148,10 @@ impl Kept {
                 self.bytes -= record.bytes.len() as u64;
             }
         }
-        for leaf in &removal.events {
+        for OldEvent { leaf, .. } in &removal.events {
             self.events.remove(leaf);
+            removed.push(*leaf);
         }
-        removed.extend(&removal.events);
         removed.sort_unstable();
         self.control = self.control.split_off(&removal.first_kept);
         for leaf in &removed {
@@ -195,29 +195,34 @@ impl Kept {
     }
 
     fn excess(&self, retention: &Retention, now: Timestamp, limit: usize) -> Excess {
-        let mut revisions: Vec<_> = Vec::new();
+        let mut records = Vec::new();
         for (rule, states) in rules(retention) {
             let of_rule: Vec<_> = self.records.values().filter(|record| states.contains(&record.state)).collect();
             let limits = rule.limits(of_rule.len() as u64, now);
-            revisions.extend(limits.excess(of_rule.iter().map(|record| (record.revision, record.finished_at))));
+            let old = |record: &Record| {
+                let Record { revision, state, finished_at, .. } = *record;
+                (OldRecord { revision, leaf: self.leaves.get(&revision).copied(), state }, finished_at)
+            };
+            records.extend(limits.excess(of_rule.into_iter().map(old)));
         }
-        revisions.retain(|revision| *revision < self.frontier.last_revision);
-        revisions.sort_unstable();
-        revisions.truncate(limit);
-        let first_kept = self.leaves.iter().find(|(revision, _)| !revisions.contains(revision));
-        let first_kept = first_kept.map_or(0, |(_, leaf)| *leaf);
+        records.retain(|record| record.revision < self.frontier.last_revision);
+        records.sort_unstable();
+        records.truncate(limit);
+        let is_kept = |revision| records.binary_search_by_key(&revision, |record| record.revision).is_err();
+        let first_kept = self.leaves.iter().find(|(revision, _)| is_kept(**revision)).map_or(0, |(_, leaf)| *leaf);
         let mut events = Vec::new();
         for kind in EventKind::ALL {
             let of_kind: Vec<_> = self.events.iter().filter(|(_, event)| event.kind == kind).collect();
-            let oldest = of_kind.iter().map(|(leaf, event)| (**leaf, event.time));
+            let oldest = of_kind.iter().map(|(leaf, event)| (OldEvent { leaf: **leaf, kind }, event.time));
             events.extend(retention.events.limits(of_kind.len() as u64, now).excess(oldest));
         }
         events.sort_unstable();
-        events.truncate(limit - revisions.len());
-        let first_event = self.events.keys().find(|leaf| !events.contains(leaf)).copied().unwrap_or(u64::MAX);
+        events.truncate(limit - records.len());
+        let is_kept = |leaf| events.binary_search_by_key(&leaf, |event| event.leaf).is_err();
+        let first_event = self.events.keys().copied().find(|leaf| is_kept(*leaf)).unwrap_or(u64::MAX);
         Excess {
             first_kept: first_kept.min(first_event).max(self.frontier.log.first_kept),
-            records: revisions.into_iter().map(|revision| (revision, self.leaves.get(&revision).copied())).collect(),
+            records,
             events,
             is_partial: false,
             damaged: None,

@@ -24,8 +24,8 @@ use crate::{
     },
     ports::{
         AuditEntry, Checks, Contents, EventFilter, EventRule, Excess, Filter, Found, FoundEvent, Log, LoggedEvent,
-        OpenCycle, PageLimits, Record, Removal, ResumeError, Retention, RetentionRule, SCAN_LIMIT, Seals, Stage, Store,
-        StoreError, StoredLoop, StoredOutput, StoredSubsystem, TriggerKind, Write,
+        OldEvent, OldRecord, OpenCycle, PageLimits, Record, Removal, ResumeError, Retention, RetentionRule, SCAN_LIMIT,
+        Seals, Stage, Store, StoreError, StoredLoop, StoredOutput, StoredSubsystem, TriggerKind, Write,
     },
 };
 
@@ -163,18 +163,25 @@ pub(super) async fn pruned(
     now: Timestamp,
     limit: usize,
 ) -> Vec<Revision> {
-    let Excess { records, events, first_kept, .. } = store.excess(retention, now, limit).await.unwrap();
-    let mut leaves: Vec<_> = records.iter().filter_map(|(_, leaf)| *leaf).chain(events.iter().copied()).collect();
+    let excess = store.excess(retention, now, limit).await.unwrap();
+    let mut leaves: Vec<_> = excess.leaves().collect();
     leaves.sort_unstable();
+    let Excess { records, events, first_kept, .. } = excess;
     let has_leaves = !leaves.is_empty();
     let entry = has_leaves.then(|| encode_pruned(&RecordsPruned::of(leaves, first_kept)));
-    let revisions: Vec<_> = records.into_iter().map(|(revision, _)| revision).collect();
+    let revisions: Vec<_> = records.iter().map(|record| record.revision).collect();
     if has_leaves || !revisions.is_empty() {
-        let removal = Removal { revisions: revisions.clone(), events, first_kept, entry };
+        let removal = Removal { records, events, first_kept, entry };
         let Write { epoch, last_cycle_id, .. } = *noted;
         commit(store, Write { epoch, last_cycle_id, removal, ..Write::default() }).await;
     }
     revisions
+}
+
+/// The record of this revision, in a log that has only records.
+fn old_record(revision: u64) -> OldRecord {
+    let state = record(revision, Epoch(1)).state;
+    OldRecord { revision: Revision(revision), leaf: revision.checked_sub(1), state }
 }
 
 /// The revisions of these records, all of which are readable.
@@ -544,14 +551,11 @@ async fn audit_events_are_leaves_between_records_and_removals(store: &dyn Store,
         ..Write::default()
     };
     let removal = Removal {
-        revisions: vec![Revision(1)],
+        records: vec![old_record(1)],
         events: Vec::new(),
         first_kept: 1,
         entry: Some(Bytes::from_static(b"pruned")),
     };
-    // A store removes what it has found.
-    let three = Retention { default: RetentionRule { max_cycles: Some(3), max_age: None }, ..Retention::default() };
-    assert_eq!(store.excess(three, at(0), 10).await.unwrap().records, [(Revision(1), Some(0))]);
     commit(store, write(&[1, 2], removal)).await;
     commit(store, Write { audit: vec![event(3)], ..recorded(5..=6, epoch) }).await;
     let record = |revision| record(revision, epoch).bytes;
@@ -644,7 +648,8 @@ async fn audit_events_are_listed_from_the_newest_and_removed_by_number_and_age(s
     assert_eq!(store.log().first_kept, 0, "the first record is kept");
     let refused = |events: &[u64]| {
         let entry = Some(Bytes::from_static(b"pruned"));
-        let removal = Removal { events: events.to_vec(), entry, ..Removal::default() };
+        let events = events.iter().map(|leaf| OldEvent { leaf: *leaf, kind: EventKind::Change }).collect();
+        let removal = Removal { events, entry, ..Removal::default() };
         Write { epoch, last_cycle_id: CycleId(2), removal, ..Write::default() }
     };
     for events in [&[3, 2][..], &[3, 3], &[1000]] {
@@ -734,15 +739,13 @@ async fn the_log_is_read_in_parts_that_have_its_root(store: &dyn Store, epoch: E
 async fn removals_are_in_order_and_leave_the_newest_record(store: &dyn Store, epoch: Epoch) {
     filled(store, epoch, 6).await;
     let removing = |revisions: &[u64], first_kept| {
-        let revisions = revisions.iter().copied().map(Revision).collect();
-        let removal = Removal { revisions, events: Vec::new(), first_kept, entry: Some(Bytes::from_static(b"pruned")) };
+        let records = revisions.iter().map(|revision| old_record(*revision)).collect();
+        let removal = Removal { records, events: Vec::new(), first_kept, entry: Some(Bytes::from_static(b"pruned")) };
         Write { epoch, last_cycle_id: CycleId(6), removal, ..Write::default() }
     };
     for (revisions, first_kept) in [(&[2, 1][..], 2), (&[1, 1], 1), (&[0], 0), (&[6], 0), (&[1, 7], 1), (&[1], 7)] {
         refuses(store, removing(revisions, first_kept)).await;
     }
-    let one = Retention { default: RetentionRule { max_cycles: Some(1), max_age: None }, ..Retention::default() };
-    assert_eq!(store.excess(one, at(0), 10).await.unwrap().records.len(), 5);
     commit(store, removing(&[1, 2, 3], 3)).await;
     refuses(store, removing(&[4], 2)).await;
     commit(store, removing(&[4], 3)).await;

@@ -323,7 +323,7 @@ async fn fails_to_remove(error: StoreError) -> (Orchestrator, OrchestratorTasks)
     let inner = in_memory().await;
     let commit = move |store: Arc<dyn Store>, write: Arc<Write>| -> futures_util::future::BoxFuture<'static, _> {
         let error = error.clone();
-        Box::pin(async move { if write.removal.revisions.is_empty() { store.commit(write).await } else { Err(error) } })
+        Box::pin(async move { if write.removal.records.is_empty() { store.commit(write).await } else { Err(error) } })
     };
     let rule = RetentionRule { max_cycles: Some(1), max_age: None };
     let retention = Retention { default: rule, ..Retention::default() };

@@ -758,6 +758,6 @@ async fn the_removal_of_many_records_is_not_committed_together_with_a_large_reco
     ticket.recorded().await.unwrap();
     sleep(Duration::from_secs(1)).await;
     let written = stage.script.written.lock().unwrap();
-    let sizes: Vec<_> = written.iter().map(|write| (write.records.len(), write.removal.revisions.len())).collect();
+    let sizes: Vec<_> = written.iter().map(|write| (write.records.len(), write.removal.records.len())).collect();
     assert!(sizes.contains(&(1, 0)) && sizes.contains(&(0, 256)), "{sizes:?}");
 }

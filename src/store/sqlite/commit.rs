@@ -6,7 +6,6 @@ use rusqlite::{Connection, ToSql, Transaction, TransactionBehavior};
 
 use super::{
     counts::Counts,
-    excess::Found,
     identity::Identity,
     log,
     note::Mark,
@@ -16,7 +15,7 @@ use super::{
 use crate::{
     ledger::Leaves,
     model::{Epoch, Name, Revision, Trigger},
-    ports::{Durability, Log, Removal, Stage, Write},
+    ports::{Durability, Log, OldEvent, OldRecord, Removal, Stage, Write},
     store::frontier::{Appended, Frontier},
 };
 
@@ -62,7 +61,6 @@ impl Term {
         here: &Identity,
         write: &Write,
         appended: &Appended,
-        found: &Found,
     ) -> rusqlite::Result<Result<Written, Epoch>> {
         let last_revision = write.records.last().map_or(self.frontier.last_revision, |record| record.revision);
         let values = [
@@ -77,7 +75,7 @@ impl Term {
         ];
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let mut counts = self.counts;
-        let removed = remove_entries(&transaction, write, found, &mut counts)?;
+        let removed = remove_entries(&transaction, write, &mut counts)?;
         counts.add(write);
         let current = integer(self.current.0);
         if !self.sealer.put_end(&transaction, &appended.log.frontier, values, counts, current)? {
@@ -115,7 +113,7 @@ impl Term {
 
     /// The highest revision that was ever removed, after this write.
     fn pruned_to_by(&self, write: &Write) -> Revision {
-        write.removal.revisions.last().copied().unwrap_or_default().max(self.pruned_to)
+        write.removal.records.last().map(|record| record.revision).unwrap_or_default().max(self.pruned_to)
     }
 
     pub(super) fn mark(&self) -> Mark {
@@ -198,45 +196,37 @@ fn put_cycles(
     Ok(())
 }
 
-/// Removes entries that a search has found, and returns their leaves, lowest first.
+/// Removes entries, and returns their leaves, lowest first.
 ///
 /// # Errors
-/// One of them is not what was found any more.
-fn remove_entries(
-    transaction: &Transaction<'_>,
-    write: &Write,
-    found: &Found,
-    counts: &mut Counts,
-) -> rusqlite::Result<Vec<u64>> {
-    let Removal { revisions, events, first_kept, .. } = &write.removal;
+/// One of them is not what was found any more: its row would say otherwise what is counted and removed.
+fn remove_entries(transaction: &Transaction<'_>, write: &Write, counts: &mut Counts) -> rusqlite::Result<Vec<u64>> {
+    let Removal { records, events, first_kept, .. } = &write.removal;
     if write.removal.is_empty() {
         return Ok(Vec::new());
     }
-    let mut leaves = events.clone();
-    // A row may have been changed since: then its columns would say what is counted and removed.
-    let changed = |what: String| {
-        let problem = format!("{what} is not what retention has found any more, so nothing was removed");
-        rusqlite::Error::ToSqlConversionFailure(problem.into())
-    };
-    let mut remove =
-        transaction.prepare_cached("DELETE FROM cycles WHERE revision = ?1 AND state = ?2 AND leaf IS ?3")?;
-    for revision in revisions {
-        let changed = || changed(format!("the record of revision {revision}"));
-        let (state, leaf) = found.records.get(&revision.0).ok_or_else(changed)?;
-        if remove.execute((integer(revision.0), state_number(*state), leaf.map(integer)))? == 0 {
-            return Err(changed());
+    let check = |rows, what: &dyn Fn() -> String| {
+        if rows > 0 {
+            return Ok(());
         }
+        let problem = format!("{} is not what retention has found any more, so nothing was removed", what());
+        Err(rusqlite::Error::ToSqlConversionFailure(problem.into()))
+    };
+    let mut leaves = Vec::new();
+    let mut remove =
+        transaction.prepare_cached("DELETE FROM cycles WHERE revision = ?1 AND leaf IS ?2 AND state = ?3")?;
+    for OldRecord { revision, leaf, state } in records {
+        let rows = remove.execute((integer(revision.0), leaf.map(integer), state_number(*state)))?;
+        check(rows, &|| format!("the record of revision {revision}"))?;
         counts.remove_record(*state);
-        leaves.extend(leaf);
+        leaves.extend(*leaf);
     }
     let mut remove = transaction.prepare_cached("DELETE FROM audit WHERE leaf = ?1 AND kind = ?2")?;
-    for leaf in events {
-        let changed = || changed(format!("the audit event of leaf {leaf}"));
-        let kind = found.events.get(leaf).ok_or_else(changed)?;
-        if remove.execute((integer(*leaf), kind_number(*kind)))? == 0 {
-            return Err(changed());
-        }
+    for OldEvent { leaf, kind } in events {
+        let rows = remove.execute((integer(*leaf), kind_number(*kind)))?;
+        check(rows, &|| format!("the audit event of leaf {leaf}"))?;
         counts.remove_event(*kind);
+        leaves.push(*leaf);
     }
     // The entry of this removal replaces them.
     let mut query = transaction.prepare_cached("DELETE FROM control WHERE leaf >= 0 AND leaf < ?1 RETURNING leaf")?;

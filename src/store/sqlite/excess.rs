@@ -16,7 +16,7 @@ use super::{
 use crate::{
     ledger::{Leaves, Proven},
     model::{CycleState, EventKind, Revision},
-    ports::{Checks, Excess, Retention},
+    ports::{Checks, Excess, OldEvent, OldRecord, Retention},
     store::pruning::{Limits, rules},
 };
 
@@ -32,17 +32,6 @@ pub(super) struct Searches {
     records: BTreeMap<Vec<CycleState>, Search>,
     /// In the order of [`EventKind::ALL`].
     events: [Search; EventKind::ALL.len()],
-    /// What the last search has found.
-    found: Found,
-}
-
-/// Entries that a search has found, as they were proved then. Their rows may be changed before they are removed.
-#[derive(Debug, Default)]
-pub(super) struct Found {
-    /// By revision.
-    pub(super) records: BTreeMap<u64, (CycleState, Option<u64>)>,
-    /// By leaf.
-    pub(super) events: BTreeMap<u64, EventKind>,
 }
 
 /// The search for the oldest entries of one rule.
@@ -80,7 +69,6 @@ impl Searches {
         let mut budget = Budget { limit, entries: MOST_EXAMINED, bytes: MOST_BYTES };
         let newest = term.frontier.last_revision.0;
         let mut records = Vec::new();
-        self.found = Found::default();
         let rules = rules(retention);
         self.records.retain(|states, _| rules.iter().any(|(_, known)| known == states));
         for (rule, states) in &rules {
@@ -91,12 +79,10 @@ impl Searches {
                 _ => None,
             };
             let oldest = search.oldest(&mut source, Table::Records, limits, &mut budget, time)?;
-            for Passed { place, leaf, is, .. } in oldest {
-                if let Is::Record(state, _) = is {
-                    self.found.records.insert(place, (state, leaf));
-                }
-                records.push((Revision(place), leaf));
-            }
+            records.extend(oldest.into_iter().filter_map(|Passed { place, leaf, is, .. }| match is {
+                Is::Record(state, _) => Some(OldRecord { revision: Revision(place), leaf, state }),
+                _ => None,
+            }));
         }
         records.sort_unstable();
         records.truncate(limit);
@@ -108,28 +94,14 @@ impl Searches {
                 _ => None,
             };
             let oldest = search.oldest(&mut source, Table::Events, limits, &mut budget, time)?;
-            for Passed { place, .. } in oldest {
-                self.found.events.insert(place, kind);
-                events.push(place);
-            }
+            events.extend(oldest.into_iter().map(|Passed { place, .. }| OldEvent { leaf: place, kind }));
         }
         events.sort_unstable();
         events.truncate(limit - records.len());
-        let leaves = records.iter().filter_map(|(_, leaf)| *leaf).chain(events.iter().copied());
-        let removed = leaves.map(|leaf| leaf..leaf + 1).collect();
-        let excess = Excess {
-            first_kept: first_kept(&mut source, &removed)?,
-            records,
-            events,
-            is_partial: budget.is_spent(),
-            damaged: None,
-        };
+        let mut excess = Excess { records, events, is_partial: budget.is_spent(), ..Excess::default() };
+        let removed = excess.leaves().map(|leaf| leaf..leaf + 1).collect();
+        excess.first_kept = first_kept(&mut source, &removed)?;
         Ok((excess, self.problem()))
-    }
-
-    /// What the last search has found.
-    pub(super) fn found(&self) -> &Found {
-        &self.found
     }
 
     /// The problem of the first search that has found one.

@@ -486,7 +486,7 @@ async fn an_unreadable_record_keeps_its_place_and_the_others_are_read() {
     let rule = |max_cycles| RetentionRule { max_cycles: Some(max_cycles), max_age: None };
     let of_default = |max_cycles| Retention { default: rule(max_cycles), ..Retention::default() };
     let excess = store.excess(of_default(10), at(0), 100).await.unwrap();
-    assert_eq!(excess.records.iter().map(|(revision, _)| *revision).collect::<Vec<_>>(), [Revision(1)]);
+    assert_eq!(excess.records.iter().map(|record| record.revision).collect::<Vec<_>>(), [Revision(1)]);
     let damaged = excess.damaged.unwrap().to_string();
     assert!(damaged.contains("the record of cycle 1, revision 2,"), "{damaged}");
     let noted = Write { epoch: contents.epoch, last_cycle_id: CycleId(12), ..Write::default() };
@@ -509,7 +509,7 @@ async fn a_search_for_old_records_ends_at_its_limit_and_the_next_one_goes_on() {
     let retention = Retention { by_state: BTreeMap::from([(CycleState::Failed, none)]), ..Retention::default() };
     let search = async || {
         let excess = store.excess(retention.clone(), at(0), 256).await.unwrap();
-        let found = excess.records.iter().map(|(revision, _)| revision.0).collect::<Vec<_>>();
+        let found = excess.records.iter().map(|record| record.revision.0).collect::<Vec<_>>();
         (found, excess.is_partial)
     };
     let failed = |revisions: RangeInclusive<u64>| revisions.filter(|number| number.is_multiple_of(3)).collect();
@@ -539,11 +539,10 @@ async fn what_was_changed_since_it_was_found_is_not_removed() {
         let noted = Write { audit: (1..=3).map(event).collect(), ..recorded(1..=4, contents.epoch) };
         commit(&*store, noted.clone()).await;
         let Excess { records, events, first_kept, .. } = store.excess(retention.clone(), at(0), 10).await.unwrap();
-        assert_eq!((records.len(), &events[..]), (2, &[4][..]));
+        assert_eq!((records.len(), events.len()), (2, 1));
         rusqlite::Connection::open(&path).unwrap().execute_batch(change).unwrap();
-        let revisions = records.iter().map(|(revision, _)| *revision).collect();
         let entry = Some(encode_pruned(&RecordsPruned::of([0, 1, 4], first_kept)));
-        let removal = Removal { revisions, events, first_kept, entry };
+        let removal = Removal { records, events, first_kept, entry };
         let Write { epoch, last_cycle_id, .. } = noted;
         let write = Write { epoch, last_cycle_id, removal, ..Write::default() };
         let refused = store.commit(Arc::new(write)).await.unwrap_err().to_string();

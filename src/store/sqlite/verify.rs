@@ -487,7 +487,7 @@ mod tests {
     use crate::{
         clock::Clock,
         ledger::RecordsPruned,
-        model::{CycleId, CycleState, Epoch, LoopState, Name, Revision},
+        model::{CycleId, CycleState, Epoch, LoopState, Name},
         ports::{AuditEntry, Checks, Removal, Retention, RetentionRule, StoredLoop, Write},
         store::{
             StoreUrl, open,
@@ -529,9 +529,9 @@ mod tests {
         let failed = BTreeMap::from([(CycleState::Failed, RetentionRule::default())]);
         let retention = Retention { default: three, by_state: failed, ..Retention::default() };
         let excess = store.excess(retention, Timestamp::UNIX_EPOCH, 10).await.unwrap();
-        let revisions: Vec<_> = excess.records.into_iter().map(|(revision, _)| revision).collect();
-        assert_eq!(revisions, [1, 2, 4].map(Revision));
-        let removal = Removal { revisions, events: Vec::new(), first_kept: 2, entry: Some(REMOVED.into()) };
+        let records = excess.records;
+        assert_eq!(records.iter().map(|record| record.revision.0).collect::<Vec<_>>(), [1, 2, 4]);
+        let removal = Removal { records, events: Vec::new(), first_kept: 2, entry: Some(REMOVED.into()) };
         commit(&*store, Write { epoch, last_cycle_id: CycleId(8), removal, ..Write::default() }).await;
         commit(&*store, recorded(9..=10, epoch)).await;
         let log = store.log().frontier;

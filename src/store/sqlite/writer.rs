@@ -169,8 +169,7 @@ impl Writer {
         }
         let begins = term.current != term.epoch;
         let appended = Appended::to(&term.frontier.log, write);
-        let found = self.searches.found();
-        let written = term.transact(&mut self.connection, &self.here, write, &appended, found).map_err(explained)?;
+        let written = term.transact(&mut self.connection, &self.here, write, &appended).map_err(explained)?;
         let written = written.map_err(|by| StoreError::Fenced { by })?;
         term.advance(write, appended, written);
         if write.durability == Durability::Durable {
