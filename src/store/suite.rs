@@ -180,7 +180,7 @@ pub(super) async fn pruned(
 
 /// The record of this revision, in a log that has only records.
 fn old_record(revision: u64) -> OldRecord {
-    let state = record(revision, Epoch(1)).state;
+    let state = record(revision.max(1), Epoch(1)).state;
     OldRecord { revision: Revision(revision), leaf: revision.checked_sub(1), state }
 }
 
@@ -501,6 +501,14 @@ async fn retention_applies_number_age_and_state(store: &dyn Store, epoch: Epoch)
     assert_eq!(all().await, [30], "the newest one always stays");
 }
 
+async fn the_newest_record_stays_until_there_is_another_one(store: &dyn Store, epoch: Epoch) {
+    let none = Retention { default: RetentionRule { max_cycles: Some(0), max_age: None }, ..Retention::default() };
+    commit(store, recorded(1..=1, epoch)).await;
+    assert_eq!(pruned(store, &recorded(1..=1, epoch), none.clone(), at(0), 100).await, []);
+    commit(store, recorded(2..=2, epoch)).await;
+    assert_eq!(pruned(store, &recorded(2..=2, epoch), none, at(0), 100).await, [Revision(1)]);
+}
+
 async fn retention_removes_low_revisions_first_and_never_the_highest(store: &dyn Store, epoch: Epoch) {
     let open = (1..=4).map(open_cycle).collect();
     commit(store, Write { epoch, last_cycle_id: CycleId(4), open, ..Write::default() }).await;
@@ -793,6 +801,7 @@ every_store! {
     records_after_a_revision_go_up
     the_size_grows_and_the_number_of_records_falls_again
     retention_applies_number_age_and_state
+    the_newest_record_stays_until_there_is_another_one
     retention_removes_low_revisions_first_and_never_the_highest
     removals_are_in_order_and_leave_the_newest_record
     the_log_keeps_what_proofs_of_the_rest_need

@@ -46,6 +46,16 @@ struct Search {
     problem: Option<String>,
 }
 
+/// What an entry is for a rule.
+#[derive(Clone, Copy)]
+enum OfRule {
+    No,
+    /// The newest record, which no rule removes. A later one may be the newest when it is examined again.
+    Stays,
+    /// One of the rule, from this time.
+    From(Timestamp),
+}
+
 /// What one search may still find and examine, of all rules together.
 struct Budget {
     /// Most entries that one rule finds.
@@ -74,11 +84,12 @@ impl Searches {
         for (rule, states) in &rules {
             let search = self.records.entry(states.clone()).or_default();
             let limits = rule.limits(states.iter().map(|state| term.counts.records_of(*state)).sum(), now);
-            let time = |entry: &Passed| match entry.is {
-                Is::Record(state, time) if states.contains(&state) && entry.place < newest => Some(time),
-                _ => None,
+            let of_rule = |entry: &Passed| match entry.is {
+                Is::Record(..) if entry.place >= newest => OfRule::Stays,
+                Is::Record(state, time) if states.contains(&state) => OfRule::From(time),
+                _ => OfRule::No,
             };
-            let oldest = search.oldest(&mut source, Table::Records, limits, &mut budget, time)?;
+            let oldest = search.oldest(&mut source, Table::Records, limits, &mut budget, of_rule)?;
             records.extend(oldest.into_iter().filter_map(|Passed { place, leaf, is, .. }| match is {
                 Is::Record(state, _) => Some(OldRecord { revision: Revision(place), leaf, state }),
                 _ => None,
@@ -89,11 +100,11 @@ impl Searches {
         let mut events = Vec::new();
         for (kind, search) in EventKind::ALL.into_iter().zip(&mut self.events) {
             let limits = retention.events.limits(term.counts.events_of(kind), now);
-            let time = |entry: &Passed| match entry.is {
-                Is::Event(found, time) if found == kind => Some(time),
-                _ => None,
+            let of_rule = |entry: &Passed| match entry.is {
+                Is::Event(found, time) if found == kind => OfRule::From(time),
+                _ => OfRule::No,
             };
-            let oldest = search.oldest(&mut source, Table::Events, limits, &mut budget, time)?;
+            let oldest = search.oldest(&mut source, Table::Events, limits, &mut budget, of_rule)?;
             events.extend(oldest.into_iter().map(|Passed { place, .. }| OldEvent { leaf: place, kind }));
         }
         events.sort_unstable();
@@ -112,15 +123,14 @@ impl Searches {
 }
 
 impl Search {
-    /// The oldest entries of the rule, as far as they exceed its limits and the budget reaches. `time` gives the time
-    /// of an entry of the rule that it may remove.
+    /// The oldest entries of the rule, as far as they exceed its limits and the budget reaches.
     fn oldest(
         &mut self,
         source: &mut Source<'_>,
         about: Table,
         limits: Limits,
         budget: &mut Budget,
-        time: impl Fn(&Passed) -> Option<Timestamp>,
+        of_rule: impl Fn(&Passed) -> OfRule,
     ) -> rusqlite::Result<Vec<Passed>> {
         let mut oldest = Vec::new();
         if limits.exceed_none() {
@@ -135,13 +145,20 @@ impl Search {
         {
             match step {
                 Step::Entry(entry) => {
-                    let time = time(&entry);
-                    // It stays, and is examined again by the next search: without end, if it took from the budget.
-                    if time.is_some_and(|time| !limits.are_exceeded(oldest.len() as u64 + missing, time)) {
+                    let of_rule = of_rule(&entry);
+                    let stays = match of_rule {
+                        OfRule::No => false,
+                        OfRule::Stays => true,
+                        OfRule::From(time) => !limits.are_exceeded(oldest.len() as u64 + missing, time),
+                    };
+                    // It is examined again by the next search: without end, if it took from the budget.
+                    if stays {
                         break;
                     }
                     budget.spend(entry.bytes);
-                    oldest.extend(time.map(|_| entry));
+                    if let OfRule::From(_) = of_rule {
+                        oldest.push(entry);
+                    }
                 }
                 Step::Missing { leaf, number } => {
                     missing += number;
