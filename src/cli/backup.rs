@@ -102,7 +102,7 @@ impl Backup {
             let Some(checkpoint) = checkpoint.filter(|_| !unverified) else { return Ok::<_, Failure>(()) };
             found = verified(&url, &to, copy, checkpoint, &keys).map_err(|failure| {
                 failure
-                    .and("no backup was made: see `orchestrator verify --db`; --unverified copies the store as it is")
+                    .and("no backup was made: see `orchestrator verify --db FILE --key-file FILE`; --unverified copies the store as it is")
             })?;
             Ok(())
         };
@@ -137,6 +137,10 @@ impl Restore {
     /// Restores the backup.
     pub(super) fn run(self) -> Result<Exit, Failure> {
         let Self { backup, url, replace, log, unverified } = self;
+        // Before its keys and its checkpoint, which are missing then as well.
+        if !backup.exists() {
+            return Err(Failure::new(Exit::Refused, clean(&format!("{} does not exist", backup.display()))));
+        }
         let keys = log.keys(&url).map_err(|error| refused(&error))?;
         let checkpoint = if unverified {
             None

@@ -48,7 +48,8 @@ Exit codes:
   4    the service can't be reached, or the cycle did not end within --timeout;
        it may continue
   10   it was DEGRADED: some subsystems failed
-  11   it FAILED: all subsystems failed, or a critical one
+  11   it FAILED: all subsystems failed, also because all of those that are
+       expected are not registered; or a critical one did
   12   it was CANCELLED or INTERRUPTED
   130  Ctrl-C; the cycle runs on
 

@@ -138,7 +138,11 @@ pub(super) fn told(accepted: &Accepted) -> String {
     );
     if noted_cycle_id > last_cycle_id {
         let first = last_cycle_id.next();
-        lines.push(format!("cycles {first} to {noted_cycle_id} are lost; their ids are given again"));
+        lines.push(if first == *noted_cycle_id {
+            format!("cycle {first} is lost; its id is given again")
+        } else {
+            format!("cycles {first} to {noted_cycle_id} are lost; their ids are given again")
+        });
     }
     // A path can contain any characters.
     lines.iter().map(|line| clean(line) + "\n").collect()

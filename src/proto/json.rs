@@ -145,9 +145,17 @@ fn read<M: Name>(descriptor: &MessageDescriptor, text: &[u8]) -> Result<DynamicM
         return Err(JsonError::TooManyValues);
     }
     let mut deserializer = serde_json::Deserializer::from_slice(text);
-    let read = DynamicMessage::deserialize(descriptor.clone(), &mut deserializer);
-    let read = read.and_then(|message| deserializer.end().map(|()| message));
-    read.map_err(|error| JsonError::Body(M::NAME, error.to_string()))
+    let mut track = serde_path_to_error::Track::new();
+    let tracked = serde_path_to_error::Deserializer::new(&mut deserializer, &mut track);
+    let read = DynamicMessage::deserialize(descriptor.clone(), tracked);
+    let field = track.path().to_string();
+    let of_field = |error: serde_json::Error| match field.as_str() {
+        "." | "" => error.to_string(),
+        field => format!("{field}: {error}"),
+    };
+    let message = read.map_err(|error| JsonError::Body(M::NAME, of_field(error)))?;
+    deserializer.end().map_err(|error| JsonError::Body(M::NAME, error.to_string()))?;
+    Ok(message)
 }
 
 /// At least the number of values in a JSON text, before anything is built: each of them is the first of the text or of
@@ -165,6 +173,7 @@ fn values(text: &[u8]) -> usize {
     }
     values
 }
+
 /// The fields from the message to the one with this name.
 fn path(of: &MessageDescriptor, name: &str) -> Result<Vec<FieldDescriptor>, JsonError> {
     let (first, rest) = name.split_once('.').map_or((name, None), |(first, rest)| (first, Some(rest)));

@@ -17,6 +17,9 @@ pub enum BackupError {
     /// There is a file of this name.
     #[error("{} exists; give the backup another name", .0.display())]
     Exists(PathBuf),
+    /// The directory of the backup does not exist.
+    #[error("the directory {} does not exist; create it, or give the backup another path", .0.display())]
+    NoDirectory(PathBuf),
     /// The store to restore has something in it.
     #[error("{} exists; to restore the backup in its place, give --replace, which keeps it as {}", .store.display(), .kept.display())]
     StoreExists {
@@ -75,6 +78,9 @@ pub fn backup<E: From<BackupError>>(
     let database = database(url).map_err(BackupError::from)?;
     if to.exists() {
         return Err(BackupError::Exists(to.to_owned()).into());
+    }
+    if let Some(directory) = to.parent().filter(|directory| !directory.as_os_str().is_empty() && !directory.exists()) {
+        return Err(BackupError::NoDirectory(directory.to_owned()).into());
     }
     // First, so that the backup has all of its entries.
     let checkpoint = published(url);

@@ -358,8 +358,8 @@ pub(super) fn explain(method: &Method, uri: &Uri, response: Response) -> Respons
     else {
         return response;
     };
-    let message =
-        format!("{method} is not offered at {}; send one of {}", uri.path(), allowed.to_str().unwrap_or_default());
+    let methods = allowed.to_str().unwrap_or_default().replace(',', ", ");
+    let message = format!("{method} is not offered at {}; send one of {methods}", uri.path());
     let code = StatusCode::METHOD_NOT_ALLOWED;
     let headers = [(header::ALLOW, allowed.clone()), (header::CONTENT_TYPE, HeaderValue::from_static(JSON))];
     (code, headers, error_with(code, &Status::unimplemented(message))).into_response()
