@@ -169,7 +169,10 @@ pub fn decode_control(bytes: &[u8]) -> Result<Control, String> {
         Some(pb::control_entry::Entry::RecordsPruned(pb::RecordsPruned { leaves, first_kept })) => {
             Control::Pruned(RecordsPruned { leaves: decode_leaves(&leaves), first_kept })
         }
-        Some(pb::control_entry::Entry::LogBegan(began)) => Control::Began(decode_leaves(&began.missing)),
+        Some(pb::control_entry::Entry::LogBegan(began)) => Control::Began {
+            counts_anew: matches!(began.reason(), pb::LogBeganReason::KeyMissing | pb::LogBeganReason::Accepted),
+            missing: decode_leaves(&began.missing),
+        },
         None => Control::Unknown,
     })
 }
@@ -586,7 +589,10 @@ mod tests {
         let pruned = RecordsPruned { leaves: vec![3..7, 9..10], first_kept: 2 };
         assert_eq!(decode_control(&encode_pruned(&pruned)), Ok(Control::Pruned(pruned)));
         let began = LogBegan { reason: LogBeganReason::Accepted, previous: "p".into(), missing: vec![1..2, 5..9] };
-        assert_eq!(decode_control(&encode_began(&began)), Ok(Control::Began(began.missing)));
+        assert_eq!(
+            decode_control(&encode_began(&began)),
+            Ok(Control::Began { counts_anew: true, missing: began.missing })
+        );
         assert_eq!(decode_control(b""), Ok(Control::Unknown));
         assert!(decode_control(b"\x0a").is_err());
     }

@@ -137,7 +137,7 @@ async fn a_request_that_can_not_be_read_is_refused_by_what_is_wrong() {
             r#"{"subsytems": []}"#,
             "unrecognized field name 'subsytems' at line 1 column 12; /api/openapi.json",
         ),
-        ("POST /api/cycles", r#"{"deadline": 5}"#, "invalid type: integer `5`"),
+        ("POST /api/cycles", r#"{"deadline": 5}"#, "deadline: invalid type: integer `5`"),
         ("POST /api/cycles", r#"{"overlapPolicy": "SKIP"}"#, "unrecognized enum value 'SKIP'"),
         ("POST /api/cycles", r#"{"requestId": "a"} {}"#, "trailing characters"),
         ("POST /api/cycles", &large, "the body is longer than 1048576 bytes"),

@@ -1334,7 +1334,8 @@ async fn retention_removes_nothing_in_the_place_of_what_is_missing() {
     // Once an operator has accepted it, the limits are those of the entries that were there, and what is taken away
     // since then still counts.
     database(&path).execute_batch("DELETE FROM cycles WHERE cycle_id <= 2").unwrap();
-    assert_eq!(call(None, &["store", "accept", &format!("sqlite:{}", path.display())]).await.0, 0);
+    let (code, said) = call(None, &["store", "accept", &format!("sqlite:{}", path.display())]).await;
+    assert!(code == 0 && said.contains("its log has 2 entries less than it should"), "{code}: {said}");
     database(&path).execute_batch("UPDATE cycles SET revision = -revision WHERE cycle_id = 3").unwrap();
     let service = home.serve().await;
     home.logged("retention keeps more than its limits allow: leaf 4 of the log is missing", 1).await;
@@ -1355,6 +1356,65 @@ async fn retention_removes_nothing_in_the_place_of_what_is_missing() {
         assert!(service.stop().await.success());
         home = home.with_args(["--set", "store.retention.max_cycles=3"]);
     }
+}
+
+/// Entries that come back after a store was accepted are in no number, until it is accepted with them.
+#[tokio::test]
+async fn what_comes_back_to_an_accepted_store_is_named_until_it_is_accepted_as_well() {
+    let mut stage = Stage::new().await;
+    for _ in 0..6 {
+        stage.client.run().await.unwrap();
+    }
+    let Stage { home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    let path = home.path("o.db");
+    let untouched = fs::read(&path).unwrap();
+    let url = format!("sqlite:{}", path.display());
+    let change = |change: &str| database(&path).execute_batch(change).unwrap();
+    let verified = || verify_with(&path, &["--key-file", home.path("o.db.key").to_str().unwrap()]);
+    let accepted = async || assert_eq!(call(None, &["store", "accept", &url]).await.0, 0);
+    // The record of cycle n is leaf 2n - 2.
+    for (take, put_back) in [
+        (
+            "CREATE TABLE away AS SELECT * FROM cycles WHERE cycle_id <= 2; DELETE FROM cycles WHERE cycle_id <= 2",
+            "INSERT INTO cycles SELECT * FROM away",
+        ),
+        (
+            "UPDATE cycles SET leaf = NULL WHERE cycle_id <= 2",
+            "UPDATE cycles SET leaf = 2 * cycle_id - 2 WHERE cycle_id <= 2",
+        ),
+        (
+            "UPDATE cycles SET leaf = leaf + 1000 WHERE cycle_id <= 2",
+            "UPDATE cycles SET leaf = leaf - 1000 WHERE cycle_id <= 2",
+        ),
+        ("UPDATE cycles SET state = 3 WHERE cycle_id <= 2", "UPDATE cycles SET state = 1 WHERE cycle_id <= 2"),
+    ] {
+        change(take);
+        accepted().await;
+        change(put_back);
+        let (code, said) = verified();
+        assert_eq!(code, Some(1), "{take}: {said}");
+        for leaf in [0, 2] {
+            assert!(said.contains(&format!("(leaf {leaf}) is there, although a new log began without it")), "{said}");
+        }
+        accepted().await;
+        let (code, said) = verified();
+        assert!(code == Some(0) && !said.contains("missing"), "{take}: {said}");
+        fs::write(&path, &untouched).unwrap();
+    }
+    // Now they count again, and are missed again.
+    change("CREATE TABLE away AS SELECT * FROM cycles WHERE cycle_id <= 2; DELETE FROM cycles WHERE cycle_id <= 2");
+    accepted().await;
+    change("INSERT INTO cycles SELECT * FROM away");
+    accepted().await;
+    change("DELETE FROM cycles WHERE cycle_id <= 2");
+    let home = home.with_args(["--set", "store.retention.max_cycles=4"]);
+    let service = home.serve().await;
+    home.logged("retention keeps more than its limits allow: leaf 0 of the log is missing", 1).await;
+    assert!(service.stop().await.success());
+    change("INSERT INTO cycles SELECT * FROM away");
+    let (code, said) = verify_with(&path, &["--key-file", home.path("o.db.key").to_str().unwrap()]);
+    assert!(code == Some(0) && said.contains("6 records"), "{code:?}: {said}");
 }
 
 #[tokio::test]

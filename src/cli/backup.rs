@@ -9,7 +9,7 @@ use std::{
 use super::{
     Exit, Failure,
     output::{clean, print},
-    store::{CONTROLS, LogArgs, told},
+    store::{ENTRIES, LogArgs, told},
     verify::{differences, findings, open_with_any},
 };
 use crate::{
@@ -162,7 +162,7 @@ impl Restore {
             Some(checkpoint) => differences(&backup.display(), copy, &checkpoint, keys).map(drop),
             None => Ok(()),
         };
-        let restored = store::restore(&backup, &url, (keys, log.origin), CONTROLS, replace, verify)?;
+        let restored = store::restore(&backup, &url, (keys, log.origin), ENTRIES, replace, verify)?;
         print(&told(&restored))?;
         Ok(Exit::Done)
     }

@@ -55,7 +55,7 @@ pub(super) fn verify(path: &Path, key: &VerifyingKey, since: Option<&Path>) -> R
     if !missing.is_empty() {
         return Err(wrong(&"entries are missing"));
     }
-    let missing = contents.accepted.count();
+    let missing = contents.accepted_gone();
     let Contents { records, events, controls, gone, .. } = contents;
     let mut said = vec![format!(
         "{} has the log {origin} of {}, as the key has signed it: {}, {} and {} about removals are as they were written",
@@ -148,13 +148,23 @@ impl Contents {
                 let control = record::decode_control(&control.encode_to_vec()).map_err(|error| unreadable(&error))?;
                 match control {
                     Control::Pruned(pruned) => pruned.all().for_each(|leaves| self.removed.add(leaves)),
-                    Control::Began(missing) => missing.into_iter().for_each(|leaves| self.accepted.add(leaves)),
-                    Control::Unknown => {}
+                    Control::Began { counts_anew: true, missing } => {
+                        let before = |missing: Range<u64>| missing.start..missing.end.min(leaves.start);
+                        self.accepted = missing.into_iter().map(before).collect();
+                    }
+                    Control::Began { counts_anew: false, .. } | Control::Unknown => {}
                 }
             }
             None => return Err(unreadable(&"it is of no kind that this version knows")),
         }
         Ok(())
+    }
+
+    /// Number of entries that are gone since a new log began without them.
+    fn accepted_gone(&self) -> u64 {
+        let not_removed: Leaves = self.gone.iter().cloned().flat_map(|gone| self.removed.missing(gone)).collect();
+        let missing: Leaves = self.missing().map(|Missing(leaves)| leaves).collect();
+        not_removed.count() - missing.count()
     }
 
     /// The leaves that are gone although no entry says that retention has removed them.

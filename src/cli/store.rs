@@ -7,13 +7,13 @@ use clap::Subcommand;
 
 use super::{
     Exit, Failure,
-    output::{clean, grouped, print},
+    output::{clean, count, grouped, print},
 };
 use crate::{
     host::Host,
     ledger::{LogBegan, LogBeganReason},
     record,
-    store::{self, Accepted, Compacted, ControlCodec, KeyFileError, LogKeys, StoreUrl},
+    store::{self, Accepted, Compacted, EntryCodec, KeyFileError, LogKeys, StoreUrl},
 };
 
 /// Work on a store that no process has open
@@ -116,14 +116,14 @@ impl Store {
             }
         };
         let keys = log.keys(&url).map_err(|error| refused(&error))?;
-        let accepted = store::accept(&url, keys, log.origin, CONTROLS).map_err(|error| refused(&error))?;
+        let accepted = store::accept(&url, keys, log.origin, ENTRIES).map_err(|error| refused(&error))?;
         print(&told(&accepted))?;
         Ok(Exit::Done)
     }
 }
 
-/// The control entries of a log that begins when an operator accepts a store.
-pub(super) const CONTROLS: ControlCodec = ControlCodec { decode: record::CHECKS.control, began };
+/// The entries of a log that begins when an operator accepts a store.
+pub(super) const ENTRIES: EntryCodec = EntryCodec { checks: record::CHECKS, began };
 
 fn began(previous: String, missing: Vec<Range<u64>>) -> Bytes {
     record::encode_began(&LogBegan { reason: LogBeganReason::Accepted, previous, missing })
@@ -131,7 +131,7 @@ fn began(previous: String, missing: Vec<Range<u64>>) -> Bytes {
 
 /// The message about an accepted store.
 pub(super) fn told(accepted: &Accepted) -> String {
-    let Accepted { path, earlier, last_cycle_id, noted_cycle_id } = accepted;
+    let Accepted { path, earlier, last_cycle_id, noted_cycle_id, missing } = accepted;
     let mut lines = vec![format!("{} can be served now; its last cycle is {last_cycle_id}", path.display())];
     lines.extend(
         earlier.iter().map(|earlier| format!("it is a copy of {}, which must no longer be served", earlier.display())),
@@ -143,6 +143,9 @@ pub(super) fn told(accepted: &Accepted) -> String {
         } else {
             format!("cycles {first} to {noted_cycle_id} are lost; their ids are given again")
         });
+    }
+    if *missing > 0 {
+        lines.push(format!("its log has {} less than it should, and the new log says so", count(*missing, "entry")));
     }
     // A path can contain any characters.
     lines.iter().map(|line| clean(line) + "\n").collect()

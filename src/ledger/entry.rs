@@ -61,8 +61,13 @@ impl Entry<'_> {
 pub enum Control {
     /// Retention removed entries.
     Pruned(RecordsPruned),
-    /// A new log began, while the entries of these leaves were missing.
-    Began(Vec<Range<u64>>),
+    /// A new log began.
+    Began {
+        /// True if the entries were counted anew. Then what earlier ones say is missing does not count any more.
+        counts_anew: bool,
+        /// The leaves whose entries were missing then.
+        missing: Vec<Range<u64>>,
+    },
     /// Something else, which only a later version knows.
     Unknown,
 }
@@ -73,7 +78,7 @@ impl Control {
     pub fn gone(self) -> Vec<Range<u64>> {
         match self {
             Self::Pruned(pruned) => pruned.all().collect(),
-            Self::Began(missing) => missing,
+            Self::Began { missing, .. } => missing,
             Self::Unknown => Vec::new(),
         }
     }
@@ -120,8 +125,8 @@ pub struct LogBegan {
 }
 
 impl LogBegan {
-    /// Most ranges of missing leaves, so that the entry stays small. Further leaves stay missing.
-    pub const MAX_MISSING: usize = 256;
+    /// Most ranges of missing leaves, so that the entry stays small: about 40 KiB. Further leaves stay missing.
+    pub const MAX_MISSING: usize = 4096;
 }
 
 /// Why a new log began.

@@ -150,7 +150,7 @@ fn read<M: Name>(descriptor: &MessageDescriptor, text: &[u8]) -> Result<DynamicM
     let read = DynamicMessage::deserialize(descriptor.clone(), tracked);
     let field = track.path().to_string();
     let of_field = |error: serde_json::Error| match field.as_str() {
-        "." | "" => error.to_string(),
+        "." | "?" => error.to_string(),
         field => format!("{field}: {error}"),
     };
     let message = read.map_err(|error| JsonError::Body(M::NAME, of_field(error)))?;

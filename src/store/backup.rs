@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    AcceptError, Accepted, ControlCodec, DatabaseFileError, LogKeys, OpenError, StoreUrl, accept, checkpoint_of,
+    AcceptError, Accepted, DatabaseFileError, EntryCodec, LogKeys, OpenError, StoreUrl, accept, checkpoint_of,
     published, sqlite,
 };
 use crate::{file, ledger::SigningKey, model::CycleId};
@@ -102,7 +102,7 @@ pub fn restore<E: From<BackupError>>(
     backup: &Path,
     url: &StoreUrl,
     (keys, origin): (LogKeys, Option<String>),
-    controls: ControlCodec,
+    codec: EntryCodec,
     replaces: bool,
     verify: impl FnOnce(&Path, &[SigningKey]) -> Result<(), E>,
 ) -> Result<Accepted, E> {
@@ -119,7 +119,7 @@ pub fn restore<E: From<BackupError>>(
         let path = checkpoint_of(database);
         file::replace(&path, &checkpoint).map_err(|problem| BackupError::File { path, problem })?;
     }
-    Ok(accept(url, keys, origin, controls).map_err(BackupError::from)?)
+    Ok(accept(url, keys, origin, codec).map_err(BackupError::from)?)
 }
 
 /// The database of a store that has one.

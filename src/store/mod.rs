@@ -28,7 +28,7 @@ use crate::{
     file,
     ledger::{Checkpoint, Hash, SealKeys, Signer},
     model::{CycleId, Name},
-    ports::{Checks, ControlDecoder, Record, Store, StoreError},
+    ports::{Checks, Record, Store, StoreError},
 };
 
 /// The location of a store.
@@ -217,14 +217,16 @@ pub struct Accepted {
     pub last_cycle_id: CycleId,
     /// The last acknowledged cycle, as noted.
     pub noted_cycle_id: CycleId,
+    /// Number of entries that are missing in its log, as the entry of the new log says.
+    pub missing: u64,
 }
 
-/// Reads and makes control entries.
+/// Checks the entries of a log, and makes one.
 #[derive(Clone, Copy, Debug)]
-pub struct ControlCodec {
-    /// Decodes one.
-    pub decode: ControlDecoder,
-    /// Makes the entry of a new log, of the checkpoint beside its store, and of the leaves that are missing.
+pub struct EntryCodec {
+    /// What entries have to pass.
+    pub checks: Checks,
+    /// Makes the control entry of a new log, of the checkpoint beside its store, and of the leaves that are missing.
     pub began: fn(String, Vec<Range<u64>>) -> Bytes,
 }
 
@@ -238,7 +240,7 @@ pub fn accept(
     url: &StoreUrl,
     keys: LogKeys,
     origin: Option<String>,
-    ControlCodec { decode, began }: ControlCodec,
+    EntryCodec { checks, began }: EntryCodec,
 ) -> Result<Accepted, AcceptError> {
     let StoreUrl::Sqlite(path) = url else {
         return Err(OpenError::from(DatabaseFileError::Missing { database: url.to_string() }).into());
@@ -247,7 +249,7 @@ pub fn accept(
     let signer = Signer::of(origin, keys);
     let previous = published(url);
     let began = |missing| began(previous.clone().unwrap_or_default(), missing);
-    let (accepted, log) = sqlite::accept(path, (SealKeys::of(&signer), new), decode, began)?;
+    let (accepted, log) = sqlite::accept(path, (SealKeys::of(&signer), new), checks, began)?;
     let publish = || {
         previous.map(|previous| keep_published(url, &previous)).transpose()?;
         file::replace(&checkpoint_of(path), &signer.sign(log.size(), log.root()))

@@ -35,7 +35,7 @@ pub(super) struct Term {
     pub(super) frontier: Frontier,
     /// The leaves that retention has removed: those below `log.first_kept` of the frontier, and others.
     pub(super) removed: Leaves,
-    /// The leaves that were missing when a new log began, so that their entries are in no number of `counts`.
+    /// The leaves that were missing when the entries were counted anew, so that they are in no number of `counts`.
     pub(super) accepted: Leaves,
     pub(super) sealer: Sealer,
     /// What the first commit of the term seals anew, if anything.
@@ -74,6 +74,13 @@ impl Term {
             integer(self.unlogged_to.0),
         ];
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        if !write.removal.is_empty() {
+            // Another process may have removed the same.
+            let epoch = transaction.query_row("SELECT epoch FROM meta", [], |row| number(row, 0)).map(Epoch)?;
+            if epoch != self.current {
+                return Ok(Err(epoch));
+            }
+        }
         let mut counts = self.counts;
         let removed = remove_entries(&transaction, write, &mut counts)?;
         counts.add(write);

@@ -16,6 +16,7 @@ use super::{
         COLUMNS, HAS_REVISION, identity, integer, json, key, name, number, open_cycle, read, time, unknown_cycle, wrong,
     },
     seal::{LOOPS, OPEN_CYCLES, OUTPUTS, SUBSYSTEMS, Seal, Sealer, Table},
+    walk::recount,
 };
 use crate::{
     clock::Clock,
@@ -109,9 +110,9 @@ pub(super) fn read_contents(
     if matches!(renewal, Some(Renewal::Missing | Renewal::Everything)) {
         check_unsealed_epoch(current)
             .map_err(|problem| StoreError::Corrupt { store: path.display().to_string(), problem })?;
-        counts = Counts::count(&transaction).map_err(explained)?;
-        contents.missing = said.missing(&transaction, &log).map_err(explained)?;
-        contents.missing.iter().for_each(|leaves| said.accepted.add(leaves.clone()));
+        let recounted = recount(&transaction, checks, &log, &said.removed, unlogged_to).map_err(explained)?;
+        (counts, contents.missing) = recounted;
+        said.accepted = contents.missing.iter().cloned().collect();
     }
     let (mut unreadable, mut changed) = (Vec::new(), None);
     let mut rows = Rows {

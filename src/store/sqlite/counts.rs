@@ -5,7 +5,10 @@ use std::array;
 
 use rusqlite::{Connection, Row};
 
-use super::rows::{integer, kind_number, number, state_number};
+use super::{
+    rows::{integer, kind_number, number, state_number},
+    walk::Is,
+};
 use crate::{
     model::{CycleState, EventKind},
     ports::Write,
@@ -30,7 +33,7 @@ impl Counts {
         Ok(counts)
     }
 
-    /// Counts all records and events, for a database whose numbers have no seal.
+    /// Counts all records and events by their columns.
     pub(super) fn count(connection: &Connection) -> rusqlite::Result<Self> {
         let mut counts = Self::default();
         let mut records = connection.prepare("SELECT count(*) FROM cycles WHERE state = ?1")?;
@@ -59,6 +62,15 @@ impl Counts {
         }
         for event in &write.audit {
             self.0[of_kind(event.kind)] += 1;
+        }
+    }
+
+    /// Counts an entry.
+    pub(super) fn add_entry(&mut self, is: Is) {
+        match is {
+            Is::Record(state, _) => self.0[of_state(state)] += 1,
+            Is::Event(kind, _) => self.0[of_kind(kind)] += 1,
+            Is::Other => {}
         }
     }
 

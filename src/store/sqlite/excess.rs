@@ -17,7 +17,10 @@ use crate::{
     ledger::{Leaves, Proven},
     model::{CycleState, EventKind, Revision},
     ports::{Checks, Excess, OldEvent, OldRecord, Retention},
-    store::pruning::{Limits, rules},
+    store::{
+        frontier::Frontier,
+        pruning::{Limits, rules},
+    },
 };
 
 /// Most entries that one search examines, and bytes of them after which it examines no further ones, since commits wait
@@ -75,7 +78,9 @@ impl Searches {
         now: Timestamp,
         limit: usize,
     ) -> rusqlite::Result<(Excess, Option<String>)> {
-        let mut source = Source { transaction, term, checks, proven: Proven::of(&term.frontier.log.frontier) };
+        let Term { frontier: Frontier { log, .. }, removed, accepted, unlogged_to, .. } = term;
+        let proven = Proven::of(&log.frontier);
+        let mut source = Source { transaction, checks, log, removed, accepted, unlogged_to: *unlogged_to, proven };
         let mut budget = Budget { limit, entries: MOST_EXAMINED, bytes: MOST_BYTES };
         let newest = term.frontier.last_revision.0;
         let mut records = Vec::new();
@@ -195,10 +200,10 @@ impl Budget {
 /// what is around them. An entry that is missing without a removal stays in the way: nothing may say that retention
 /// removed it.
 fn first_kept(source: &mut Source<'_>, removed: &Leaves) -> rusqlite::Result<u64> {
-    let Source { transaction, term, proven, .. } = source;
-    let mut leaf = term.frontier.log.first_kept;
-    while leaf < term.frontier.log.frontier.size() {
-        let next = term.removed.from(leaf).end.max(removed.from(leaf).end);
+    let Source { transaction, log, removed: earlier, proven, .. } = source;
+    let mut leaf = log.first_kept;
+    while leaf < log.frontier.size() {
+        let next = earlier.from(leaf).end.max(removed.from(leaf).end);
         if next == leaf && log::control_entry(transaction, proven, leaf)?.is_none() {
             break;
         }

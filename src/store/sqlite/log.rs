@@ -13,7 +13,7 @@ use super::{
     rows::{MAX_RECORD, integer, kind_number, nanoseconds, number},
 };
 use crate::{
-    ledger::{Content, Control, Entry, Frontier, Hash, Leaves, LogBegan, Node, Part, Proven},
+    ledger::{Content, Control, Entry, Frontier, Hash, Leaves, Node, Part, Proven},
     model::CycleId,
     ports::{ControlDecoder, Log, PageLimits, StoreError, Write},
     store::{frontier::Appended, pruning::needless_hashes},
@@ -97,33 +97,13 @@ pub(super) fn is_in_log(
 pub(super) struct Said {
     /// The leaves that retention has removed.
     pub(super) removed: Leaves,
-    /// The leaves that were missing when a new log began, so that their entries are in no number of entries.
+    /// The leaves that were missing when the entries were counted anew, so that they are in no number of entries.
     pub(super) accepted: Leaves,
 }
 
-impl Said {
-    /// The leaves that no row claims to be, although nothing says that they are gone: the first ones, as many as the
-    /// entry about a new log can name.
-    pub(super) fn missing(&self, connection: &Connection, log: &Log) -> rusqlite::Result<Vec<Range<u64>>> {
-        let claims = "SELECT leaf FROM cycles WHERE leaf >= 0 AND typeof(leaf) = 'integer'
-                      UNION ALL SELECT leaf FROM audit WHERE leaf >= 0
-                      UNION ALL SELECT leaf FROM control WHERE leaf >= 0 ORDER BY leaf";
-        let size = log.frontier.size();
-        let (mut missing, mut next) = (Vec::new(), 0);
-        let mut query = connection.prepare(claims)?;
-        let claims = query.query_map([], |row| number(row, 0))?;
-        for leaf in claims.chain([Ok(size)]) {
-            let leaf = leaf?.min(size);
-            let unnamed = self.removed.missing(next..leaf).flat_map(|leaves| self.accepted.missing(leaves));
-            missing.extend(unnamed);
-            if missing.len() >= LogBegan::MAX_MISSING {
-                break;
-            }
-            next = next.max(leaf + 1);
-        }
-        missing.truncate(LogBegan::MAX_MISSING);
-        Ok(missing)
-    }
+/// Those of these leaves that are before this one: an entry says nothing of later ones.
+pub(super) fn before(leaf: u64, leaves: Vec<Range<u64>>) -> Leaves {
+    leaves.into_iter().map(|leaves| leaves.start..leaves.end.min(leaf)).collect()
 }
 
 /// What the control entries say that the log has.
@@ -137,8 +117,8 @@ pub(super) fn said(connection: &Connection, log: &Log, decode: ControlDecoder) -
         // One that can't be read proves nothing.
         match entry.and_then(|entry| decode(&entry).ok()) {
             Some(Control::Pruned(pruned)) => pruned.all().for_each(|leaves| removed.add(leaves)),
-            Some(Control::Began(missing)) => missing.into_iter().for_each(|leaves| accepted.add(leaves)),
-            Some(Control::Unknown) | None => {}
+            Some(Control::Began { counts_anew: true, missing }) => accepted = before(leaf, missing),
+            Some(Control::Began { counts_anew: false, .. } | Control::Unknown) | None => {}
         }
     }
     Ok(Said { removed, accepted })

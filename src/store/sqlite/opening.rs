@@ -9,7 +9,6 @@ use super::{
     BUSY,
     commit::Renewal,
     contents::check_unsealed_epoch,
-    counts::Counts,
     error::{explain, unwritable},
     identity::Identity,
     log,
@@ -18,11 +17,12 @@ use super::{
     rows::{integer, number},
     schema::{check_version, latest, migrate},
     seal::Sealer,
+    walk::recount,
 };
 use crate::{
     ledger::{Frontier, SealKeys},
-    model::Epoch,
-    ports::{ControlDecoder, StoreError, Write},
+    model::{Epoch, Revision},
+    ports::{Checks, StoreError, Write},
     store::{AcceptError, Accepted, Compacted, NewKeys, OpenError, frontier::Appended},
 };
 
@@ -69,7 +69,7 @@ impl Opened {
 pub(in crate::store) fn accept(
     path: &Path,
     (keys, new): (SealKeys, NewKeys),
-    decode: ControlDecoder,
+    checks: Checks,
     began: impl FnOnce(Vec<Range<u64>>) -> Bytes,
 ) -> Result<(Accepted, Frontier), AcceptError> {
     if !path.exists() {
@@ -84,7 +84,10 @@ pub(in crate::store) fn accept(
     new.save()?;
     let accepted = (|| {
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let missing = log::said(&transaction, &log, decode)?.missing(&transaction, &log)?;
+        let removed = log::said(&transaction, &log, checks.control)?.removed;
+        let unlogged_to = transaction.query_row("SELECT unlogged_to FROM meta", [], |row| number(row, 0))?;
+        let (counts, missing) = recount(&transaction, checks, &log, &removed, Revision(unlogged_to))?;
+        let number_missing = missing.iter().map(|leaves| leaves.end - leaves.start).sum();
         let write = Write { began: Some(began(missing)), ..Write::default() };
         let appended = Appended::to(&log, &write);
         here.note(&transaction)?;
@@ -92,13 +95,13 @@ pub(in crate::store) fn accept(
         let sealer = Sealer::new(keys, mark.id);
         log::append(&transaction, &write, &appended)?;
         transaction.execute("UPDATE meta SET log_size = ?1", [integer(appended.log.frontier.size())])?;
-        Counts::count(&transaction)?.put(&transaction)?;
+        counts.put(&transaction)?;
         sealer.seal_end(&transaction, &appended.log.frontier)?;
         sealer.renew(&transaction, Renewal::Everything)?;
         transaction.commit()?;
-        Ok((mark, appended.log.frontier))
+        Ok((mark, appended.log.frontier, number_missing))
     })();
-    let (mark, end) = accepted.map_err(|error| OpenError::from(explain(&place.path, &error)))?;
+    let (mark, end, missing) = accepted.map_err(|error| OpenError::from(explain(&place.path, &error)))?;
     let (note, known) = Note::open(&place.path)?;
     note.write(&mark).map_err(|error| unwritable(&note_of(&place.path), &error))?;
     let accepted = Accepted {
@@ -108,6 +111,7 @@ pub(in crate::store) fn accept(
         noted_cycle_id: known
             .filter(|known| known.id == mark.id)
             .map_or(mark.last_cycle_id, |known| known.last_cycle_id),
+        missing,
     };
     Ok((accepted, end))
 }

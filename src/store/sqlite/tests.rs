@@ -44,7 +44,7 @@ async fn refused(path: &Path) -> OpenError {
 
 /// Accepts a database as it is.
 fn accepted(path: &Path) -> Accepted {
-    accept(path, (keys(), NewKeys::default()), CHECKS.control, |_| Bytes::from_static(b"began")).unwrap().0
+    accept(path, (keys(), NewKeys::default()), CHECKS, |_| Bytes::from_static(b"began")).unwrap().0
 }
 
 /// An open cycle of which only the id can be read.

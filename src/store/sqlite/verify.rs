@@ -8,7 +8,7 @@ use rusqlite::{Connection, OptionalExtension};
 use super::{
     counts::Counts,
     error::explain,
-    log::{hash, hashes},
+    log::{before, hash, hashes},
     note::Mark,
     opening::read_only,
     place::DatabaseFileError,
@@ -76,7 +76,7 @@ struct Verifier<'a> {
     verified: Verified,
     /// The leaves that retention has removed, by the entries that say so.
     removed: Leaves,
-    /// The leaves that were missing when a new log began.
+    /// The leaves that were missing when the entries were counted anew.
     accepted: Leaves,
     /// True once the checkpoint was compared with the tree.
     is_compared: bool,
@@ -170,8 +170,8 @@ impl Verifier<'_> {
                     first_kept = first_kept.max(pruned.first_kept);
                     pruned.all().for_each(|leaves| self.removed.add(leaves));
                 }
-                Ok(Control::Began(missing)) => missing.into_iter().for_each(|leaves| self.accepted.add(leaves)),
-                Ok(Control::Unknown) => {}
+                Ok(Control::Began { counts_anew: true, missing }) => self.accepted = before(leaf, missing),
+                Ok(Control::Began { counts_anew: false, .. } | Control::Unknown) => {}
                 Err(problem) => (self.wrong)(format!("leaf {leaf}, a control entry, can't be read: {problem}")),
             }
         }
@@ -224,14 +224,18 @@ impl Verifier<'_> {
             let Range { end, .. } = subtree.leaves();
             let stored = hashes(self.database, &[subtree])?.and_then(|hashes| hashes.first().copied());
             if removed.is_empty() {
+                let is_accepted = !self.accepted.from(leaf).is_empty();
                 match next_before(end).transpose()? {
+                    Some(claim) if is_accepted => {
+                        (self.wrong)(format!("{claim} is there, although a new log began without it"));
+                    }
                     Some(claim) => {
                         let hash = self.check_entry(&claim, &mut last_revision)?;
                         if hash.is_some() && hash != stored {
                             (self.wrong)(format!("{claim} was changed: its bytes don't have the hash of its leaf"));
                         }
                     }
-                    None if !self.accepted.from(leaf).is_empty() => self.verified.missing += 1,
+                    None if is_accepted => self.verified.missing += 1,
                     None => {
                         (self.wrong)(format!("leaf {leaf} is missing, and no entry says that retention removed it"));
                     }

@@ -1,20 +1,20 @@
 //! Goes through the entries of the log in its order, by what the entries themselves say, and finds those that are
 //! missing.
 
-use std::array;
+use std::{array, ops::Range};
 
 use jiff::Timestamp;
 use rusqlite::{CachedStatement, Row, Rows, Transaction};
 
 use super::{
-    commit::Term,
+    counts::Counts,
     log,
     rows::{COLUMNS, HAS_REVISION, MAX_RECORD, event, integer, leaf, number, read},
 };
 use crate::{
-    ledger::{Entry, Proven},
+    ledger::{Entry, Leaves, LogBegan, Proven},
     model::{CycleId, CycleState, EventKind, Revision},
-    ports::{Checks, Unreadable, UnreadableEvent},
+    ports::{Checks, Log, Unreadable, UnreadableEvent},
 };
 
 /// The tables that have the entries of the log, in the order of their numbers here.
@@ -85,8 +85,14 @@ pub(super) enum Is {
 /// The log whose entries are passed.
 pub(super) struct Source<'s> {
     pub(super) transaction: &'s Transaction<'s>,
-    pub(super) term: &'s Term,
     pub(super) checks: Checks,
+    pub(super) log: &'s Log,
+    /// The leaves that retention has removed.
+    pub(super) removed: &'s Leaves,
+    /// The leaves that were missing when the entries were counted anew.
+    pub(super) accepted: &'s Leaves,
+    /// The highest revision of the records that are older than the log.
+    pub(super) unlogged_to: Revision,
     pub(super) proven: Proven,
 }
 
@@ -140,7 +146,7 @@ impl<'w, 's> Walk<'w, 's> {
                     Ok(passed) => self.next[index] = Some(passed),
                     Err(problem) => {
                         self.place.rows[index] = place + 1;
-                        let is_older = table == Table::Records && place <= self.source.term.unlogged_to.0;
+                        let is_older = table == Table::Records && place <= self.source.unlogged_to.0;
                         return Ok(Some(Step::Damaged { problem, bytes: bytes_of(row), is_older }));
                     }
                 }
@@ -160,14 +166,49 @@ impl<'w, 's> Walk<'w, 's> {
 
     /// Passes the leaves up to this one. Returns those of them that are missing, if any.
     fn missing_before(&mut self, leaf: u64) -> Option<Step> {
-        let term = self.source.term;
+        let Source { removed, accepted, .. } = *self.source;
         let from = self.place.leaf.min(leaf);
         self.place.leaf = self.place.leaf.max(leaf);
-        let unnamed = term.removed.missing(from..leaf).flat_map(|leaves| term.accepted.missing(leaves));
+        let unnamed = removed.missing(from..leaf).flat_map(|leaves| accepted.missing(leaves));
         let mut missing = unnamed.peekable();
         let first = missing.peek()?.start;
         Some(Step::Missing { leaf: first, number: missing.map(|leaves| leaves.end - leaves.start).sum() })
     }
+}
+
+/// Counts all entries that are what was written, and finds the leaves that no such entry has, except those that
+/// retention has removed: the first ones, as many as the entry about a new log can name.
+pub(super) fn recount(
+    transaction: &Transaction<'_>,
+    checks: Checks,
+    log: &Log,
+    removed: &Leaves,
+    unlogged_to: Revision,
+) -> rusqlite::Result<(Counts, Vec<Range<u64>>)> {
+    /// Number of rows after which proved nodes are forgotten, since they take memory.
+    const FORGET: usize = 10_000;
+    let accepted = &Leaves::default();
+    let proven = || Proven::of(&log.frontier);
+    let mut source = Source { transaction, checks, log, removed, accepted, unlogged_to, proven: proven() };
+    let (mut counts, mut present) = (Counts::default(), Leaves::default());
+    for table in Table::ALL {
+        let mut query = table.query(transaction)?;
+        let mut rows = query.query([0])?;
+        let mut examined = 0;
+        while let Some(row) = rows.next()? {
+            let place = number(row, 0)?;
+            if let Ok(Passed { leaf, is, .. }) = source.examine(table, row, place, table)? {
+                counts.add_entry(is);
+                present.add(leaf.map_or(0..0, |leaf| leaf..leaf + 1));
+            }
+            examined += 1;
+            if examined % FORGET == 0 {
+                source.proven = proven();
+            }
+        }
+    }
+    let missing = removed.missing(0..log.frontier.size()).flat_map(|leaves| present.missing(leaves));
+    Ok((counts, missing.take(LogBegan::MAX_MISSING).collect()))
 }
 
 impl Source<'_> {
@@ -192,11 +233,12 @@ impl Source<'_> {
             (Err(error), _) => return Ok(Err(named(table, row, place, error.to_string()))),
         };
         let problem = match leaf {
-            Some(leaf) if !self.term.removed.from(leaf).is_empty() => Some(REMOVED),
+            Some(leaf) if !self.removed.from(leaf).is_empty() => Some(REMOVED),
+            Some(leaf) if !self.accepted.from(leaf).is_empty() => Some(ACCEPTED),
             Some(leaf) if !log::is_in_log(self.transaction, &mut self.proven, leaf, table.entry(bytes))? => {
                 Some(NOT_IN_LOG)
             }
-            None if place > self.term.unlogged_to.0 => Some(WITHOUT_LEAF),
+            None if place > self.unlogged_to.0 => Some(WITHOUT_LEAF),
             _ => None,
         };
         if let Some(problem) = problem {
@@ -247,6 +289,8 @@ impl Table {
 const NOT_IN_LOG: &str = "its bytes were changed, or hashes of the log: the log does not have them as its leaf";
 /// The problem of an entry that was put back.
 const REMOVED: &str = "it is there, although the log says that retention removed it";
+/// The problem of an entry that is in no number of entries.
+const ACCEPTED: &str = "it is there, although a new log began without it; `orchestrator store accept` counts it";
 /// The problem of a record that is not older than the log.
 const WITHOUT_LEAF: &str = "it has no leaf, and was written since the log began";
 
