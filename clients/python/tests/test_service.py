@@ -129,6 +129,7 @@ class WithService(unittest.IsolatedAsyncioTestCase):
             self.assertEqual(await self.registered(), {})
         waiting = [line for line in logs.output if "trying again" in line and "UNAVAILABLE" in line]
         self.assertLessEqual(len(waiting), 6, logs.output)
+        self.assertTrue(any("subsystems are registered with" in line for line in logs.output), logs.output)
 
     async def test_a_lost_lease_is_registered_again(self) -> None:
         self.start()

@@ -61,7 +61,9 @@ export class Registrar {
             for (const registration of this.registrations) {
               if (!signal.aborted) await this.keepOne(client, registration);
             }
-            this.reported.delete("");
+            if (this.reported.delete("")) {
+              this.observer.log(`subsystems are registered with ${this.orchestrator.url}`);
+            }
             pauseMs = FIRST_PAUSE_MS;
             if (isNew && !signal.aborted) this.observer.registered();
             isNew = false;
@@ -189,7 +191,7 @@ function problemOf(error: unknown): Problem {
   if (error instanceof OptionError) return { message: error.message, code: undefined };
   const { code, details } = error as ServiceError;
   if (status[code] === undefined) throw error;
-  return { message: `${status[code]}: ${details.replace(/ Resolution note: *$/, "")}`, code };
+  return { message: `${status[code]}: ${details.replace(/ Resolution note: *$/, "").replace(/\.$/, "")}`, code };
 }
 
 /** Waits; a signal ends the wait. */

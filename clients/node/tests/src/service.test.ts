@@ -82,6 +82,10 @@ test("a fleet waits for the service, and takes part through its restart", async 
   assert.deepEqual(await registered(running.address), {});
   const waiting = log.filter((line) => line.includes("trying again") && line.includes("UNAVAILABLE"));
   assert.ok(waiting.length >= 1 && waiting.length <= 6, log.join("\n"));
+  assert.ok(
+    log.some((line) => line.startsWith("subsystems are registered with ")),
+    log.join("\n"),
+  );
 });
 
 test("a lost lease is registered again", async () => {

@@ -51,7 +51,8 @@ class Registrar:
                     while True:
                         for registration in self._registrations:
                             await self._keep_one(channel, registration)
-                        self._reported.pop("", None)
+                        if self._reported.pop("", None) is not None:
+                            log.info("subsystems are registered with %s", self._orchestrator.url)
                         pause = FIRST_PAUSE
                         await asyncio.sleep(self._lease / 3)
             except grpc.aio.AioRpcError as error:
