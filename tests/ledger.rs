@@ -873,6 +873,18 @@ async fn each_change_of_a_database_is_named_when_it_is_verified() {
     }
 }
 
+#[tokio::test]
+async fn a_database_whose_removals_are_hidden_is_not_served() {
+    let (home, _) = verified_home().await;
+    assert_eq!(database(&home.path("o.db")).execute("DELETE FROM control", []).unwrap(), 1);
+    assert_eq!(home.try_serve().await.err().unwrap().code(), Some(1), "{}", home.log());
+    assert!(
+        home.log().contains("entries of its log about removals, or about a new log, are missing"),
+        "{}",
+        home.log()
+    );
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_is_verified_only_by_a_checkpoint_that_the_key_has_signed() {
     let (home, key) = verified_home().await;
@@ -1402,12 +1414,24 @@ async fn what_comes_back_to_an_accepted_store_is_named_until_it_is_accepted_as_w
         assert!(code == Some(0) && !said.contains("missing"), "{take}: {said}");
         fs::write(&path, &untouched).unwrap();
     }
+    // What the table `meta` says was removed is not taken for it.
+    change("UPDATE meta SET log_first_kept = 4; DELETE FROM cycles WHERE leaf < 4; DELETE FROM audit WHERE leaf < 4");
+    let (code, said) = call(None, &["store", "accept", &url]).await;
+    assert!(code == 0 && said.contains("its log has 4 entries less than it should"), "{code}: {said}");
+    fs::write(&path, &untouched).unwrap();
     // Now they count again, and are missed again.
     change("CREATE TABLE away AS SELECT * FROM cycles WHERE cycle_id <= 2; DELETE FROM cycles WHERE cycle_id <= 2");
     accepted().await;
     change("INSERT INTO cycles SELECT * FROM away");
     accepted().await;
-    change("DELETE FROM cycles WHERE cycle_id <= 2");
+    // An earlier entry does not take the place of the last one.
+    change(
+        "CREATE TABLE last AS SELECT * FROM control ORDER BY leaf DESC LIMIT 1; DELETE FROM control WHERE leaf = 13",
+    );
+    assert_eq!(home.try_serve().await.err().unwrap().code(), Some(1), "{}", home.log());
+    let missing = "entries of its log about removals, or about a new log, are missing or have come back";
+    assert!(home.log().contains(missing), "{}", home.log());
+    change("INSERT INTO control SELECT * FROM last; DELETE FROM cycles WHERE cycle_id <= 2");
     let home = home.with_args(["--set", "store.retention.max_cycles=4"]);
     let service = home.serve().await;
     home.logged("retention keeps more than its limits allow: leaf 0 of the log is missing", 1).await;

@@ -55,6 +55,18 @@ impl Leaves {
         })
     }
 
+    /// Its ranges, lowest first.
+    pub fn into_ranges(self) -> impl Iterator<Item = Range<u64>> {
+        self.ranges.into_iter().map(|(start, end)| start..end)
+    }
+
+    /// Number of leaves of the other set that are not in this one.
+    #[must_use]
+    pub fn count_missing(&self, other: &Self) -> u64 {
+        let missing = other.ranges.iter().flat_map(|(start, end)| self.missing(*start..*end));
+        missing.map(|leaves| leaves.end - leaves.start).sum()
+    }
+
     /// Number of leaves in it.
     #[must_use]
     pub fn count(&self) -> u64 {
@@ -98,6 +110,7 @@ mod tests {
             let ends: Vec<_> = leaves.ranges.iter().collect();
             prop_assert!(ends.windows(2).all(|two| two[0].1 < two[1].0), "two ranges meet: {:?}", ends);
             let (other, both) = (others.iter().cloned().collect(), all(&[ranges, others].concat()));
+            prop_assert_eq!(leaves.count_missing(&other), (both.len() - expected.len()) as u64);
             let has_all = (from..from + 5).all(|leaf| both.contains(&leaf));
             prop_assert_eq!(leaves.contain_with(&other, from..from + 5), has_all);
         }

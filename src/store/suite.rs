@@ -210,6 +210,9 @@ pub(super) fn encode_pruned(pruned: &RecordsPruned) -> Bytes {
 }
 
 fn decode_control(bytes: &[u8]) -> Result<Control, String> {
+    if bytes == b"began" {
+        return Ok(Control::Began { counts_anew: true, missing: Vec::new() });
+    }
     let (numbers, rest) = bytes.as_chunks();
     let numbers: Vec<_> = numbers.iter().copied().map(u64::from_be_bytes).collect();
     match (numbers.as_chunks(), rest) {

@@ -37,6 +37,10 @@ pub(super) struct Term {
     pub(super) removed: Leaves,
     /// The leaves that were missing when the entries were counted anew, so that they are in no number of `counts`.
     pub(super) accepted: Leaves,
+    /// Number of leaves in `removed`.
+    pub(super) removed_count: u64,
+    /// The leaf of the entry with which the entries were counted anew.
+    pub(super) counted_at: Option<u64>,
     pub(super) sealer: Sealer,
     /// What the first commit of the term seals anew, if anything.
     pub(super) renewal: Option<Renewal>,
@@ -63,16 +67,6 @@ impl Term {
         appended: &Appended,
     ) -> rusqlite::Result<Result<Written, Epoch>> {
         let last_revision = write.records.last().map_or(self.frontier.last_revision, |record| record.revision);
-        let values = [
-            integer(self.epoch.0),
-            integer(write.last_cycle_id.0),
-            integer(last_revision.0),
-            integer(self.pruned_to_by(write).0),
-            integer(self.commits + 1),
-            write.close.into(),
-            integer(appended.log.first_kept),
-            integer(self.unlogged_to.0),
-        ];
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         if !write.removal.is_empty() {
             // Another process may have removed the same.
@@ -84,6 +78,22 @@ impl Term {
         let mut counts = self.counts;
         let removed = remove_entries(&transaction, write, &mut counts)?;
         counts.add(write);
+        let gone: Leaves =
+            if removed.is_empty() { Leaves::default() } else { ranges(&removed, &appended.log).collect() };
+        let removed_count = self.removed_count + self.removed.count_missing(&gone);
+        let counted_at = self.counted_at_by(write, appended);
+        let values = [
+            integer(self.epoch.0),
+            integer(write.last_cycle_id.0),
+            integer(last_revision.0),
+            integer(self.pruned_to_by(write).0),
+            integer(self.commits + 1),
+            write.close.into(),
+            integer(appended.log.first_kept),
+            integer(removed_count),
+            counted_at.map_or(-1, integer),
+            integer(self.unlogged_to.0),
+        ];
         let current = integer(self.current.0);
         if !self.sealer.put_end(&transaction, &appended.log.frontier, values, counts, current)? {
             let epoch = transaction.query_row("SELECT epoch FROM meta", [], |row| number(row, 0))?;
@@ -99,23 +109,30 @@ impl Term {
         put_cycles(&transaction, &self.sealer, write, appended)?;
         log::append(&transaction, write, appended)?;
         if !removed.is_empty() {
-            let gone: Leaves = ranges(&removed, &appended.log).collect();
             let gone = |leaves| self.removed.contain_with(&gone, leaves);
             log::forget(&transaction, &removed, appended.log.frontier.size(), gone)?;
         }
         put_knowledge(&transaction, &self.sealer, write)?;
         transaction.commit()?;
-        Ok(Ok(Written { counts, removed }))
+        Ok(Ok(Written { counts, gone, removed_count, counted_at }))
     }
 
     /// Advances by `write`, and by what it has appended to the log and removed from it.
-    pub(super) fn advance(&mut self, write: &Write, appended: Appended, Written { counts, removed }: Written) {
-        self.counts = counts;
-        ranges(&removed, &appended.log).for_each(|leaves| self.removed.add(leaves));
+    pub(super) fn advance(&mut self, write: &Write, appended: Appended, written: Written) {
+        let Written { counts, gone, removed_count, counted_at } = written;
+        (self.counts, self.removed_count, self.counted_at) = (counts, removed_count, counted_at);
+        gone.into_ranges().for_each(|leaves| self.removed.add(leaves));
         self.current = self.epoch;
         self.commits += 1;
         self.pruned_to = self.pruned_to_by(write);
         self.frontier.advance(write, appended);
+    }
+
+    /// The leaf of the entry with which the entries were counted anew, after this write.
+    fn counted_at_by(&self, write: &Write, appended: &Appended) -> Option<u64> {
+        let is_anew = self.current != self.epoch && self.renewal == Some(Renewal::Everything);
+        let began = appended.control(write).next().filter(|_| is_anew && write.began.is_some());
+        began.map_or(self.counted_at, |(leaf, _)| Some(leaf))
     }
 
     /// The highest revision that was ever removed, after this write.
@@ -132,8 +149,10 @@ impl Term {
 /// What a transaction has changed, beside what the write says.
 pub(super) struct Written {
     counts: Counts,
-    /// The leaves of all entries that it has removed, lowest first.
-    removed: Vec<u64>,
+    /// The leaves of all entries that it has removed, and all before the first one that is kept.
+    gone: Leaves,
+    removed_count: u64,
+    counted_at: Option<u64>,
 }
 
 /// These removed leaves, and all before the first one that this log keeps.

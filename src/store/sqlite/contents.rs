@@ -38,6 +38,8 @@ pub(super) struct Read {
     pub(super) counts: Counts,
     pub(super) log: Log,
     pub(super) said: Said,
+    /// The leaf of the entry with which the entries were counted anew.
+    pub(super) counted_at: Option<u64>,
     pub(super) sealer: Sealer,
     /// The rows that are to be sealed anew.
     pub(super) renewal: Option<Renewal>,
@@ -83,8 +85,7 @@ pub(super) fn read_contents(
         Ok((current, mark, contents))
     })()
     .map_err(explained)?;
-    let log = log::read(&transaction, path)?;
-    let mut said = log::said(&transaction, &log, checks.control).map_err(explained)?;
+    let mut log = log::read(&transaction, path)?;
     let (keys, are_checked) = match seals {
         Seals::Checked(keys) => (keys, true),
         Seals::Renewed(keys) => (keys, false),
@@ -92,9 +93,12 @@ pub(super) fn read_contents(
     let sealer = Sealer::new(keys, mark.id);
     let of_end = |row: &Row<'_>| {
         let unlogged_to = Revision(number(row, "unlogged_to")?);
-        Ok((sealer.check_end(row, &log.frontier)?, unlogged_to, Counts::of_row(row)?))
+        let (removed, counted_at): (_, i64) = (number(row, "log_removed")?, row.get("log_counted_at")?);
+        let counted_at = u64::try_from(counted_at).ok();
+        Ok((sealer.check_end(row, &log.frontier)?, (unlogged_to, removed, counted_at), Counts::of_row(row)?))
     };
-    let (seal, unlogged_to, mut counts) = transaction.query_row("SELECT * FROM meta", [], of_end).map_err(explained)?;
+    let (seal, numbers, mut counts) = transaction.query_row("SELECT * FROM meta", [], of_end).map_err(explained)?;
+    let (mut unlogged_to, removed, mut counted_at) = numbers;
     let mut renewal = match seal {
         _ if !are_checked => Some(Renewal::Everything),
         Seal::Valid(SealedBy::FirstKey) => None,
@@ -107,13 +111,22 @@ pub(super) fn read_contents(
             return Err(tampered(path, problem));
         }
     };
-    if matches!(renewal, Some(Renewal::Missing | Renewal::Everything)) {
+    let said = if matches!(renewal, Some(Renewal::Missing | Renewal::Everything)) {
         check_unsealed_epoch(current)
             .map_err(|problem| StoreError::Corrupt { store: path.display().to_string(), problem })?;
-        let recounted = recount(&transaction, checks, &log, &said.removed, unlogged_to).map_err(explained)?;
-        (counts, contents.missing) = recounted;
-        said.accepted = contents.missing.iter().cloned().collect();
-    }
+        let recounted = recount(&transaction, checks, &log).map_err(explained)?;
+        (log, counts, unlogged_to) = (recounted.log, recounted.counts, recounted.unlogged_to);
+        (contents.missing, counted_at) = (recounted.missing, None);
+        recounted.said
+    } else {
+        let said = log::said(&transaction, &log, checks.control, counted_at).map_err(explained)?;
+        said.filter(|said| said.removed.count() == removed).ok_or_else(|| {
+            tampered(
+                path,
+                "entries of its log about removals, or about a new log, are missing or have come back".into(),
+            )
+        })?
+    };
     let (mut unreadable, mut changed) = (Vec::new(), None);
     let mut rows = Rows {
         transaction: &transaction,
@@ -174,7 +187,7 @@ pub(super) fn read_contents(
         !(open.is_empty() && subsystems.is_empty() && loops.is_empty() && outputs.is_empty() && unreadable.is_empty());
     let is_empty = *last_cycle_id == CycleId(0) && !has_rows;
     contents.is_sealed = is_empty || (are_checked && seal != Seal::Missing);
-    Ok(Read { contents, current, mark, unlogged_to, counts, log, said, sealer, renewal })
+    Ok(Read { contents, current, mark, unlogged_to, counts, log, said, counted_at, sealer, renewal })
 }
 
 /// Refuses an epoch that no clock can have given, if nothing shows that this software wrote it: the next epochs would

@@ -97,8 +97,25 @@ pub(super) fn is_in_log(
 pub(super) struct Said {
     /// The leaves that retention has removed.
     pub(super) removed: Leaves,
+    /// All entries before this leaf are removed.
+    pub(super) first_kept: u64,
     /// The leaves that were missing when the entries were counted anew, so that they are in no number of entries.
     pub(super) accepted: Leaves,
+}
+
+/// The leaves that were missing when the entries were counted anew, by the entry of this leaf; `None` if that is not
+/// there, although retention has not removed it.
+fn accepted(
+    connection: &Connection,
+    log: &Log,
+    proven: &mut Proven,
+    decode: ControlDecoder,
+    counted_at: u64,
+) -> rusqlite::Result<Option<Leaves>> {
+    Ok(match control_entry(connection, proven, counted_at)?.map(|entry| decode(&entry)) {
+        Some(Ok(Control::Began { missing, .. })) => Some(before(counted_at, missing)),
+        _ => (counted_at < log.first_kept).then(Leaves::default),
+    })
 }
 
 /// Those of these leaves that are before this one: an entry says nothing of later ones.
@@ -106,22 +123,32 @@ pub(super) fn before(leaf: u64, leaves: Vec<Range<u64>>) -> Leaves {
     leaves.into_iter().map(|leaves| leaves.start..leaves.end.min(leaf)).collect()
 }
 
-/// What the control entries say that the log has.
-pub(super) fn said(connection: &Connection, log: &Log, decode: ControlDecoder) -> rusqlite::Result<Said> {
-    let (mut removed, mut accepted, mut proven) = (Leaves::default(), Leaves::default(), Proven::of(&log.frontier));
-    removed.add(0..log.first_kept);
+/// What the control entries say that the log has. The entries were counted anew with the one of the leaf `counted_at`;
+/// `None` if that is missing. What comes back to a leaf that was missing then says nothing.
+pub(super) fn said(
+    connection: &Connection,
+    log: &Log,
+    decode: ControlDecoder,
+    counted_at: Option<u64>,
+) -> rusqlite::Result<Option<Said>> {
+    let (mut removed, mut first_kept, mut proven) = (Leaves::default(), log.first_kept, Proven::of(&log.frontier));
+    removed.add(0..first_kept);
+    let accepted = match counted_at {
+        Some(counted_at) => accepted(connection, log, &mut proven, decode, counted_at)?,
+        None => Some(Leaves::default()),
+    };
+    let Some(accepted) = accepted else { return Ok(None) };
     let mut query = connection.prepare("SELECT leaf FROM control WHERE leaf >= 0 ORDER BY leaf")?;
     for leaf in query.query_map([], |row| number(row, 0))? {
         let leaf = leaf?;
-        let entry = control_entry(connection, &mut proven, leaf)?;
+        let entry = control_entry(connection, &mut proven, leaf)?.filter(|_| accepted.from(leaf).is_empty());
         // One that can't be read proves nothing.
-        match entry.and_then(|entry| decode(&entry).ok()) {
-            Some(Control::Pruned(pruned)) => pruned.all().for_each(|leaves| removed.add(leaves)),
-            Some(Control::Began { counts_anew: true, missing }) => accepted = before(leaf, missing),
-            Some(Control::Began { counts_anew: false, .. } | Control::Unknown) | None => {}
+        if let Some(Ok(Control::Pruned(pruned))) = entry.map(|entry| decode(&entry)) {
+            pruned.all().for_each(|leaves| removed.add(leaves));
+            first_kept = first_kept.max(pruned.first_kept);
         }
     }
-    Ok(Said { removed, accepted })
+    Ok(Some(Said { removed, first_kept, accepted }))
 }
 
 /// The first revision whose record is this leaf or a later one. Records in the log have increasing leaves.

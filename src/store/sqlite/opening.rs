@@ -17,11 +17,11 @@ use super::{
     rows::{integer, number},
     schema::{check_version, latest, migrate},
     seal::Sealer,
-    walk::recount,
+    walk::{Recounted, recount},
 };
 use crate::{
     ledger::{Frontier, SealKeys},
-    model::{Epoch, Revision},
+    model::Epoch,
     ports::{Checks, StoreError, Write},
     store::{AcceptError, Accepted, Compacted, NewKeys, OpenError, frontier::Appended},
 };
@@ -84,9 +84,7 @@ pub(in crate::store) fn accept(
     new.save()?;
     let accepted = (|| {
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let removed = log::said(&transaction, &log, checks.control)?.removed;
-        let unlogged_to = transaction.query_row("SELECT unlogged_to FROM meta", [], |row| number(row, 0))?;
-        let (counts, missing) = recount(&transaction, checks, &log, &removed, Revision(unlogged_to))?;
+        let Recounted { log, said, missing, counts, unlogged_to } = recount(&transaction, checks, &log)?;
         let number_missing = missing.iter().map(|leaves| leaves.end - leaves.start).sum();
         let write = Write { began: Some(began(missing)), ..Write::default() };
         let appended = Appended::to(&log, &write);
@@ -94,7 +92,17 @@ pub(in crate::store) fn accept(
         let mark = Mark::read(&transaction)?;
         let sealer = Sealer::new(keys, mark.id);
         log::append(&transaction, &write, &appended)?;
-        transaction.execute("UPDATE meta SET log_size = ?1", [integer(appended.log.frontier.size())])?;
+        transaction.execute(
+            "UPDATE meta SET log_size = ?1, log_first_kept = ?2, log_removed = ?3, log_counted_at = ?4, unlogged_to = ?5",
+            [
+                appended.log.frontier.size(),
+                log.first_kept,
+                said.removed.count(),
+                log.frontier.size(),
+                unlogged_to.0,
+            ]
+            .map(integer),
+        )?;
         counts.put(&transaction)?;
         sealer.seal_end(&transaction, &appended.log.frontier)?;
         sealer.renew(&transaction, Renewal::Everything)?;

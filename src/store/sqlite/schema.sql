@@ -259,3 +259,10 @@ CREATE INDEX cycles_by_request ON cycles (request_id, triggered_by) WHERE reques
 
 -- Retention goes through the audit in the order of its leaves.
 DROP INDEX audit_by_kind;
+
+-- migration 15
+
+-- What the control entries of the log say, so that one that is missing, or has come back, is noticed: the number of
+-- leaves that retention has removed, and the leaf of the entry with which the entries were counted anew, or -1.
+ALTER TABLE meta ADD COLUMN log_removed    INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE meta ADD COLUMN log_counted_at INTEGER NOT NULL DEFAULT -1;

@@ -66,8 +66,18 @@ pub(super) const TABLES: [&Table; 4] = [&SUBSYSTEMS, &LOOPS, &OUTPUTS, &OPEN_CYC
 /// how far the history goes. A process that takes over raises the epoch with its first commit, which has its own
 /// seal. Not what says which file and which start of the machine it was, which change without a process that has the
 /// key.
-const META: [&str; 8] =
-    ["epoch", "last_cycle_id", "last_revision", "pruned_to", "commits", "is_closed", "log_first_kept", "unlogged_to"];
+const META: [&str; 10] = [
+    "epoch",
+    "last_cycle_id",
+    "last_revision",
+    "pruned_to",
+    "commits",
+    "is_closed",
+    "log_first_kept",
+    "log_removed",
+    "log_counted_at",
+    "unlogged_to",
+];
 
 /// Writes the row of the table `meta`, if its epoch is still the expected one: the sealed columns, the size of the log,
 /// and the seal.

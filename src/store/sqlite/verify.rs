@@ -59,6 +59,7 @@ pub(in super::super) fn verify(
         verified,
         removed: Leaves::default(),
         accepted: Leaves::default(),
+        counted_at: None,
         is_compared: false,
     };
     Ok(verifier.verify().map_err(explained)?)
@@ -78,6 +79,8 @@ struct Verifier<'a> {
     removed: Leaves,
     /// The leaves that were missing when the entries were counted anew.
     accepted: Leaves,
+    /// The leaf of the entry that says so.
+    counted_at: Option<u64>,
     /// True once the checkpoint was compared with the tree.
     is_compared: bool,
 }
@@ -170,7 +173,9 @@ impl Verifier<'_> {
                     first_kept = first_kept.max(pruned.first_kept);
                     pruned.all().for_each(|leaves| self.removed.add(leaves));
                 }
-                Ok(Control::Began { counts_anew: true, missing }) => self.accepted = before(leaf, missing),
+                Ok(Control::Began { counts_anew: true, missing }) => {
+                    (self.accepted, self.counted_at) = (before(leaf, missing), Some(leaf));
+                }
                 Ok(Control::Began { counts_anew: false, .. } | Control::Unknown) => {}
                 Err(problem) => (self.wrong)(format!("leaf {leaf}, a control entry, can't be read: {problem}")),
             }
@@ -447,6 +452,21 @@ impl Verifier<'_> {
         }
         let sealed = self.database.query_row("SELECT * FROM meta", [], Counts::of_row)?;
         let found = Counts::count(self.database)?;
+        let (removed, counted_at): (u64, i64) =
+            self.database.query_row("SELECT log_removed, log_counted_at FROM meta", [], |row| {
+                Ok((number(row, 0)?, row.get(1)?))
+            })?;
+        if removed != self.verified.removed {
+            let found = self.verified.removed;
+            (self.wrong)(format!(
+                "by the table meta, retention has removed {}; by the log, {found}",
+                count(removed, "entry")
+            ));
+        }
+        let counted_at = u64::try_from(counted_at).ok().filter(|leaf| *leaf >= self.verified.first_kept);
+        if counted_at != self.counted_at.filter(|leaf| *leaf >= self.verified.first_kept) {
+            (self.wrong)("by the table meta, another entry of the log than its last one says what was missing".into());
+        }
         for (column, (sealed, found)) in Counts::COLUMNS.iter().zip(sealed.columns().iter().zip(found.columns())) {
             if *sealed != found {
                 (self.wrong)(format!(

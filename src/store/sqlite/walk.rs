@@ -8,7 +8,7 @@ use rusqlite::{CachedStatement, Row, Rows, Transaction};
 
 use super::{
     counts::Counts,
-    log,
+    log::{self, Said},
     rows::{COLUMNS, HAS_REVISION, MAX_RECORD, event, integer, leaf, number, read},
 };
 use crate::{
@@ -176,20 +176,34 @@ impl<'w, 's> Walk<'w, 's> {
     }
 }
 
+/// What the entries of a log say, whatever its table `meta` says of them.
+pub(super) struct Recounted {
+    pub(super) log: Log,
+    /// What control entries say. What is accepted is missing now.
+    pub(super) said: Said,
+    /// The missing leaves: the first ones, as many as the entry about a new log can name.
+    pub(super) missing: Vec<Range<u64>>,
+    pub(super) counts: Counts,
+    pub(super) unlogged_to: Revision,
+}
+
 /// Counts all entries that are what was written, and finds the leaves that no such entry has, except those that
-/// retention has removed: the first ones, as many as the entry about a new log can name.
-pub(super) fn recount(
-    transaction: &Transaction<'_>,
-    checks: Checks,
-    log: &Log,
-    removed: &Leaves,
-    unlogged_to: Revision,
-) -> rusqlite::Result<(Counts, Vec<Range<u64>>)> {
+/// retention has removed.
+pub(super) fn recount(transaction: &Transaction<'_>, checks: Checks, log: &Log) -> rusqlite::Result<Recounted> {
     /// Number of rows after which proved nodes are forgotten, since they take memory.
     const FORGET: usize = 10_000;
-    let accepted = &Leaves::default();
+    let mut log = Log { first_kept: 0, ..log.clone() };
+    let said = log::said(transaction, &log, checks.control, None)?;
+    let mut said =
+        said.unwrap_or_else(|| Said { removed: Leaves::default(), first_kept: 0, accepted: Leaves::default() });
+    log.first_kept = said.first_kept;
+    // Records that are older than the log are before all others.
+    let unlogged_to = "SELECT min(unlogged_to, coalesce((SELECT min(revision) - 1 FROM cycles
+                              WHERE leaf IS NOT NULL AND revision > 0), unlogged_to)) FROM meta";
+    let unlogged_to = Revision(transaction.query_row(unlogged_to, [], |row| number(row, 0))?);
+    let (removed, accepted) = (&said.removed, &said.accepted);
     let proven = || Proven::of(&log.frontier);
-    let mut source = Source { transaction, checks, log, removed, accepted, unlogged_to, proven: proven() };
+    let mut source = Source { transaction, checks, log: &log, removed, accepted, unlogged_to, proven: proven() };
     let (mut counts, mut present) = (Counts::default(), Leaves::default());
     for table in Table::ALL {
         let mut query = table.query(transaction)?;
@@ -208,7 +222,9 @@ pub(super) fn recount(
         }
     }
     let missing = removed.missing(0..log.frontier.size()).flat_map(|leaves| present.missing(leaves));
-    Ok((counts, missing.take(LogBegan::MAX_MISSING).collect()))
+    let missing: Vec<_> = missing.take(LogBegan::MAX_MISSING).collect();
+    said.accepted = missing.iter().cloned().collect();
+    Ok(Recounted { log, said, missing, counts, unlogged_to })
 }
 
 impl Source<'_> {

@@ -119,7 +119,7 @@ impl Writer {
     fn take_over(&mut self, seals: Seals) -> Result<Contents, StoreError> {
         let earlier = self.term.take().map(|term| term.epoch.next());
         let read = read_contents(&mut self.connection, &self.path, self.checks, self.clock, seals)?;
-        let Read { mut contents, current, mark, unlogged_to, counts, log, said, sealer, renewal } = read;
+        let Read { mut contents, current, mark, unlogged_to, counts, log, said, counted_at, sealer, renewal } = read;
         contents.epoch = contents.epoch.max(earlier.unwrap_or_default());
         contents.lost = self.noted.and_then(|noted| lost(&mark, &noted));
         let frontier = Frontier {
@@ -141,8 +141,10 @@ impl Writer {
             unlogged_to,
             counts,
             frontier,
+            removed_count: said.removed.count(),
             removed: said.removed,
             accepted: said.accepted,
+            counted_at,
             sealer,
             renewal,
         });
