@@ -775,6 +775,24 @@ fn verify_with(database: &Path, more: &[&str]) -> (Option<i32>, String) {
     (output.status.code(), said.concat())
 }
 
+/// The home of a service that was stopped after this number of cycles without a subsystem, and its key. The record of
+/// cycle n is leaf 2n - 2, and the event of its call leaf 2n - 1.
+async fn stopped_after(cycles: usize) -> (Home, VerifyingKey) {
+    let mut stage = Stage::new().await;
+    for _ in 0..cycles {
+        stage.client.run().await.unwrap();
+    }
+    let (_, key) = checkpoint(&mut ledger(&stage).await).await;
+    let Stage { home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    (home, key)
+}
+
+/// Number of rows of a table.
+fn count(path: &Path, table: &str) -> i64 {
+    database(path).query_row(&format!("SELECT count(*) FROM {table}"), [], |row| row.get(0)).unwrap()
+}
+
 /// A stopped service with a log of 12 records, of which 6 are removed: its home, and its key. The record of cycle n is
 /// leaf 2n - 1, and the event of its call leaf 2n.
 async fn verified_home() -> (Home, VerifyingKey) {
@@ -1028,12 +1046,7 @@ async fn an_epoch_that_no_clock_gives_is_not_accepted_either() {
 
 #[tokio::test]
 async fn retention_removes_nothing_that_is_not_what_its_columns_say() {
-    let mut stage = Stage::new().await;
-    for _ in 0..3 {
-        stage.client.run().await.unwrap();
-    }
-    let Stage { mut home, service, .. } = stage;
-    assert!(service.stop().await.success());
+    let (mut home, _) = stopped_after(3).await;
     let path = home.path("o.db");
     let untouched = fs::read(&path).unwrap();
     for (rule, change, named) in [
@@ -1064,9 +1077,7 @@ async fn retention_removes_nothing_that_is_not_what_its_columns_say() {
         home = home.with_args(["--set", rule]);
         let service = home.serve().await;
         home.logged(&format!("retention keeps more than its limits allow: {named}"), 1).await;
-        let kept = |table: &str| {
-            database(&path).query_row(&format!("SELECT count(*) FROM {table}"), [], |row| row.get::<_, i64>(0)).unwrap()
-        };
+        let kept = |table| count(&path, table);
         assert_eq!((kept("cycles"), kept("audit"), kept("control")), (3, 3, 0), "{change}");
         assert!(service.stop().await.success());
         fs::remove_file(home.path("log")).unwrap();
@@ -1127,13 +1138,7 @@ async fn a_table_with_another_definition_is_neither_served_nor_verified() {
 
 #[tokio::test]
 async fn an_index_that_lacks_a_row_is_named_by_verify() {
-    let mut stage = Stage::new().await;
-    for _ in 0..3 {
-        stage.client.run().await.unwrap();
-    }
-    let (_, key) = checkpoint(&mut ledger(&stage).await).await;
-    let Stage { home, service, .. } = stage;
-    assert!(service.stop().await.success());
+    let (home, key) = stopped_after(3).await;
     let path = home.path("o.db");
     assert_eq!(verify(&path, &key, &[]).0, Some(0));
     // The pages of an empty index take the place of those of the index, whose definition stays.
@@ -1153,12 +1158,7 @@ async fn an_index_that_lacks_a_row_is_named_by_verify() {
 /// Which record is the oldest is said by the records themselves, in the order of their table.
 #[tokio::test]
 async fn other_columns_of_older_records_have_none_removed_before_its_time() {
-    let mut stage = Stage::new().await;
-    for _ in 0..6 {
-        stage.client.run().await.unwrap();
-    }
-    let Stage { home, service, .. } = stage;
-    assert!(service.stop().await.success());
+    let (home, _) = stopped_after(6).await;
     let path = home.path("o.db");
     // As if all but the fifth and the last were of a state that is kept.
     assert_eq!(database(&path).execute("UPDATE cycles SET state = 3 WHERE cycle_id NOT IN (5, 6)", []).unwrap(), 4);
@@ -1168,9 +1168,7 @@ async fn other_columns_of_older_records_have_none_removed_before_its_time() {
     home.logged("retention keeps more than its limits allow: the record of cycle 1, revision 1, can't be read", 1)
         .await;
     assert!(service.stop().await.success());
-    let count = |table: &str| {
-        database(&path).query_row(&format!("SELECT count(*) FROM {table}"), [], |row| row.get::<_, i64>(0)).unwrap()
-    };
+    let count = |table| count(&path, table);
     assert_eq!((count("cycles"), count("control")), (6, 0));
 }
 
@@ -1185,18 +1183,10 @@ fn forge(database: &Connection, leaf: u64, entry: Entry<'_>, put: &str, bytes: &
 
 #[tokio::test]
 async fn an_entry_with_a_forged_hash_neither_counts_as_a_removal_nor_is_removed() {
-    let mut stage = Stage::new().await;
-    for _ in 0..6 {
-        stage.client.run().await.unwrap();
-    }
-    let (_, key) = checkpoint(&mut ledger(&stage).await).await;
-    let Stage { mut home, service, .. } = stage;
-    assert!(service.stop().await.success());
+    let (mut home, key) = stopped_after(6).await;
     let path = home.path("o.db");
     let untouched = fs::read(&path).unwrap();
-    let count = |table: &str| {
-        database(&path).query_row(&format!("SELECT count(*) FROM {table}"), [], |row| row.get::<_, i64>(0)).unwrap()
-    };
+    let count = |table| count(&path, table);
     // The record of cycle n is leaf 2n - 2, and the event of its call leaf 2n - 1. As if retention had removed the
     // event of the first cycle and all before leaf 8.
     let removal = pb::RecordsPruned { leaves: Vec::new(), first_kept: 8 };
@@ -1264,13 +1254,7 @@ async fn retention_of_records_that_are_older_than_the_log_leaves_the_log_as_it_i
 /// Retention says only of what it has removed that it did.
 #[tokio::test]
 async fn what_another_program_has_removed_is_missing_also_after_retention_has_removed_what_follows() {
-    let mut stage = Stage::new().await;
-    for _ in 0..6 {
-        stage.client.run().await.unwrap();
-    }
-    let (_, key) = checkpoint(&mut ledger(&stage).await).await;
-    let Stage { home, service, .. } = stage;
-    assert!(service.stop().await.success());
+    let (home, key) = stopped_after(6).await;
     let path = home.path("o.db");
     // The record of cycle n is leaf 2n - 2, and the event of its call leaf 2n - 1.
     database(&path).execute_batch("DELETE FROM cycles WHERE cycle_id = 1; DELETE FROM audit WHERE leaf = 3").unwrap();
@@ -1295,18 +1279,10 @@ async fn what_another_program_has_removed_is_missing_also_after_retention_has_re
 /// What another program takes away, and puts back later, has nothing younger removed in its place.
 #[tokio::test]
 async fn retention_removes_nothing_in_the_place_of_what_is_missing() {
-    let mut stage = Stage::new().await;
-    for _ in 0..6 {
-        stage.client.run().await.unwrap();
-    }
-    let (_, key) = checkpoint(&mut ledger(&stage).await).await;
-    let Stage { home, service, .. } = stage;
-    assert!(service.stop().await.success());
+    let (home, key) = stopped_after(6).await;
     let path = home.path("o.db");
     let untouched = fs::read(&path).unwrap();
-    let count = |table: &str| {
-        database(&path).query_row(&format!("SELECT count(*) FROM {table}"), [], |row| row.get::<_, i64>(0)).unwrap()
-    };
+    let count = |table| count(&path, table);
     let mut home = home.with_args(["--set", "store.retention.max_cycles=3", "--set", "audit.retention.max_events=3"]);
     // The record of cycle n is leaf 2n - 2, and the event of its call leaf 2n - 1.
     for (take, put_back, kept) in [
@@ -1373,12 +1349,7 @@ async fn retention_removes_nothing_in_the_place_of_what_is_missing() {
 /// Entries that come back after a store was accepted are in no number, until it is accepted with them.
 #[tokio::test]
 async fn what_comes_back_to_an_accepted_store_is_named_until_it_is_accepted_as_well() {
-    let mut stage = Stage::new().await;
-    for _ in 0..6 {
-        stage.client.run().await.unwrap();
-    }
-    let Stage { home, service, .. } = stage;
-    assert!(service.stop().await.success());
+    let (home, _) = stopped_after(6).await;
     let path = home.path("o.db");
     let untouched = fs::read(&path).unwrap();
     let url = format!("sqlite:{}", path.display());

@@ -101,8 +101,10 @@ impl Backup {
         let verify = |copy: &Path, checkpoint: Option<&str>| {
             let Some(checkpoint) = checkpoint.filter(|_| !unverified) else { return Ok::<_, Failure>(()) };
             found = verified(&url, &to, copy, checkpoint, &keys).map_err(|failure| {
-                failure
-                    .and("no backup was made: see `orchestrator verify --db FILE --key-file FILE`; --unverified copies the store as it is")
+                failure.and(
+                    "no backup was made: see `orchestrator verify --db FILE --key-file FILE`; --unverified copies the \
+                     store as it is",
+                )
             })?;
             Ok(())
         };

@@ -149,8 +149,7 @@ impl Contents {
                 match control {
                     Control::Pruned(pruned) => pruned.all().for_each(|leaves| self.removed.add(leaves)),
                     Control::Began { counts_anew: true, missing } => {
-                        let before = |missing: Range<u64>| missing.start..missing.end.min(leaves.start);
-                        self.accepted = missing.into_iter().map(before).collect();
+                        self.accepted = Leaves::before(leaves.start, missing);
                     }
                     Control::Began { counts_anew: false, .. } | Control::Unknown => {}
                 }

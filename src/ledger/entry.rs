@@ -75,10 +75,10 @@ pub enum Control {
 impl Control {
     /// All leaves whose entries are gone by it, in any order.
     #[must_use]
-    pub fn gone(self) -> Vec<Range<u64>> {
+    pub fn gone(&self) -> Vec<Range<u64>> {
         match self {
             Self::Pruned(pruned) => pruned.all().collect(),
-            Self::Began { missing, .. } => missing,
+            Self::Began { missing, .. } => missing.clone(),
             Self::Unknown => Vec::new(),
         }
     }

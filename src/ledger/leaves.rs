@@ -55,22 +55,26 @@ impl Leaves {
         })
     }
 
+    /// Those of these leaves that are before this one: an entry says nothing of later ones.
+    pub fn before(leaf: u64, leaves: impl IntoIterator<Item = Range<u64>>) -> Self {
+        leaves.into_iter().map(|leaves| leaves.start..leaves.end.min(leaf)).collect()
+    }
+
     /// Its ranges, lowest first.
-    pub fn into_ranges(self) -> impl Iterator<Item = Range<u64>> {
-        self.ranges.into_iter().map(|(start, end)| start..end)
+    pub fn ranges(&self) -> impl Iterator<Item = Range<u64>> {
+        self.ranges.iter().map(|(start, end)| *start..*end)
     }
 
     /// Number of leaves of the other set that are not in this one.
     #[must_use]
     pub fn count_missing(&self, other: &Self) -> u64 {
-        let missing = other.ranges.iter().flat_map(|(start, end)| self.missing(*start..*end));
-        missing.map(|leaves| leaves.end - leaves.start).sum()
+        other.ranges().flat_map(|leaves| self.missing(leaves)).map(|leaves| leaves.end - leaves.start).sum()
     }
 
     /// Number of leaves in it.
     #[must_use]
     pub fn count(&self) -> u64 {
-        self.ranges.iter().map(|(start, end)| end - start).sum()
+        self.ranges().map(|leaves| leaves.end - leaves.start).sum()
     }
 }
 

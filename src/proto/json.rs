@@ -186,7 +186,11 @@ fn path(of: &MessageDescriptor, name: &str) -> Result<Vec<FieldDescriptor>, Json
         }
         _ => {
             let names: Vec<_> = of.fields().map(|field| field.json_name().to_owned()).collect();
-            let allowed = if names.is_empty() { "there are none".into() } else { format!("give {}", names.join(", ")) };
+            let allowed = if names.is_empty() {
+                "the message has no fields".into()
+            } else {
+                format!("give {}", names.join(", "))
+            };
             Err(JsonError::NoField { field: name.to_owned(), allowed })
         }
     }

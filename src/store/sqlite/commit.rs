@@ -9,7 +9,7 @@ use super::{
     identity::Identity,
     log,
     note::Mark,
-    rows::{integer, kind_number, nanoseconds, number, state_number, to_json, trigger_number},
+    rows::{epoch, integer, kind_number, nanoseconds, number, state_number, to_json, trigger_number},
     seal::{LOOPS, OPEN_CYCLES, OUTPUTS, SUBSYSTEMS, Sealer},
 };
 use crate::{
@@ -70,7 +70,7 @@ impl Term {
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         if !write.removal.is_empty() {
             // Another process may have removed the same.
-            let epoch = transaction.query_row("SELECT epoch FROM meta", [], |row| number(row, 0)).map(Epoch)?;
+            let epoch = epoch(&transaction)?;
             if epoch != self.current {
                 return Ok(Err(epoch));
             }
@@ -96,8 +96,7 @@ impl Term {
         ];
         let current = integer(self.current.0);
         if !self.sealer.put_end(&transaction, &appended.log.frontier, values, counts, current)? {
-            let epoch = transaction.query_row("SELECT epoch FROM meta", [], |row| number(row, 0))?;
-            return Ok(Err(Epoch(epoch)));
+            return Ok(Err(epoch(&transaction)?));
         }
         if self.current != self.epoch {
             transaction.execute("UPDATE meta SET boot_id = ?1", [boot_id()])?;
@@ -121,7 +120,7 @@ impl Term {
     pub(super) fn advance(&mut self, write: &Write, appended: Appended, written: Written) {
         let Written { counts, gone, removed_count, counted_at } = written;
         (self.counts, self.removed_count, self.counted_at) = (counts, removed_count, counted_at);
-        gone.into_ranges().for_each(|leaves| self.removed.add(leaves));
+        gone.ranges().for_each(|leaves| self.removed.add(leaves));
         self.current = self.epoch;
         self.commits += 1;
         self.pruned_to = self.pruned_to_by(write);

@@ -116,11 +116,12 @@ pub(super) fn read_contents(
             .map_err(|problem| StoreError::Corrupt { store: path.display().to_string(), problem })?;
         let recounted = recount(&transaction, checks, &log).map_err(explained)?;
         (log, counts, unlogged_to) = (recounted.log, recounted.counts, recounted.unlogged_to);
-        (contents.missing, counted_at) = (recounted.missing, None);
+        (contents.missing, counted_at) = (recounted.said.accepted.ranges().collect(), None);
         recounted.said
     } else {
-        let said = log::said(&transaction, &log, checks.control, counted_at).map_err(explained)?;
-        said.filter(|said| said.removed.count() == removed).ok_or_else(|| {
+        let accepted = log::accepted(&transaction, &log, checks.control, counted_at).map_err(explained)?;
+        let said = accepted.map(|accepted| log::said(&transaction, &log, checks.control, accepted));
+        said.transpose().map_err(explained)?.filter(|said| said.removed.count() == removed).ok_or_else(|| {
             tampered(
                 path,
                 "entries of its log about removals, or about a new log, are missing or have come back".into(),

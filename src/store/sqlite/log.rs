@@ -66,7 +66,7 @@ pub(super) fn hashes(connection: &Connection, nodes: &[Node]) -> rusqlite::Resul
 pub(super) fn hash(connection: &Connection, node: u64) -> rusqlite::Result<Option<Hash>> {
     let mut query = connection.prepare_cached("SELECT hash FROM hashes WHERE id = ?1")?;
     let hash = query.query_row([integer(node)], |row| Ok(row.get(0).ok())).optional()?;
-    // Other values than hashes are none.
+    // A value that is not a hash counts as a missing one.
     Ok(hash.flatten().map(Hash))
 }
 
@@ -103,52 +103,42 @@ pub(super) struct Said {
     pub(super) accepted: Leaves,
 }
 
-/// The leaves that were missing when the entries were counted anew, by the entry of this leaf; `None` if that is not
-/// there, although retention has not removed it.
-fn accepted(
-    connection: &Connection,
-    log: &Log,
-    proven: &mut Proven,
-    decode: ControlDecoder,
-    counted_at: u64,
-) -> rusqlite::Result<Option<Leaves>> {
-    Ok(match control_entry(connection, proven, counted_at)?.map(|entry| decode(&entry)) {
-        Some(Ok(Control::Began { missing, .. })) => Some(before(counted_at, missing)),
-        _ => (counted_at < log.first_kept).then(Leaves::default),
-    })
-}
-
-/// Those of these leaves that are before this one: an entry says nothing of later ones.
-pub(super) fn before(leaf: u64, leaves: Vec<Range<u64>>) -> Leaves {
-    leaves.into_iter().map(|leaves| leaves.start..leaves.end.min(leaf)).collect()
-}
-
-/// What the control entries say that the log has. The entries were counted anew with the one of the leaf `counted_at`;
-/// `None` if that is missing. What comes back to a leaf that was missing then says nothing.
-pub(super) fn said(
+/// The leaves that were missing when the entries were counted anew, by the entry of the leaf `counted_at`, if there is
+/// one; `None` if it is not there, although retention has not removed it.
+pub(super) fn accepted(
     connection: &Connection,
     log: &Log,
     decode: ControlDecoder,
     counted_at: Option<u64>,
-) -> rusqlite::Result<Option<Said>> {
+) -> rusqlite::Result<Option<Leaves>> {
+    let Some(counted_at) = counted_at else { return Ok(Some(Leaves::default())) };
+    let entry = control_entry(connection, &mut Proven::of(&log.frontier), counted_at)?;
+    Ok(match entry.map(|entry| decode(&entry)) {
+        Some(Ok(Control::Began { missing, .. })) => Some(Leaves::before(counted_at, missing)),
+        _ => (counted_at < log.first_kept).then(Leaves::default),
+    })
+}
+
+/// What the control entries in the log say, without those that have come back to an accepted leaf.
+pub(super) fn said(
+    connection: &Connection,
+    log: &Log,
+    decode: ControlDecoder,
+    accepted: Leaves,
+) -> rusqlite::Result<Said> {
     let (mut removed, mut first_kept, mut proven) = (Leaves::default(), log.first_kept, Proven::of(&log.frontier));
     removed.add(0..first_kept);
-    let accepted = match counted_at {
-        Some(counted_at) => accepted(connection, log, &mut proven, decode, counted_at)?,
-        None => Some(Leaves::default()),
-    };
-    let Some(accepted) = accepted else { return Ok(None) };
     let mut query = connection.prepare("SELECT leaf FROM control WHERE leaf >= 0 ORDER BY leaf")?;
     for leaf in query.query_map([], |row| number(row, 0))? {
         let leaf = leaf?;
         let entry = control_entry(connection, &mut proven, leaf)?.filter(|_| accepted.from(leaf).is_empty());
-        // One that can't be read proves nothing.
+        // An unreadable entry proves nothing.
         if let Some(Ok(Control::Pruned(pruned))) = entry.map(|entry| decode(&entry)) {
             pruned.all().for_each(|leaves| removed.add(leaves));
             first_kept = first_kept.max(pruned.first_kept);
         }
     }
-    Ok(Some(Said { removed, first_kept, accepted }))
+    Ok(Said { removed, first_kept, accepted })
 }
 
 /// The first revision whose record is this leaf or a later one. Records in the log have increasing leaves.

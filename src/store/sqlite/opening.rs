@@ -14,14 +14,13 @@ use super::{
     log,
     note::{Mark, Note},
     place::{DatabaseFileError, LockedDatabase, note_of},
-    rows::{integer, number},
+    rows::{epoch, integer},
     schema::{check_version, latest, migrate},
     seal::Sealer,
     walk::{Recounted, recount},
 };
 use crate::{
     ledger::{Frontier, SealKeys},
-    model::Epoch,
     ports::{Checks, StoreError, Write},
     store::{AcceptError, Accepted, Compacted, NewKeys, OpenError, frontier::Appended},
 };
@@ -77,16 +76,14 @@ pub(in crate::store) fn accept(
     }
     let Opened { place, mut connection, here, noted } = Opened::at(path, true)?;
     let log = log::read(&connection, &place.path).map_err(OpenError::from)?;
-    let epoch = connection.query_row("SELECT epoch FROM meta", [], |row| number(row, 0)).map(Epoch);
-    let epoch = epoch.map_err(|error| OpenError::from(explain(&place.path, &error)))?;
+    let epoch = epoch(&connection).map_err(|error| OpenError::from(explain(&place.path, &error)))?;
     let store = place.path.display().to_string();
     check_unsealed_epoch(epoch).map_err(|problem| OpenError::from(StoreError::Corrupt { store, problem }))?;
     new.save()?;
     let accepted = (|| {
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let Recounted { log, said, missing, counts, unlogged_to } = recount(&transaction, checks, &log)?;
-        let number_missing = missing.iter().map(|leaves| leaves.end - leaves.start).sum();
-        let write = Write { began: Some(began(missing)), ..Write::default() };
+        let Recounted { log, said, counts, unlogged_to } = recount(&transaction, checks, &log)?;
+        let write = Write { began: Some(began(said.accepted.ranges().collect())), ..Write::default() };
         let appended = Appended::to(&log, &write);
         here.note(&transaction)?;
         let mark = Mark::read(&transaction)?;
@@ -107,7 +104,7 @@ pub(in crate::store) fn accept(
         sealer.seal_end(&transaction, &appended.log.frontier)?;
         sealer.renew(&transaction, Renewal::Everything)?;
         transaction.commit()?;
-        Ok((mark, appended.log.frontier, number_missing))
+        Ok((mark, appended.log.frontier, said.accepted.count()))
     })();
     let (mark, end, missing) = accepted.map_err(|error| OpenError::from(explain(&place.path, &error)))?;
     let (note, known) = Note::open(&place.path)?;

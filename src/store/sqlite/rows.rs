@@ -22,6 +22,11 @@ pub(super) const HAS_REVISION: &str = "revision > 0";
 /// Most bytes of a record that is read: the largest `cycle.max_record_bytes`.
 pub(super) const MAX_RECORD: usize = 64 << 20;
 
+/// The epoch of a database.
+pub(super) fn epoch(connection: &Connection) -> rusqlite::Result<Epoch> {
+    connection.query_row("SELECT epoch FROM meta", [], |row| number(row, 0)).map(Epoch)
+}
+
 /// A row with its record, if both can be read, and the record has the bytes that were written.
 pub(super) fn read(connection: &Connection, row: &Row<'_>, check: Check) -> Found {
     let unreadable = |problem| Unreadable {

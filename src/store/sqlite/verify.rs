@@ -8,7 +8,7 @@ use rusqlite::{Connection, OptionalExtension};
 use super::{
     counts::Counts,
     error::explain,
-    log::{before, hash, hashes},
+    log::{hash, hashes},
     note::Mark,
     opening::read_only,
     place::DatabaseFileError,
@@ -166,7 +166,7 @@ impl Verifier<'_> {
             let leaf = number(row, 0)?;
             let entry = row.get::<_, Vec<u8>>(1).map_err(|error| error.to_string());
             match entry.and_then(|entry| (self.rules.checks.control)(&entry)) {
-                Ok(control) if control.clone().gone().iter().any(|leaves| leaves.end > leaf) => {
+                Ok(control) if control.gone().iter().any(|leaves| leaves.end > leaf) => {
                     (self.wrong)(format!("leaf {leaf}, a control entry, names leaves that are not before it"));
                 }
                 Ok(Control::Pruned(pruned)) => {
@@ -174,7 +174,7 @@ impl Verifier<'_> {
                     pruned.all().for_each(|leaves| self.removed.add(leaves));
                 }
                 Ok(Control::Began { counts_anew: true, missing }) => {
-                    (self.accepted, self.counted_at) = (before(leaf, missing), Some(leaf));
+                    (self.accepted, self.counted_at) = (Leaves::before(leaf, missing), Some(leaf));
                 }
                 Ok(Control::Began { counts_anew: false, .. } | Control::Unknown) => {}
                 Err(problem) => (self.wrong)(format!("leaf {leaf}, a control entry, can't be read: {problem}")),

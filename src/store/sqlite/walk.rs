@@ -1,7 +1,7 @@
 //! Goes through the entries of the log in its order, by what the entries themselves say, and finds those that are
 //! missing.
 
-use std::{array, ops::Range};
+use std::array;
 
 use jiff::Timestamp;
 use rusqlite::{CachedStatement, Row, Rows, Transaction};
@@ -179,10 +179,9 @@ impl<'w, 's> Walk<'w, 's> {
 /// What the entries of a log say, whatever its table `meta` says of them.
 pub(super) struct Recounted {
     pub(super) log: Log,
-    /// What control entries say. What is accepted is missing now.
+    /// What control entries say. Its accepted leaves are those that are missing now: the first ones, up to the number
+    /// of ranges that the entry about a new log can name.
     pub(super) said: Said,
-    /// The missing leaves: the first ones, as many as the entry about a new log can name.
-    pub(super) missing: Vec<Range<u64>>,
     pub(super) counts: Counts,
     pub(super) unlogged_to: Revision,
 }
@@ -193,9 +192,7 @@ pub(super) fn recount(transaction: &Transaction<'_>, checks: Checks, log: &Log) 
     /// Number of rows after which proved nodes are forgotten, since they take memory.
     const FORGET: usize = 10_000;
     let mut log = Log { first_kept: 0, ..log.clone() };
-    let said = log::said(transaction, &log, checks.control, None)?;
-    let mut said =
-        said.unwrap_or_else(|| Said { removed: Leaves::default(), first_kept: 0, accepted: Leaves::default() });
+    let mut said = log::said(transaction, &log, checks.control, Leaves::default())?;
     log.first_kept = said.first_kept;
     // Records that are older than the log are before all others.
     let unlogged_to = "SELECT min(unlogged_to, coalesce((SELECT min(revision) - 1 FROM cycles
@@ -222,9 +219,8 @@ pub(super) fn recount(transaction: &Transaction<'_>, checks: Checks, log: &Log) 
         }
     }
     let missing = removed.missing(0..log.frontier.size()).flat_map(|leaves| present.missing(leaves));
-    let missing: Vec<_> = missing.take(LogBegan::MAX_MISSING).collect();
-    said.accepted = missing.iter().cloned().collect();
-    Ok(Recounted { log, said, missing, counts, unlogged_to })
+    said.accepted = missing.take(LogBegan::MAX_MISSING).collect();
+    Ok(Recounted { log, said, counts, unlogged_to })
 }
 
 impl Source<'_> {

@@ -23,11 +23,10 @@ use super::{
     log::SharedLog,
     note::{Mark, Note, lost},
     place::{FileId, file_id, log_of},
-    rows::number,
+    rows::epoch,
 };
 use crate::{
     clock::Clock,
-    model::Epoch,
     ports::{Checks, Contents, Durability, Excess, Retention, Seals, StoreError, Write},
     store::{
         frontier::{Appended, Frontier},
@@ -202,7 +201,7 @@ impl Writer {
         let term = self.term.as_ref().ok_or_else(not_taken_over)?;
         let excess = (|| {
             let transaction = self.connection.transaction()?;
-            let epoch = transaction.query_row("SELECT epoch FROM meta", [], |row| number(row, 0)).map(Epoch)?;
+            let epoch = epoch(&transaction)?;
             if epoch != term.current {
                 return Ok(Err(StoreError::Fenced { by: epoch }));
             }
