@@ -903,6 +903,32 @@ async fn a_database_whose_removals_are_hidden_is_not_served() {
     );
 }
 
+/// Its next entries could not be written.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_with_entries_beyond_the_end_of_its_log_is_neither_served_nor_accepted() {
+    let (home, _) = verified_home().await;
+    let path = home.path("o.db");
+    for (plant, expected) in [
+        (
+            "INSERT INTO audit SELECT 30, time, caller, rpc, denied, event, kind FROM audit WHERE leaf = 14",
+            "log_size in its table meta is 26, and a row of its table audit, which another program has written, is leaf 30",
+        ),
+        (
+            "DELETE FROM audit WHERE leaf = 30; INSERT INTO control SELECT 26, entry FROM control",
+            "log_size in its table meta is 26, and a row of its table control, which another program has written, is \
+             leaf 26",
+        ),
+    ] {
+        database(&path).execute_batch(plant).unwrap();
+        assert_eq!(home.try_serve().await.err().unwrap().code(), Some(1), "{}", home.log());
+        assert!(home.log().contains(expected), "{}", home.log());
+        let (code, said) = call(None, &["store", "accept", &format!("sqlite:{}", path.display())]).await;
+        assert!(code == 1 && said.contains(expected), "{said}");
+    }
+    assert_eq!(database(&path).execute("DELETE FROM control WHERE leaf = 26", []).unwrap(), 1);
+    assert!(home.serve().await.stop().await.success());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_is_verified_only_by_a_checkpoint_that_the_key_has_signed() {
     let (home, key) = verified_home().await;

@@ -33,21 +33,32 @@ impl SharedLog {
     }
 }
 
-/// The log of a database that is taken over.
+/// The log of a database that is taken over, or accepted.
+///
+/// # Errors
+/// It can't be read, its hashes are not those of such a log, or rows have the leaves of entries that are still to come.
 pub(super) fn read(connection: &Connection, path: &Path) -> Result<Log, StoreError> {
-    let read = || {
-        let (size, first_kept) = connection
-            .query_row("SELECT log_size, log_first_kept FROM meta", [], |row| Ok((number(row, 0)?, number(row, 1)?)))?;
-        let end = connection.query_row("SELECT max(id) + 1 FROM hashes", [], |row| row.get::<_, Option<i64>>(0))?;
-        let frontier = hashes(connection, &Frontier::nodes(size))?.and_then(|roots| Frontier::of(size, roots));
-        let frontier = frontier.filter(|_| end.unwrap_or_default() == integer(Node::complete_with(size)));
-        Ok((size, frontier.map(|frontier| Log { frontier, first_kept })))
-    };
-    let (size, log) = read().map_err(|error| explain(path, &error))?;
-    log.ok_or_else(|| StoreError::Corrupt {
-        store: path.display().to_string(),
-        problem: format!("log_size in its table meta is {size}, and its table hashes is not that of such a log"),
-    })
+    let explained = |error| explain(path, &error);
+    let corrupt = |problem| StoreError::Corrupt { store: path.display().to_string(), problem };
+    let last = |query: &str| connection.query_row(query, [], |row| row.get::<_, Option<i64>>(0)).map_err(explained);
+    let numbers = |row: &Row<'_>| Ok((number(row, 0)?, number(row, 1)?));
+    let (size, first_kept) =
+        connection.query_row("SELECT log_size, log_first_kept FROM meta", [], numbers).map_err(explained)?;
+    let roots = hashes(connection, &Frontier::nodes(size)).map_err(explained)?;
+    let frontier = roots.and_then(|roots| Frontier::of(size, roots));
+    let end = last("SELECT max(id) + 1 FROM hashes")?.unwrap_or_default();
+    let frontier = frontier.filter(|_| end == integer(Node::complete_with(size))).ok_or_else(|| {
+        corrupt(format!("log_size in its table meta is {size}, and its table hashes is not that of such a log"))
+    })?;
+    for (table, query) in [("audit", "SELECT max(leaf) FROM audit"), ("control", "SELECT max(leaf) FROM control")] {
+        if let Some(leaf) = last(query)?.filter(|leaf| *leaf >= integer(size)) {
+            return Err(corrupt(format!(
+                "log_size in its table meta is {size}, and a row of its table {table}, which another program has \
+                 written, is leaf {leaf} already; remove such rows"
+            )));
+        }
+    }
+    Ok(Log { frontier, first_kept })
 }
 
 /// The leaf of the record of this cycle, if it has one.
