@@ -524,16 +524,23 @@ fn after_a_power_failure_the_log_extends_the_last_checkpoint() {
         fs::write(home.path("o.db.checkpoint"), published).unwrap();
         point += 1;
 
-        let served = async {
+        let served = async || {
             let service =
                 serve::Service::start(&config, Begin::Again, Host::system(), Arc::new(Sockets::default())).await;
             service.map_err(|error| error.to_string())?.run(ready(()), async || pending().await).await;
             Ok::<_, String>(())
         };
-        // The files are free once all of its tasks are gone.
-        let runtime = Builder::new_current_thread().enable_all().build().unwrap();
-        assert_eq!(runtime.block_on(served), Ok(()), "point {point}, after {synced}");
-        drop(runtime);
+        // The files are free once all of its tasks are gone, and no process is left that another test has forked
+        // meanwhile: it has them open as well until it runs its own program.
+        let in_use = format!("in use by another process (pid {})", std::process::id());
+        let ended = loop {
+            let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+            match runtime.block_on(served()) {
+                Err(error) if error.contains(&in_use) => {}
+                ended => break ended,
+            }
+        };
+        assert_eq!(ended, Ok(()), "point {point}, after {synced}");
         let database = database(&home.path("o.db"));
         assert_eq!(new_logs(&database), [], "point {point}, after {synced}");
         let earlier = key.verifying().open(published).unwrap();
@@ -828,7 +835,7 @@ async fn each_change_of_a_database_is_named_when_it_is_verified() {
         "{said}"
     );
 
-    let changes: [(&str, &[&str]); 25] = [
+    let changes: [(&str, &[&str]); 27] = [
         (
             "UPDATE cycles SET record = CAST(record || x'00' AS BLOB) WHERE cycle_id = 9",
             &["cycle 9 (leaf 17) was changed"],
@@ -871,6 +878,17 @@ async fn each_change_of_a_database_is_named_when_it_is_verified() {
             &["the table control has 1 row that no version", "leaf 23, a control entry, can't be read"],
         ),
         ("UPDATE meta SET log_size = 9000000000000000", &["the table hashes is not that of such a log"]),
+        (
+            "UPDATE meta SET log_size = 1099511627776; INSERT INTO hashes VALUES (2199023255510, zeroblob(32))",
+            &[
+                "the leaves 26 to 1099511627774 are missing, and no entry says that retention removed them",
+                "the table hashes lacks the hash of the leaves 26 to 1099511627774",
+            ],
+        ),
+        (
+            "UPDATE control SET entry = zeroblob(2000000)",
+            &["the table control has 1 row that no version", "leaf 23, a control entry, can't be read"],
+        ),
         ("INSERT INTO hashes VALUES (99, zeroblob(32))", &["the hash 99 in the table hashes belongs to no entry"]),
         (
             "DELETE FROM cycles WHERE cycle_id = 12; DELETE FROM audit WHERE leaf = 25; DELETE FROM hashes WHERE id >= 46;
@@ -929,6 +947,79 @@ async fn a_database_with_entries_beyond_the_end_of_its_log_is_neither_served_nor
     assert!(home.serve().await.stop().await.success());
 }
 
+/// The next process could not go on from it.
+#[tokio::test]
+async fn a_database_with_numbers_that_leave_no_next_one_is_not_accepted() {
+    let (home, _) = stopped_after(3).await;
+    let path = home.path("o.db");
+    let untouched = fs::read(&path).unwrap();
+    for (change, expected) in [
+        ("UPDATE meta SET last_cycle_id = 1", "last_cycle_id in its table meta is 1, and 3 is the newest cycle"),
+        ("UPDATE meta SET pruned_to = 9", "and 9 is a revision that was already removed"),
+        (
+            "UPDATE meta SET log_size = 4611686018427387904; DELETE FROM hashes;
+             INSERT INTO hashes VALUES (9223372036854775806, zeroblob(32))",
+            "its table hashes is not that of such a log",
+        ),
+    ] {
+        fs::write(&path, &untouched).unwrap();
+        database(&path).execute_batch(change).unwrap();
+        let (code, said) = call(None, &["store", "accept", &format!("sqlite:{}", path.display())]).await;
+        assert!(code == 1 && said.contains(expected), "{change}: {said}");
+    }
+}
+
+/// What an entry says of leaves that are still to come would have them missing from the beginning.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_accepted_entry_about_removals_says_nothing_of_later_leaves() {
+    let (home, key) = stopped_after(3).await;
+    let path = home.path("o.db");
+    let untouched = fs::read(&path).unwrap();
+    let everything = pb::LeafRange { first: 4, count: u64::MAX };
+    for (leaves, first_kept) in [(vec![everything], 0), (Vec::new(), u64::MAX)] {
+        fs::write(&path, &untouched).unwrap();
+        let removal = pb::control_entry::Entry::RecordsPruned(pb::RecordsPruned { leaves, first_kept });
+        let removal = pb::ControlEntry { entry: Some(removal) }.encode_to_vec();
+        let connection = database(&path);
+        let put = "INSERT INTO control (leaf, entry) VALUES (?1, ?2)";
+        append(&connection, |leaf| connection.execute(put, params![leaf, removal]));
+        drop(connection);
+        let (code, said) = call(None, &["store", "accept", &format!("sqlite:{}", path.display())]).await;
+        assert_eq!(code, 0, "{said}");
+        for _ in 0..2 {
+            let service = home.serve().await;
+            service.client().await.run().await.unwrap();
+            assert!(service.stop().await.success());
+        }
+        let (code, said) = verify(&path, &key, &[]);
+        assert!(
+            code == Some(1) && said.contains("leaf 6, a control entry, names leaves that are not before it"),
+            "{said}"
+        );
+        // The entry of the new log, two records and the events of their calls.
+        assert!(
+            !["leaf 7", "leaf 8", "leaf 9", "leaf 10", "leaf 11"].iter().any(|later| said.contains(later)),
+            "{said}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_key_that_was_lost_before_the_first_entry_leaves_no_fault_behind() {
+    let home = Home::new();
+    assert!(home.serve().await.stop().await.success());
+    fs::remove_file(home.path("o.db.key")).unwrap();
+    let service = home.serve().await;
+    service.client().await.run().await.unwrap();
+    assert!(service.stop().await.success());
+    let path = home.path("o.db");
+    let began = new_logs(&database(&path));
+    assert!(matches!(&began[..], [(LogBeganReason::KeyMissing, _)]), "{began:?}");
+    let (code, said) =
+        verify(&path, stolen(&home).verifying(), &["--key-file", home.path("o.db.key").to_str().unwrap()]);
+    assert_eq!(code, Some(0), "{said}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_is_verified_only_by_a_checkpoint_that_the_key_has_signed() {
     let (home, key) = verified_home().await;
@@ -959,22 +1050,52 @@ async fn a_record_that_is_not_in_the_log_is_not_served() {
     }
     let database = database(&stage.home.path("o.db"));
     assert_eq!(database.execute("UPDATE cycles SET leaf = NULL WHERE cycle_id = 1", []).unwrap(), 1);
-    let refused = stage.client.cycle(1).await.unwrap_err();
-    assert_eq!((refused.code(), reason(&refused).why.as_str()), (Code::DataLoss, "RECORD_UNREADABLE"));
-    assert!(refused.message().contains("it is not in the log"), "{}", refused.message());
+    // Nor if the database says that it is older than the log.
+    for change in ["SELECT 1", "UPDATE meta SET unlogged_to = 2"] {
+        let _ = database.execute(change, []);
+        let refused = stage.client.cycle(1).await.unwrap_err();
+        assert_eq!((refused.code(), reason(&refused).why.as_str()), (Code::DataLoss, "RECORD_UNREADABLE"), "{change}");
+        assert!(refused.message().contains("it is not in the log"), "{}", refused.message());
+    }
+}
+
+#[tokio::test]
+async fn numbers_that_no_log_has_end_no_read_of_it() {
+    let mut stage = Stage::new().await;
+    for _ in 0..2 {
+        stage.client.run().await.unwrap();
+    }
+    let mut ledger = ledger(&stage).await;
+    checkpoint(&mut ledger).await;
+    let database = database(&stage.home.path("o.db"));
+    for change in [
+        "UPDATE meta SET unlogged_to = -5, last_revision = 9223372036854775806",
+        "UPDATE meta SET unlogged_to = 0; UPDATE cycles SET revision = 9223372036854775807, leaf = 0 WHERE cycle_id = 2;
+         DELETE FROM cycles WHERE cycle_id = 1",
+    ] {
+        database.execute_batch(change).unwrap();
+        // Whether it can be read or not.
+        let _ = patiently("an answer", read_log(&mut ledger, 0, 0)).await;
+    }
+    assert!(!stage.home.log().contains("panicked"), "{}", stage.home.log());
 }
 
 /// Adds a copy of the first audit event to the end of the log, as a program without the key can.
 fn append_event(database: &Connection) {
+    let copied = "INSERT INTO audit SELECT ?1, time, caller, rpc, denied, event, kind FROM audit ORDER BY leaf LIMIT 1";
+    append(database, |leaf| database.execute(copied, [leaf]));
+}
+
+/// Adds the entry that `put` puts as this leaf to the end of the log, as a program without the key can.
+fn append(database: &Connection, put: impl FnOnce(i64) -> rusqlite::Result<usize>) {
     let mut log = Frontier::default();
     let entries = entries(database);
     for (_, entry) in &entries {
         log.append(Hash::of_leaf([&entry[..]]));
     }
-    let copied = "INSERT INTO audit SELECT ?1, time, caller, rpc, denied, event, kind FROM audit ORDER BY leaf LIMIT 1";
-    assert_eq!(database.execute(copied, [i64::try_from(entries.len()).unwrap()]).unwrap(), 1);
-    let (_, event) = self::entries(database).pop().unwrap();
-    let nodes = log.append(Hash::of_leaf([&event[..]]));
+    assert_eq!(put(i64::try_from(entries.len()).unwrap()).unwrap(), 1);
+    let (_, entry) = self::entries(database).pop().unwrap();
+    let nodes = log.append(Hash::of_leaf([&entry[..]]));
     let first: i64 = database.query_row("SELECT max(id) + 1 FROM hashes", [], |row| row.get(0)).unwrap();
     for (id, node) in (first..).zip(nodes) {
         database.execute("INSERT INTO hashes VALUES (?1, ?2)", params![id, node.0]).unwrap();
@@ -1260,6 +1381,11 @@ async fn retention_of_records_that_are_older_than_the_log_leaves_the_log_as_it_i
     fs::remove_file(home.path("o.db.checkpoint")).unwrap();
     let url = format!("sqlite:{}", home.path("o.db").display());
     assert_eq!(call(None, &["store", "accept", &url]).await.0, 0);
+    // Whatever a row claims: it is none of the log.
+    database(&home.path("o.db")).execute("UPDATE cycles SET leaf = 0 WHERE revision = 1", []).unwrap();
+    assert_eq!(call(None, &["store", "accept", &url]).await.0, 0);
+    database(&home.path("o.db")).execute("UPDATE cycles SET leaf = NULL WHERE revision = 1", []).unwrap();
+    assert_eq!(call(None, &["store", "accept", &url]).await.0, 0);
     let mut stage = Stage::again(fleet, home.with_args(["--set", "store.retention.max_cycles=3"])).await;
     let removed = async { while stage.client.status().await.unwrap().oldest_revision < 2 {} };
     patiently("an old record to be removed", removed).await;
@@ -1327,9 +1453,9 @@ async fn retention_removes_nothing_in_the_place_of_what_is_missing() {
         (
             "CREATE TABLE away AS SELECT * FROM cycles WHERE cycle_id <= 3; DELETE FROM cycles WHERE cycle_id <= 3;
              INSERT INTO audit SELECT leaf - 1, time, caller, rpc, denied, event, kind FROM audit WHERE leaf < 6;
-             INSERT INTO control SELECT 20, event FROM audit WHERE leaf = 1",
+             INSERT INTO control SELECT 1, event FROM audit WHERE leaf = 1",
             "INSERT INTO cycles SELECT * FROM away; DROP TABLE away; DELETE FROM audit WHERE leaf IN (0, 2, 4);
-             DELETE FROM control WHERE leaf = 20",
+             DELETE FROM control WHERE leaf = 1",
             (6, 5),
         ),
     ] {

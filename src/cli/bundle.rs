@@ -146,10 +146,10 @@ impl Contents {
             Some(Entry::Control(control)) => {
                 self.controls += 1;
                 let control = record::decode_control(&control.encode_to_vec()).map_err(|error| unreadable(&error))?;
-                match control {
+                match control.at(leaves.start) {
                     Control::Pruned(pruned) => pruned.all().for_each(|leaves| self.removed.add(leaves)),
                     Control::Began { counts_anew: true, missing } => {
-                        self.accepted = Leaves::before(leaves.start, missing);
+                        self.accepted = missing.into_iter().collect();
                     }
                     Control::Began { counts_anew: false, .. } | Control::Unknown => {}
                 }

@@ -82,6 +82,24 @@ impl Control {
             Self::Unknown => Vec::new(),
         }
     }
+
+    /// What it says as the entry of this leaf: nothing of later ones, which were not there yet.
+    #[must_use]
+    pub fn at(mut self, leaf: u64) -> Self {
+        let leaves = match &mut self {
+            Self::Pruned(RecordsPruned { leaves, first_kept }) => {
+                *first_kept = leaf.min(*first_kept);
+                leaves
+            }
+            Self::Began { missing, .. } => missing,
+            Self::Unknown => return self,
+        };
+        leaves.retain_mut(|leaves| {
+            leaves.end = leaf.min(leaves.end);
+            !leaves.is_empty()
+        });
+        self
+    }
 }
 
 /// The removals of retention, in a control entry: an entry that is missing without one was removed by someone else.
@@ -162,6 +180,18 @@ mod tests {
         let entry = Entry::Cycle(b"ab");
         assert_eq!(entry.leaf(), Hash::of_leaf([&entry.to_bytes()[..]]));
         assert_ne!(entry.leaf(), Entry::Control(b"ab").leaf());
+    }
+
+    #[test]
+    fn an_entry_says_nothing_of_its_own_leaf_or_later_ones() {
+        let pruned = RecordsPruned { leaves: vec![1..3, 4..u64::MAX, 9..10], first_kept: u64::MAX };
+        assert_eq!(
+            Control::Pruned(pruned).at(7),
+            Control::Pruned(RecordsPruned { leaves: vec![1..3, 4..7], first_kept: 7 })
+        );
+        let began = |missing| Control::Began { counts_anew: true, missing };
+        assert_eq!(began(vec![2..9]).at(7), began(vec![2..7]));
+        assert_eq!(began(vec![7..9]).at(7), began(Vec::new()));
     }
 
     #[test]

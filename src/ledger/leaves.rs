@@ -55,11 +55,6 @@ impl Leaves {
         })
     }
 
-    /// Those of these leaves that are before this one: an entry says nothing of later ones.
-    pub fn before(leaf: u64, leaves: impl IntoIterator<Item = Range<u64>>) -> Self {
-        leaves.into_iter().map(|leaves| leaves.start..leaves.end.min(leaf)).collect()
-    }
-
     /// Its ranges, lowest first.
     pub fn ranges(&self) -> impl Iterator<Item = Range<u64>> {
         self.ranges.iter().map(|(start, end)| *start..*end)

@@ -87,7 +87,8 @@ pub(super) async fn take_over(
     let of = url.clone();
     let previous = spawn_blocking(move || store::published(&of)).await.unwrap_or_default();
     let is_strict = config.access.mode == Mode::Enforce;
-    let found = if are_new && store.log().frontier.size() > 0 {
+    // An empty log with a checkpoint has had a key as well.
+    let found = if are_new && (store.log().frontier.size() > 0 || previous.is_some()) {
         Some(LogBreak::KeyMissing)
     } else {
         compare(&*store, &contents, &signer, previous.as_deref(), is_strict).await?

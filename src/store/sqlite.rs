@@ -76,6 +76,7 @@ use self::{
     opening::{Opened, connect, immutable, look},
     place::LockedDatabase,
     reading::{ReadError, Readers},
+    rows::Reading,
     writer::{Job, Writer},
 };
 use super::{OpenError, keys::checkpoint_of};
@@ -165,10 +166,16 @@ impl SqliteStore {
         let (path, checks, clock, log) = (self.path.clone(), self.checks, self.clock, self.log.clone());
         let read = move |connection: &mut Connection| {
             let read = contents::read_contents(connection, &path, checks, clock, seals).map_err(ReadError::Refused)?;
+            log.begins_after(read.unlogged_to);
             log.set(&read.log);
             Ok(Contents { epoch: read.current, ..read.contents })
         };
         self.readers.read(read).await
+    }
+
+    /// How records are read now.
+    fn reading(&self) -> Reading {
+        Reading { check: self.checks.record, unlogged_to: self.log.unlogged_to() }
     }
 
     async fn ask<T>(&self, job: impl FnOnce(oneshot::Sender<Result<T, StoreError>>) -> Job) -> Result<T, StoreError> {
@@ -221,13 +228,13 @@ impl Store for SqliteStore {
     }
 
     fn cycle(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<Found>, StoreError>> {
-        let check = self.checks.record;
-        Box::pin(self.readers.read(move |connection| reading::cycle(connection, check, cycle_id)))
+        let how = self.reading();
+        Box::pin(self.readers.read(move |connection| reading::cycle(connection, how, cycle_id)))
     }
 
     fn cycle_of_request(&self, request: RequestKey) -> BoxFuture<'_, Result<Option<Found>, StoreError>> {
-        let check = self.checks.record;
-        Box::pin(self.readers.read(move |connection| reading::cycle_of_request(connection, check, &request)))
+        let how = self.reading();
+        Box::pin(self.readers.read(move |connection| reading::cycle_of_request(connection, how, &request)))
     }
 
     fn cycles_before(
@@ -236,15 +243,13 @@ impl Store for SqliteStore {
         filter: Filter,
         limits: PageLimits,
     ) -> BoxFuture<'_, Result<Page, StoreError>> {
-        let check = self.checks.record;
-        Box::pin(
-            self.readers.read(move |connection| reading::cycles_before(connection, check, before, &filter, limits)),
-        )
+        let how = self.reading();
+        Box::pin(self.readers.read(move |connection| reading::cycles_before(connection, how, before, &filter, limits)))
     }
 
     fn cycles_after(&self, revision: Revision, limits: PageLimits) -> BoxFuture<'_, Result<Vec<Found>, ResumeError>> {
-        let check = self.checks.record;
-        Box::pin(self.readers.read(move |connection| reading::cycles_after(connection, check, revision, limits)))
+        let how = self.reading();
+        Box::pin(self.readers.read(move |connection| reading::cycles_after(connection, how, revision, limits)))
     }
 
     fn events_before(

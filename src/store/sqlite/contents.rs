@@ -13,7 +13,8 @@ use super::{
     log::{self, Said},
     note::Mark,
     rows::{
-        COLUMNS, HAS_REVISION, identity, integer, json, key, name, number, open_cycle, read, time, unknown_cycle, wrong,
+        COLUMNS, HAS_REVISION, Reading, identity, integer, json, key, name, number, open_cycle, read, time,
+        unknown_cycle, wrong,
     },
     seal::{LOOPS, OPEN_CYCLES, OUTPUTS, SUBSYSTEMS, Seal, Sealer, Table},
     walk::recount,
@@ -62,9 +63,10 @@ pub(super) fn read_contents(
     numbers.check().map_err(|problem| StoreError::Corrupt { store: path.display().to_string(), problem })?;
     let (current, mark, mut contents) = (|| {
         let boot_id = boot_id();
-        let (current, mark, mut contents) = transaction.query_row("SELECT * FROM meta", [], |row| {
+        let (current, mark, unlogged_to, mut contents) = transaction.query_row("SELECT * FROM meta", [], |row| {
             let (was_closed, last_boot_id): (bool, Option<String>) = (row.get("is_closed")?, row.get("boot_id")?);
             let (current, mark) = (Epoch(number(row, "epoch")?), Mark::of_row(row)?);
+            let unlogged_to = Revision(number(row, "unlogged_to")?);
             let contents = Contents {
                 epoch: current.next().max(Epoch::by_clock(clock.now())),
                 last_cycle_id: mark.last_cycle_id,
@@ -73,13 +75,13 @@ pub(super) fn read_contents(
                 may_lack_open: !was_closed && (boot_id.is_none() || last_boot_id != boot_id),
                 ..Contents::default()
             };
-            Ok((current, mark, contents))
+            Ok((current, mark, unlogged_to, contents))
         })?;
         contents.last_record = transaction
             .query_row(
                 &format!("SELECT {COLUMNS} FROM cycles WHERE {HAS_REVISION} ORDER BY revision DESC LIMIT 1"),
                 [],
-                |row| Ok(read(&transaction, row, checks.record)),
+                |row| Ok(read(&transaction, row, Reading { check: checks.record, unlogged_to })),
             )
             .optional()?;
         Ok((current, mark, contents))
@@ -205,7 +207,7 @@ fn tampered(path: &Path, problem: String) -> StoreError {
 }
 
 /// The extent of a database: by its table `meta`, from which every commit continues, and by the history.
-struct Numbers {
+pub(super) struct Numbers {
     /// Each with its column.
     meta: [(&'static str, i64); 5],
     newest_cycle_id: Option<i64>,
@@ -215,7 +217,7 @@ struct Numbers {
 impl Numbers {
     const COLUMNS: [&str; 5] = ["epoch", "last_cycle_id", "last_revision", "pruned_to", "commits"];
 
-    fn read(connection: &Connection) -> rusqlite::Result<Self> {
+    pub(super) fn read(connection: &Connection) -> rusqlite::Result<Self> {
         // Each from the end of its index. A revision that is not a number belongs to an unreadable record.
         let newest = |column: &str| {
             let newest = format!(
@@ -233,7 +235,7 @@ impl Numbers {
     }
 
     /// Refuses a state from which no process could continue: the next number already exists, or is out of range.
-    fn check(&self) -> Result<(), String> {
+    pub(super) fn check(&self) -> Result<(), String> {
         if let Some((column, number)) = self.meta.iter().find(|(_, number)| !(0..i64::MAX).contains(number)) {
             return Err(format!("{column} in its table meta is {number}, which leaves no next number"));
         }

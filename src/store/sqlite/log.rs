@@ -3,35 +3,55 @@
 use std::{
     ops::Range,
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, types::ValueRef};
 
 use super::{
     error::explain,
-    rows::{MAX_RECORD, integer, kind_number, nanoseconds, number},
+    rows::{CONTROL_ENTRY, MAX_RECORD, integer, kind_number, nanoseconds, number},
 };
 use crate::{
     ledger::{Content, Control, Entry, Frontier, Hash, Leaves, Node, Part, Proven},
-    model::CycleId,
+    model::{CycleId, Revision},
     ports::{ControlDecoder, Log, PageLimits, StoreError, Write},
     store::{frontier::Appended, pruning::needless_hashes},
 };
 
-/// The log as of the last durable commit, for readers.
+/// What readers know of the log.
 #[derive(Clone, Debug, Default)]
-pub(super) struct SharedLog(Arc<Mutex<Log>>);
+pub(super) struct SharedLog {
+    /// As of the last durable commit.
+    log: Arc<Mutex<Log>>,
+    /// The highest revision of the records that are older than it.
+    unlogged_to: Arc<AtomicU64>,
+}
 
 impl SharedLog {
     pub(super) fn get(&self) -> Log {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.log.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub(super) fn set(&self, log: &Log) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone_from(log);
+        self.log.lock().unwrap_or_else(PoisonError::into_inner).clone_from(log);
+    }
+
+    pub(super) fn unlogged_to(&self) -> Revision {
+        Revision(self.unlogged_to.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn begins_after(&self, unlogged_to: Revision) {
+        self.unlogged_to.store(unlogged_to.0, Ordering::Relaxed);
     }
 }
+
+/// More entries than any log can have: a thousand a second for nine thousand years. Another program may have set a
+/// larger size, whose numbers of nodes would be too large for a database.
+const ENDLESS: u64 = 1 << 48;
 
 /// The log of a database that is taken over, or accepted.
 ///
@@ -44,10 +64,11 @@ pub(super) fn read(connection: &Connection, path: &Path) -> Result<Log, StoreErr
     let numbers = |row: &Row<'_>| Ok((number(row, 0)?, number(row, 1)?));
     let (size, first_kept) =
         connection.query_row("SELECT log_size, log_first_kept FROM meta", [], numbers).map_err(explained)?;
-    let roots = hashes(connection, &Frontier::nodes(size)).map_err(explained)?;
+    let roots = hashes(connection, &Frontier::nodes(size.min(ENDLESS))).map_err(explained)?;
     let frontier = roots.and_then(|roots| Frontier::of(size, roots));
     let end = last("SELECT max(id) + 1 FROM hashes")?.unwrap_or_default();
-    let frontier = frontier.filter(|_| end == integer(Node::complete_with(size))).ok_or_else(|| {
+    let is_end = |_: &Frontier| size < ENDLESS && end == integer(Node::complete_with(size));
+    let frontier = frontier.filter(is_end).ok_or_else(|| {
         corrupt(format!("log_size in its table meta is {size}, and its table hashes is not that of such a log"))
     })?;
     for (table, query) in [("audit", "SELECT max(leaf) FROM audit"), ("control", "SELECT max(leaf) FROM control")] {
@@ -87,7 +108,7 @@ pub(super) fn control_entry(
     proven: &mut Proven,
     leaf: u64,
 ) -> rusqlite::Result<Option<Vec<u8>>> {
-    let mut query = connection.prepare_cached("SELECT entry FROM control WHERE leaf = ?1")?;
+    let mut query = connection.prepare_cached(&format!("SELECT {CONTROL_ENTRY} FROM control WHERE leaf = ?1"))?;
     let entry: Option<Option<Vec<u8>>> = query.query_row([integer(leaf)], |row| Ok(row.get(0).ok())).optional()?;
     let Some(entry) = entry.flatten() else { return Ok(None) };
     Ok(is_in_log(connection, proven, leaf, Entry::Control(&entry))?.then_some(entry))
@@ -124,8 +145,8 @@ pub(super) fn accepted(
 ) -> rusqlite::Result<Option<Leaves>> {
     let Some(counted_at) = counted_at else { return Ok(Some(Leaves::default())) };
     let entry = control_entry(connection, &mut Proven::of(&log.frontier), counted_at)?;
-    Ok(match entry.map(|entry| decode(&entry)) {
-        Some(Ok(Control::Began { missing, .. })) => Some(Leaves::before(counted_at, missing)),
+    Ok(match entry.map(|entry| decode(&entry).map(|said| said.at(counted_at))) {
+        Some(Ok(Control::Began { missing, .. })) => Some(missing.into_iter().collect()),
         _ => (counted_at < log.first_kept).then(Leaves::default),
     })
 }
@@ -144,7 +165,7 @@ pub(super) fn said(
         let leaf = leaf?;
         let entry = control_entry(connection, &mut proven, leaf)?.filter(|_| accepted.from(leaf).is_empty());
         // An unreadable entry proves nothing.
-        if let Some(Ok(Control::Pruned(pruned))) = entry.map(|entry| decode(&entry)) {
+        if let Some(Ok(Control::Pruned(pruned))) = entry.map(|entry| decode(&entry).map(|said| said.at(leaf))) {
             pruned.all().for_each(|leaves| removed.add(leaves));
             first_kept = first_kept.max(pruned.first_kept);
         }
@@ -154,21 +175,20 @@ pub(super) fn said(
 
 /// The first revision whose record is this leaf or a later one. Records in the log have increasing leaves.
 fn revision_from(connection: &Connection, leaf: u64) -> rusqlite::Result<i64> {
-    let (mut low, mut high): (i64, i64) =
-        connection.query_row("SELECT unlogged_to + 1, last_revision + 1 FROM meta", [], |row| {
-            Ok((row.get(0)?, row.get(1)?))
-        })?;
+    let (mut low, mut high) = connection.query_row("SELECT unlogged_to, last_revision FROM meta", [], |row| {
+        Ok((number(row, 0)? + 1, number(row, 1)? + 1))
+    })?;
     let mut next = connection
         .prepare_cached("SELECT revision, leaf FROM cycles WHERE revision >= ?1 ORDER BY revision LIMIT 1")?;
     while low < high {
         let middle = low + (high - low) / 2;
-        let of_row = |row: &Row<'_>| Ok((row.get::<_, i64>(0)?, row.get::<_, Option<i64>>(1)?));
-        match next.query_row([middle], of_row).optional()? {
+        let of_row = |row: &Row<'_>| Ok((number(row, 0)?, row.get::<_, Option<i64>>(1)?));
+        match next.query_row([integer(middle)], of_row).optional()? {
             Some((revision, Some(found))) if found < integer(leaf) => low = revision + 1,
             Some(_) | None => high = middle,
         }
     }
-    Ok(low)
+    Ok(integer(low))
 }
 
 /// The log from the first of these leaves on, in parts; `None` if the hash of one is not retained.

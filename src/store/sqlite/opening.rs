@@ -8,7 +8,7 @@ use rusqlite::{Connection, OpenFlags, TransactionBehavior, config::DbConfig};
 use super::{
     BUSY,
     commit::Renewal,
-    contents::check_unsealed_epoch,
+    contents::{Numbers, check_unsealed_epoch},
     error::{explain, unwritable},
     identity::Identity,
     log,
@@ -76,9 +76,11 @@ pub(in crate::store) fn accept(
     }
     let Opened { place, mut connection, here, noted } = Opened::at(path, true)?;
     let log = log::read(&connection, &place.path).map_err(OpenError::from)?;
-    let epoch = epoch(&connection).map_err(|error| OpenError::from(explain(&place.path, &error)))?;
+    let numbers = (|| Ok((epoch(&connection)?, Numbers::read(&connection)?)))();
+    let (epoch, numbers) = numbers.map_err(|error| OpenError::from(explain(&place.path, &error)))?;
     let store = place.path.display().to_string();
-    check_unsealed_epoch(epoch).map_err(|problem| OpenError::from(StoreError::Corrupt { store, problem }))?;
+    let checked = numbers.check().and_then(|()| check_unsealed_epoch(epoch));
+    checked.map_err(|problem| OpenError::from(StoreError::Corrupt { store, problem }))?;
     new.save()?;
     let accepted = (|| {
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;

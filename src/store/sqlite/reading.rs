@@ -13,14 +13,14 @@ use super::{
     error::{explain, unavailable},
     log,
     place::log_of,
-    rows::{COLUMNS, HAS_REVISION, event, found, integer, number, read},
+    rows::{COLUMNS, HAS_REVISION, Reading, event, found, integer, number, read},
 };
 use crate::{
     ledger::Entry,
     model::{CycleId, RequestKey, Revision},
     ports::{
-        Check, EventCheck, EventFilter, EventPage, Filter, Found, LoggedEvent, Page, PageLimits, ResumeError,
-        SCAN_LIMIT, StoreError, StoreSize, Unreadable, UnreadableEvent,
+        EventCheck, EventFilter, EventPage, Filter, Found, LoggedEvent, Page, PageLimits, ResumeError, SCAN_LIMIT,
+        StoreError, StoreSize, Unreadable, UnreadableEvent,
     },
 };
 
@@ -91,14 +91,14 @@ impl<E> From<rusqlite::Error> for ReadError<E> {
 /// The result of a read that can't be refused.
 type ReadResult<T> = Result<T, ReadError<StoreError>>;
 
-pub(super) fn cycle(connection: &Connection, check: Check, cycle_id: CycleId) -> ReadResult<Option<Found>> {
+pub(super) fn cycle(connection: &Connection, how: Reading, cycle_id: CycleId) -> ReadResult<Option<Found>> {
     let mut query = connection.prepare_cached(&format!("SELECT {COLUMNS} FROM cycles WHERE cycle_id = ?1"))?;
-    Ok(query.query_row([integer(cycle_id.0)], |row| Ok(read(connection, row, check))).optional()?)
+    Ok(query.query_row([integer(cycle_id.0)], |row| Ok(read(connection, row, how))).optional()?)
 }
 
 pub(super) fn cycle_of_request(
     connection: &Connection,
-    check: Check,
+    how: Reading,
     request: &RequestKey,
 ) -> ReadResult<Option<Found>> {
     // Few callers have the same id, so the index of ids is enough.
@@ -106,12 +106,12 @@ pub(super) fn cycle_of_request(
         "SELECT {COLUMNS} FROM cycles WHERE request_id = ?1 AND triggered_by IS ?2 ORDER BY revision DESC LIMIT 1"
     ))?;
     let key = (&request.request_id, request.triggered_by.as_ref().map(ToString::to_string));
-    Ok(query.query_row(key, |row| Ok(read(connection, row, check))).optional()?)
+    Ok(query.query_row(key, |row| Ok(read(connection, row, how))).optional()?)
 }
 
 pub(super) fn cycles_before(
     connection: &mut Connection,
-    check: Check,
+    how: Reading,
     before: Revision,
     filter: &Filter,
     limits: PageLimits,
@@ -152,7 +152,7 @@ pub(super) fn cycles_before(
             return Ok(Page { next: Some(at.next()), ..page });
         }
         if wanted {
-            let found = read(&transaction, row, check);
+            let found = read(&transaction, row, how);
             let length = length(&found);
             if !page.records.is_empty() && bytes + length > limits.bytes {
                 return Ok(Page { next: Some(at.next()), ..page });
@@ -167,7 +167,7 @@ pub(super) fn cycles_before(
 
 pub(super) fn cycles_after(
     connection: &mut Connection,
-    check: Check,
+    how: Reading,
     revision: Revision,
     limits: PageLimits,
 ) -> Result<Vec<Found>, ReadError<ResumeError>> {
@@ -196,7 +196,7 @@ pub(super) fn cycles_after(
             next = next.next();
         }
         let Some(row) = row.filter(|_| records.len() < limits.records) else { break };
-        let found = read(&transaction, row, check);
+        let found = read(&transaction, row, how);
         bytes += length(&found);
         if !records.is_empty() && bytes > limits.bytes {
             break;

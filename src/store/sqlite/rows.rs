@@ -12,12 +12,16 @@ use crate::{
 };
 
 /// In this order, so that a row can be examined without reading the record, which is last and may be large.
-pub(super) const COLUMNS: &str = "revision, cycle_id, epoch, state, trigger, loop, request_id, triggered_by, finished_at, leaf, \
-     revision <= (SELECT unlogged_to FROM meta) AS is_unlogged, record";
+pub(super) const COLUMNS: &str =
+    "revision, cycle_id, epoch, state, trigger, loop, request_id, triggered_by, finished_at, leaf, record";
 
 /// Condition that a row has a place in the history: the revision of an earlier version may have been unreadable. Reads
 /// by revision don't find such a row.
 pub(super) const HAS_REVISION: &str = "revision > 0";
+
+/// The entry in the table `control`; `NULL` if it is larger than any that this software writes: about 60 KiB. Another
+/// program may have put one there that takes as much memory as the machine has.
+pub(super) const CONTROL_ENTRY: &str = "CASE WHEN length(entry) <= 1048576 THEN entry END AS entry";
 
 /// Most bytes of a record that is read: the largest `cycle.max_record_bytes`.
 pub(super) const MAX_RECORD: usize = 64 << 20;
@@ -27,8 +31,17 @@ pub(super) fn epoch(connection: &Connection) -> rusqlite::Result<Epoch> {
     connection.query_row("SELECT epoch FROM meta", [], |row| number(row, 0)).map(Epoch)
 }
 
+/// How a record is read.
+#[derive(Clone, Copy)]
+pub(super) struct Reading {
+    pub(super) check: Check,
+    /// The highest revision of the records that are older than the log: by the process that has the store open, since
+    /// another program can change that number in the table `meta` meanwhile.
+    pub(super) unlogged_to: Revision,
+}
+
 /// A row with its record, if both can be read, and the record has the bytes that were written.
-pub(super) fn read(connection: &Connection, row: &Row<'_>, check: Check) -> Found {
+pub(super) fn read(connection: &Connection, row: &Row<'_>, Reading { check, unlogged_to }: Reading) -> Found {
     let unreadable = |problem| Unreadable {
         cycle_id: CycleId(number(row, "cycle_id").unwrap_or_default()),
         revision: Revision(number(row, "revision").unwrap_or_default()),
@@ -42,7 +55,7 @@ pub(super) fn read(connection: &Connection, row: &Row<'_>, check: Check) -> Foun
     let record = record(row).map_err(|error| unreadable(error.to_string()))?;
     match leaf(row).map_err(|error| unreadable(error.to_string()))? {
         Some(leaf) => log::check(connection, leaf, Entry::Cycle(&record.bytes)).map_err(unreadable)?,
-        None if row.get("is_unlogged").unwrap_or(false) => {}
+        None if record.revision <= unlogged_to => {}
         None => return Err(unreadable("it is not in the log, although it was written since the log began".into())),
     }
     check(&record).map_err(unreadable)?;

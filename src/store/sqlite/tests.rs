@@ -260,6 +260,7 @@ async fn the_largest_record_is_read_and_a_larger_one_is_unreadable() {
     raw.execute("UPDATE meta SET unlogged_to = last_revision", []).unwrap();
     for (bytes, is_read) in [(64_u32 << 20, true), ((64 << 20) + 1, false)] {
         raw.execute("UPDATE cycles SET leaf = NULL, record = zeroblob(?1)", [bytes]).unwrap();
+        store.take_over(Seals::Renewed(keys())).await.unwrap();
         let found = store.cycle(cycle_of(1)).await.unwrap().unwrap();
         assert_eq!(found.is_ok(), is_read, "{bytes}");
     }

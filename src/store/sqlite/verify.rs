@@ -12,7 +12,7 @@ use super::{
     note::Mark,
     opening::read_only,
     place::DatabaseFileError,
-    rows::{COLUMNS, event, integer, key, name, number, record},
+    rows::{COLUMNS, CONTROL_ENTRY, event, integer, key, name, number, record},
     schema::check_current,
     seal::{Seal, Sealer, TABLES},
 };
@@ -143,7 +143,7 @@ impl Verifier<'_> {
                  OR typeof(leaf) NOT IN ('integer', 'null')",
             ),
             ("audit", "leaf < 0"),
-            ("control", "leaf < 0 OR typeof(entry) <> 'blob'"),
+            ("control", "leaf < 0 OR typeof(entry) <> 'blob' OR length(entry) > 1048576"),
             ("hashes", "id < 0 OR typeof(hash) <> 'blob' OR length(hash) <> 32"),
             ("meta", "id <> 0"),
         ] {
@@ -159,22 +159,24 @@ impl Verifier<'_> {
 
     /// What control entries say of removed records.
     fn read_pruned(&mut self) -> rusqlite::Result<()> {
-        let mut query = self.database.prepare("SELECT leaf, entry FROM control WHERE leaf >= 0 ORDER BY leaf")?;
+        let query = format!("SELECT leaf, {CONTROL_ENTRY} FROM control WHERE leaf >= 0 ORDER BY leaf");
+        let mut query = self.database.prepare(&query)?;
         let mut rows = query.query([])?;
         let mut first_kept = 0;
         while let Some(row) = rows.next()? {
             let leaf = number(row, 0)?;
             let entry = row.get::<_, Vec<u8>>(1).map_err(|error| error.to_string());
-            match entry.and_then(|entry| (self.rules.checks.control)(&entry)) {
-                Ok(control) if control.gone().iter().any(|leaves| leaves.end > leaf) => {
-                    (self.wrong)(format!("leaf {leaf}, a control entry, names leaves that are not before it"));
-                }
+            let said = entry.and_then(|entry| (self.rules.checks.control)(&entry));
+            if said.as_ref().is_ok_and(|said| said.gone().iter().any(|leaves| leaves.end > leaf)) {
+                (self.wrong)(format!("leaf {leaf}, a control entry, names leaves that are not before it"));
+            }
+            match said.map(|said| said.at(leaf)) {
                 Ok(Control::Pruned(pruned)) => {
                     first_kept = first_kept.max(pruned.first_kept);
                     pruned.all().for_each(|leaves| self.removed.add(leaves));
                 }
                 Ok(Control::Began { counts_anew: true, missing }) => {
-                    (self.accepted, self.counted_at) = (Leaves::before(leaf, missing), Some(leaf));
+                    (self.accepted, self.counted_at) = (missing.into_iter().collect(), Some(leaf));
                 }
                 Ok(Control::Began { counts_anew: false, .. } | Control::Unknown) => {}
                 Err(problem) => (self.wrong)(format!("leaf {leaf}, a control entry, can't be read: {problem}")),
@@ -217,7 +219,6 @@ impl Verifier<'_> {
             Ok(Leaf { leaf: number(row, 0)?, entry })
         })?;
         let mut claims = claims.peekable();
-        let mut next_before = |leaf| claims.next_if(|claim| claim.as_ref().map_or(true, |claim| claim.leaf < leaf));
         let mut tree = Some(Frontier::default());
         let (mut leaf, mut last_revision) = (0, 0);
         self.compare_root(tree.as_ref(), leaf);
@@ -228,6 +229,14 @@ impl Verifier<'_> {
             let Ok(subtree) = Node::largest_of(leaf, size, |beside| Ok::<_, Infallible>(is_removed(beside)));
             let Range { end, .. } = subtree.leaves();
             let stored = hashes(self.database, &[subtree])?.and_then(|hashes| hashes.first().copied());
+            let claimed = claims.peek().map_or(size, |claim| claim.as_ref().map_or(leaf, |claim| claim.leaf.min(size)));
+            if removed.is_empty() && stored.is_none() && claimed > leaf {
+                leaf = self.pass_nothing(leaf..claimed)?;
+                tree = None;
+                self.compare_root(None, leaf);
+                continue;
+            }
+            let mut next_before = |leaf| claims.next_if(|claim| claim.as_ref().map_or(true, |claim| claim.leaf < leaf));
             if removed.is_empty() {
                 let is_accepted = !self.accepted.from(leaf).is_empty();
                 match next_before(end).transpose()? {
@@ -260,10 +269,7 @@ impl Verifier<'_> {
                     Some(tree)
                 }
                 (_, None) => {
-                    let last = end - 1;
-                    let what =
-                        if leaf == last { format!("leaf {leaf}") } else { format!("the leaves {leaf} to {last}") };
-                    (self.wrong)(format!("the table hashes lacks the hash of {what}"));
+                    (self.wrong)(format!("the table hashes lacks the hash of {}", Named(&(leaf..end))));
                     None
                 }
                 (None, _) => None,
@@ -292,13 +298,46 @@ impl Verifier<'_> {
         Ok(())
     }
 
+    /// Passes the first of these leaves, of which no row is one, together with those after it that have no hash either:
+    /// another program may have claimed any number of them. Returns the leaf after them.
+    fn pass_nothing(&mut self, Range { start, end }: Range<u64>) -> rusqlite::Result<u64> {
+        let mut query = self.database.prepare_cached("SELECT min(id) FROM hashes WHERE id >= ?1")?;
+        let next: Option<i64> = query.query_row([integer(Node::of_leaf(start + 1).number())], |row| row.get(0))?;
+        let (mut low, mut high) = (start + 1, end);
+        // The hashes of a leaf and of the nodes that become complete with it are before those of the next leaf.
+        while low < high {
+            let middle = low + (high - low) / 2;
+            if next.is_none_or(|next| integer(Node::of_leaf(middle + 1).number()) <= next) {
+                low = middle + 1;
+            } else {
+                high = middle;
+            }
+        }
+        let signed = Some(self.checkpoint.size).filter(|signed| *signed > start).unwrap_or(end);
+        let unsaid = |said: &Leaves| said.missing(start..end).next().unwrap_or(end..end);
+        let (not_removed, not_accepted) = (unsaid(&self.removed), unsaid(&self.accepted));
+        let mut end = low.min(signed).min(not_removed.end);
+        if not_accepted.start > start {
+            end = end.min(not_accepted.start);
+            self.verified.missing += end - start;
+        } else {
+            end = end.min(not_accepted.end);
+            let leaves = start..end;
+            let (are, they) = if end - start == 1 { ("is", "it") } else { ("are", "them") };
+            (self.wrong)(format!("{} {are} missing, and no entry says that retention removed {they}", Named(&leaves)));
+        }
+        (self.wrong)(format!("the table hashes lacks the hash of {}", Named(&(start..end))));
+        Ok(end)
+    }
+
     /// The hash of an entry that is there; `None` if it can't be read, which is reported.
     fn check_entry(&mut self, claim: &Leaf, last_revision: &mut u64) -> rusqlite::Result<Option<Hash>> {
         let row = match claim.entry {
             Claimed::Record(row) => row,
             Claimed::Event => return self.check_event(claim),
             Claimed::Control => {
-                let mut query = self.database.prepare_cached("SELECT entry FROM control WHERE leaf = ?1")?;
+                let query = format!("SELECT {CONTROL_ENTRY} FROM control WHERE leaf = ?1");
+                let mut query = self.database.prepare_cached(&query)?;
                 // One that can't be read was reported.
                 let entry: Option<Vec<u8>> = query.query_row([integer(claim.leaf)], |row| Ok(row.get(0).ok()))?;
                 return Ok(entry.map(|entry| Entry::Control(&entry).leaf()));
@@ -482,6 +521,16 @@ impl Verifier<'_> {
 fn record_of(database: &Connection, cycle_id: u64) -> rusqlite::Result<Option<rusqlite::Result<Record>>> {
     let mut query = database.prepare_cached(&format!("SELECT {COLUMNS} FROM cycles WHERE cycle_id = ?1"))?;
     query.query_row([integer(cycle_id)], |row| Ok(record(row))).optional()
+}
+
+/// Leaves, as they are named.
+struct Named<'a>(&'a Range<u64>);
+
+impl std::fmt::Display for Named<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Range { start, end } = *self.0;
+        if end - start == 1 { write!(f, "leaf {start}") } else { write!(f, "the leaves {start} to {}", end - 1) }
+    }
 }
 
 impl std::fmt::Display for RecordRow {

@@ -9,7 +9,7 @@ use rusqlite::{CachedStatement, Row, Rows, Transaction};
 use super::{
     counts::Counts,
     log::{self, Said},
-    rows::{COLUMNS, HAS_REVISION, MAX_RECORD, event, integer, leaf, number, read},
+    rows::{COLUMNS, CONTROL_ENTRY, HAS_REVISION, MAX_RECORD, Reading, event, integer, leaf, number, read},
 };
 use crate::{
     ledger::{Entry, Leaves, LogBegan, Proven},
@@ -35,9 +35,8 @@ impl Table {
                 "SELECT {COLUMNS} FROM cycles WHERE {HAS_REVISION} AND revision >= ?1 ORDER BY revision"
             )),
             Self::Events => transaction.prepare_cached("SELECT * FROM audit WHERE leaf >= ?1 ORDER BY leaf"),
-            Self::Controls => {
-                transaction.prepare_cached("SELECT leaf, entry FROM control WHERE leaf >= ?1 ORDER BY leaf")
-            }
+            Self::Controls => transaction
+                .prepare_cached(&format!("SELECT leaf, {CONTROL_ENTRY} FROM control WHERE leaf >= ?1 ORDER BY leaf")),
         }
     }
 }
@@ -194,12 +193,9 @@ pub(super) fn recount(transaction: &Transaction<'_>, checks: Checks, log: &Log) 
     let mut log = Log { first_kept: 0, ..log.clone() };
     let mut said = log::said(transaction, &log, checks.control, Leaves::default())?;
     log.first_kept = said.first_kept;
-    // Records that are older than the log are before all others.
-    let unlogged_to = "SELECT min(unlogged_to, coalesce((SELECT min(revision) - 1 FROM cycles
-                              WHERE leaf IS NOT NULL AND revision > 0), unlogged_to)) FROM meta";
-    let unlogged_to = Revision(transaction.query_row(unlogged_to, [], |row| number(row, 0))?);
-    let (removed, accepted) = (&said.removed, &said.accepted);
     let proven = || Proven::of(&log.frontier);
+    let unlogged_to = unlogged_to(transaction, &mut proven())?;
+    let (removed, accepted) = (&said.removed, &said.accepted);
     let mut source = Source { transaction, checks, log: &log, removed, accepted, unlogged_to, proven: proven() };
     let (mut counts, mut present) = (Counts::default(), Leaves::default());
     for table in Table::ALL {
@@ -221,6 +217,25 @@ pub(super) fn recount(transaction: &Transaction<'_>, checks: Checks, log: &Log) 
     let missing = removed.missing(0..log.frontier.size()).flat_map(|leaves| present.missing(leaves));
     said.accepted = missing.take(LogBegan::MAX_MISSING).collect();
     Ok(Recounted { log, said, counts, unlogged_to })
+}
+
+/// The highest revision of the records that are older than the log: those before the first one that is proved to be in
+/// it, whatever other rows claim.
+fn unlogged_to(transaction: &Transaction<'_>, proven: &mut Proven) -> rusqlite::Result<Revision> {
+    let known = transaction.query_row("SELECT unlogged_to FROM meta", [], |row| number(row, 0)).map(Revision)?;
+    let mut query = transaction.prepare(&format!(
+        "SELECT {COLUMNS} FROM cycles WHERE {HAS_REVISION} AND revision <= ?1 AND leaf IS NOT NULL ORDER BY revision"
+    ))?;
+    let mut rows = query.query([integer(known.0)])?;
+    while let Some(row) = rows.next()? {
+        let bytes = row.get_ref("record")?.as_blob().unwrap_or_default();
+        if let Ok(Some(leaf)) = leaf(row)
+            && log::is_in_log(transaction, proven, leaf, Entry::Cycle(bytes))?
+        {
+            return Ok(Revision(number(row, "revision")? - 1));
+        }
+    }
+    Ok(known)
 }
 
 impl Source<'_> {
@@ -263,7 +278,8 @@ impl Source<'_> {
     fn read(&self, table: Table, row: &Row<'_>, place: u64) -> Result<Is, String> {
         match table {
             Table::Records => {
-                let read = read(self.transaction, row, self.checks.record);
+                let how = Reading { check: self.checks.record, unlogged_to: self.unlogged_to };
+                let read = read(self.transaction, row, how);
                 let record = read.map_err(|unreadable| unreadable.to_string())?;
                 Ok(Is::Record(record.state, record.finished_at))
             }

@@ -128,6 +128,7 @@ impl Writer {
             log,
         };
         let Mark { id: database_id, commits, .. } = mark;
+        self.log.begins_after(unlogged_to);
         self.log.set(&frontier.log);
         let (epoch, pruned_to) = (contents.epoch, contents.pruned_to);
         self.searches = Searches::default();
