@@ -2,6 +2,8 @@
 #
 #   docker build --tag orchestrator --build-arg BUILD_COMMIT="$(git rev-parse --short=12 HEAD)" .
 #   docker run --network host --volume orchestrator:/var/lib/orchestrator orchestrator
+#
+# With podman or buildah, add `--format docker`: images of the OCI's format have no health check.
 
 # The version of Rust is the rust-version of Cargo.toml.
 FROM rust:1.95.0-slim-bookworm AS build
