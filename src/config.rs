@@ -12,7 +12,7 @@ mod tls;
 mod tokens;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     ffi::OsString,
     fmt::{self, Display},
     net::{IpAddr, Ipv4Addr, SocketAddr},
@@ -85,6 +85,9 @@ pub struct Config {
     pub tracing: TracingSettings,
     /// Declared subsystems, each name once.
     pub subsystems: Vec<Subsystem>,
+    /// Former names of declared subsystems, newest first, by their name: at most [`Subsystem::MAX_FORMER_NAMES`] of each.
+    /// None of them is declared, or is a former name of two.
+    pub former_names: BTreeMap<Name, Arc<[Name]>>,
     /// Declared loops, each name once.
     pub loops: Vec<IntervalLoop>,
 }
@@ -466,7 +469,11 @@ impl Config {
                 }
             }
         }
-        changed.extend(changed_entries("subsystem", &self.subsystems, &new.subsystems, |it| &it.name));
+        let subsystems = [self, &new].map(|config| {
+            let of = |subsystem: &Subsystem| (subsystem.clone(), config.former_names.get(&subsystem.name).cloned());
+            config.subsystems.iter().map(of).collect::<Vec<_>>()
+        });
+        changed.extend(changed_entries("subsystem", &subsystems[0], &subsystems[1], |(it, _)| &it.name));
         changed.extend(changed_entries("loop", &self.loops, &new.loops, |it| &it.name));
         if self.access.grants != new.access.grants {
             changed.push("access.grants".to_owned());
@@ -534,13 +541,20 @@ impl Config {
         config.access.grants = entries(read, kind, grant_spec, Grant::from_spec, |_| "");
         let (max, limit) = (config.registry.max_subsystems, "registry.max_subsystems");
         let kind = Kind { of: "subsystem", list: "subsystems", max, limit };
-        config.subsystems = entries(read, kind, subsystem_spec, Subsystem::from_spec, |it| &it.name);
+        let declared = entries(read, kind, declared_spec, DeclaredSpec::validate, |it| &it.subsystem.name);
+        for (subsystem, former_names) in declared {
+            if !former_names.is_empty() {
+                config.former_names.insert(subsystem.name.clone(), former_names);
+            }
+            config.subsystems.push(subsystem);
+        }
         let kind = Kind { of: "loop", list: "loops", max: config.registry.max_loops, limit: "registry.max_loops" };
         config.loops = entries(read, kind, loop_spec, IntervalLoop::from_spec, |it| &it.name);
         // Refused entries are left out of the list, so positions in it would be wrong: the order is checked only
         // without problems.
         if read.is_content() {
             refuse_ring(read, &config.subsystems);
+            refuse_other_names(read, &config);
             refuse_out_of_reach(read, &config);
         }
         config
@@ -606,6 +620,7 @@ impl Default for Config {
             log: LogSettings { filter: "info".into(), format: LogFormat::Auto },
             tracing: TracingSettings { otlp_endpoint: None, sample_ratio: 1.0 },
             subsystems: Vec::new(),
+            former_names: BTreeMap::new(),
             loops: Vec::new(),
         }
     }
@@ -891,6 +906,23 @@ fn refuse_ring(read: &mut Reader<'_>, subsystems: &[Subsystem]) {
     read.refuse(&first, format!("can't be ordered: {ring} ({located})"));
 }
 
+/// Refuses former names that are also names of declared subsystems, or former names of others.
+fn refuse_other_names(read: &mut Reader<'_>, config: &Config) {
+    let declared: HashSet<_> = config.subsystems.iter().map(|subsystem| &subsystem.name).collect();
+    let mut owners: HashMap<&Name, &Name> = HashMap::new();
+    for (number, subsystem) in config.subsystems.iter().enumerate() {
+        let former_names = config.former_names.get(&subsystem.name);
+        for former in former_names.into_iter().flat_map(|names| &**names) {
+            let key = format!("subsystems[{number}].former_names");
+            if declared.contains(former) {
+                read.refuse(&key, format!("contains {former}, which is declared; remove one of them"));
+            } else if let Some(other) = owners.insert(former, &subsystem.name) {
+                read.refuse(&key, format!("contains {former}, a former name of {other} as well; remove one of them"));
+            }
+        }
+    }
+}
+
 /// The kind of entries of a list.
 #[derive(Clone, Copy)]
 struct Kind {
@@ -938,6 +970,34 @@ fn entries<S, T>(
         entry.finish();
     }
     all
+}
+
+/// A declared subsystem before validation.
+struct DeclaredSpec {
+    subsystem: SubsystemSpec,
+    former_names: Vec<String>,
+}
+
+impl DeclaredSpec {
+    fn validate(&self) -> Result<(Subsystem, Arc<[Name]>), Violations> {
+        const MAX: usize = Subsystem::MAX_FORMER_NAMES;
+        let mut bad = Violations::default();
+        if self.former_names.len() > MAX {
+            bad.add("former_names", format!("are {}; the limit is {MAX}", self.former_names.len()));
+        }
+        let former_names = bad.names("former_names", &self.former_names);
+        match Subsystem::from_spec(&self.subsystem) {
+            Ok(subsystem) => bad.into_result((subsystem, former_names.into())),
+            Err(mut violations) => {
+                violations.extend(bad);
+                Err(violations)
+            }
+        }
+    }
+}
+
+fn declared_spec(read: &mut Reader<'_>) -> DeclaredSpec {
+    DeclaredSpec { former_names: read.texts("former_names"), subsystem: subsystem_spec(read) }
 }
 
 fn subsystem_spec(read: &mut Reader<'_>) -> SubsystemSpec {

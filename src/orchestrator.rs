@@ -73,7 +73,7 @@ pub use self::{
     live::{LiveChange, LiveCycle, LiveEvent, RunningCycle, Update},
     recovery::TakenOver,
     refusal::{NotCancelled, NotOwner, NotRecorded, NotRegistered, NotRenewed, RecordHasNoRoom, Refusal},
-    registration::{Change, Outcome, Registrar},
+    registration::{Change, Outcome, Registrar, Renamed},
     registry::{Lease, Origin, Registered},
     reload::{Declared, Settings},
     retention::{PruneLimit, Pruned},

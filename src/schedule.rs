@@ -223,6 +223,15 @@ impl Loops {
         }
     }
 
+    /// The loops that name subsystems by former names, as they name them by their present ones. Their ticks stay.
+    pub fn with_present_names(&self, present: impl Fn(&Name) -> Option<Name>) -> Vec<LoopEntry> {
+        let renamed = |entry: &LoopEntry| {
+            let settings = entry.settings.with_present_names(&present)?;
+            Some(LoopEntry { settings: Arc::new(settings), ..entry.clone() })
+        };
+        self.iter().filter_map(renamed).collect()
+    }
+
     /// Adds a loop, or replaces the one with its name.
     pub fn put(&mut self, entry: LoopEntry) {
         let name = entry.settings.name.clone();

@@ -693,6 +693,7 @@ pub fn settings(config: &Config) -> Settings {
 fn declared(config: &Config) -> Declared {
     Declared {
         subsystems: config.subsystems.clone(),
+        former_names: config.former_names.clone(),
         loops: config.loops.clone(),
         expected: config.registry.expected.clone(),
     }

@@ -41,6 +41,7 @@ const GOLDEN: &[(&str, &[&str])] = &[
     ("PlanCycle", &["viewer", "operator", "auditor", "admin"]),
     ("RegisterSubsystem", &["registrar", "admin"]),
     ("UpdateSubsystem", &["registrar", "admin"]),
+    ("RenameSubsystem", &["registrar", "admin"]),
     ("RegisterSubsystems", &["registrar", "admin"]),
     ("UnregisterSubsystem", &["registrar", "admin"]),
     ("GetSubsystem", &["viewer", "operator", "registrar", "auditor", "admin"]),
@@ -277,6 +278,7 @@ async fn changes_over_http_need_the_same_rights_as_over_grpc() {
         ("/api/registrations", "RegisterSubsystems", "{}"),
         ("/api/subsystems/a/suspend", "SuspendSubsystem", ""),
         ("/api/subsystems/a/renew", "RenewLease", ""),
+        ("/api/subsystems/a/rename", "RenameSubsystem", r#"{"newName": "a-2"}"#),
         ("/api/loops", "StartIntervalLoop", "{}"),
         ("/api/loops/pause", "PauseIntervalLoops", r#"{"all": true}"#),
     ] {

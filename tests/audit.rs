@@ -63,6 +63,10 @@ async fn each_change_has_one_event_and_a_call_that_changes_nothing_has_none() {
         let update = pb::UpdateSubsystemRequest { registration, ..pb::UpdateSubsystemRequest::default() };
         stage.client.update_subsystem(update).await.unwrap();
     }
+    for (name, new_name) in [("a", "renamed"), ("renamed", "a")] {
+        let rename = pb::RenameSubsystemRequest { name: one(name), new_name: one(new_name), etag: String::new() };
+        stage.client.rename_subsystem(rename).await.unwrap();
+    }
     stage.client.resume_subsystem(pb::ResumeSubsystemRequest { name: one("a") }).await.unwrap();
     stage.client.resume_subsystem(pb::ResumeSubsystemRequest { name: one("a") }).await.unwrap();
     for _ in 0..2 {
@@ -94,6 +98,8 @@ async fn each_change_has_one_event_and_a_call_that_changes_nothing_has_none() {
         ("SuspendSubsystem", vec!["a"], 0),
         ("StartIntervalLoop", vec!["*", "loop:hourly"], 0),
         ("UpdateSubsystem", vec!["a"], 0),
+        ("RenameSubsystem", vec!["a", "renamed"], 0),
+        ("RenameSubsystem", vec!["renamed", "a"], 0),
         ("ResumeSubsystem", vec!["a"], 0),
         ("PauseIntervalLoops", vec!["loop:*"], 0),
         ("PauseIntervalLoops", vec!["loop:hourly"], 0),

@@ -175,6 +175,12 @@ impl Caller {
         Ok(self.client.clone().update_subsystem(self.asks(request)).await?.into_inner())
     }
 
+    async fn rename(&self, name: &str, new_name: &str) -> Result<pb::SubsystemStatus, Status> {
+        let request =
+            pb::RenameSubsystemRequest { name: name.into(), new_name: new_name.into(), etag: String::new() };
+        Ok(self.client.clone().rename_subsystem(self.asks(request)).await?.into_inner().subsystem.unwrap())
+    }
+
     async fn unregister(&self, name: &str) -> Result<(), Status> {
         let request = pb::UnregisterSubsystemRequest { name: name.into() };
         self.client.clone().unregister_subsystem(self.asks(request)).await.map(drop)
@@ -226,9 +232,35 @@ async fn may_not_change(caller: &Caller, name: &str) {
     assert_eq!(denied(caller.register(name).await), of("RegisterSubsystem"));
     assert_eq!(denied(caller.register_all(&["shared-new", name]).await), of("RegisterSubsystems"));
     assert_eq!(denied(caller.update(name, "phase", |it| it.phase = 1).await), of("UpdateSubsystem"));
+    assert_eq!(denied(caller.rename(name, "shared-new").await), of("RenameSubsystem"));
     assert_eq!(denied(caller.renew(name).await), of("RenewLease"));
     assert_eq!(denied(caller.unregister(name).await), of("UnregisterSubsystem"));
     assert_eq!(caller.get("shared-new").await.unwrap_err().code(), Code::NotFound, "all or none");
+}
+
+#[tokio::test]
+async fn a_new_name_needs_a_grant_for_both_names_and_keeps_the_owner() {
+    let mut stage = Stage::new("enforce").await;
+    let [a, b] = stage.registrars("token:").await;
+    a.register("shared-1").await.unwrap();
+    let of = |target: &str| ("RenameSubsystem".to_owned(), target.to_owned());
+    assert_eq!(denied(a.rename("shared-1", "b").await), of("subsystem b"));
+    assert_eq!(denied(a.rename("b", "shared-2").await), of("subsystem b"));
+    assert_eq!(denied(b.rename("shared-1", "shared-2").await), of("subsystem shared-1"));
+    assert_eq!(a.rename("shared-1", "shared-2").await.unwrap().owner, "token:a");
+    may_not_change(&b, "shared-2").await;
+    assert_eq!(b.register("shared-1").await.unwrap_err().code(), Code::FailedPrecondition);
+    // An administrator may, and its owner stays.
+    let admin = stage.caller("token:admin").await;
+    admin.rename("shared-2", "beyond").await.unwrap();
+    assert_eq!(admin.owner("beyond").await, "token:a");
+    stage.restart("enforce").await;
+    let admin = stage.caller("token:admin").await;
+    let beyond = admin.get("beyond").await.unwrap();
+    assert_eq!((beyond.owner.as_str(), beyond.former_names), ("token:a", vec!["shared-2".into(), "shared-1".into()]));
+    // By its grant, the owner can't give it a name that it could not have registered.
+    let a = stage.caller("token:a").await;
+    assert_eq!(denied(a.rename("beyond", "shared-1").await), of("subsystem beyond"));
 }
 
 #[tokio::test]

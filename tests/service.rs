@@ -89,7 +89,7 @@ async fn it_describes_itself_to_new_and_to_old_clients() {
         }
         let file: prost_types::FileDescriptorProto = prost::Message::decode(&files[0][..]).unwrap();
         let service = file.service.iter().find(|service| service.name() == "Orchestrator").unwrap();
-        assert_eq!(service.method.len(), 22);
+        assert_eq!(service.method.len(), 23);
         // A Struct is described as one, whatever its internal type is.
         let registration = file.message_type.iter().find(|message| message.name() == "Registration").unwrap();
         let parameters = registration.field.iter().find(|field| field.name() == "parameters").unwrap();

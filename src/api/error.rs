@@ -39,6 +39,20 @@ pub(super) fn status(refusal: impl Into<Refusal>) -> Status {
         Refusal::SubsystemNotFound(name) => {
             (Code::NotFound, "SUBSYSTEM_NOT_FOUND", vec![("subsystem", name.to_string())])
         }
+        Refusal::SubsystemRenamed { former, name } => (
+            Code::NotFound,
+            "SUBSYSTEM_NOT_FOUND",
+            vec![("subsystem", former.to_string()), ("renamed_to", name.to_string())],
+        ),
+        Refusal::NameReserved { former, name } => (
+            Code::FailedPrecondition,
+            "SUBSYSTEM_RENAMED",
+            vec![("subsystem", former.to_string()), ("renamed_to", name.to_string())],
+        ),
+        Refusal::NameTaken(name) => (Code::AlreadyExists, "NAME_TAKEN", vec![("subsystem", name.to_string())]),
+        Refusal::TooManyFormerNames(name) => {
+            (Code::FailedPrecondition, "TOO_MANY_FORMER_NAMES", vec![("subsystem", name.to_string())])
+        }
         Refusal::CycleRunning(id) | Refusal::CycleWaiting(id) => {
             (Code::Aborted, "CYCLE_RUNNING", vec![("cycle_id", id.to_string())])
         }

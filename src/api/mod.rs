@@ -274,6 +274,13 @@ impl Service for Api {
         self.gate.answer(request, |call| self.handlers.update_subsystem(call)).await
     }
 
+    async fn rename_subsystem(
+        &self,
+        request: Request<pb::RenameSubsystemRequest>,
+    ) -> Answer<pb::RenameSubsystemResponse> {
+        self.gate.answer(request, |call| self.handlers.rename_subsystem(call)).await
+    }
+
     async fn register_subsystems(
         &self,
         request: Request<pb::RegisterSubsystemsRequest>,

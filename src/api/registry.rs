@@ -14,8 +14,9 @@ use super::{
     update::Update,
 };
 use crate::{
-    model::{Cause, Name, Subsystem},
-    orchestrator::{Change, Outcome, Refusal, Registered},
+    ledger::DigestKey,
+    model::{Cause, Name, Subsystem, Violations},
+    orchestrator::{Change, Outcome, Refusal, Registered, Renamed},
     ports::{CallError, Snapshot},
     proto::{orchestrator::v1 as pb, timestamp},
 };
@@ -46,13 +47,9 @@ impl Handlers {
         let (reach, authority, digests) =
             (self.reach.clone(), call.authority.clone(), call.orchestrator().digests().clone());
         let revise = move |subsystem: &Subsystem| {
-            let name = &subsystem.name;
-            let present = response::etag(&digests, &response::registration(subsystem));
-            if !etag.is_empty() && etag != present {
-                return Err(Refusal::EtagMismatch { name: name.clone(), etag: present });
-            }
+            check_etag(&digests, subsystem, &etag)?;
             let registration = update.apply(subsystem);
-            let not_covered = |target| Refusal::NotCovered { name: name.clone(), target };
+            let not_covered = |target| Refusal::NotCovered { name: subsystem.name.clone(), target };
             authority.covers(&registration).map_err(not_covered)?;
             Ok(request::registration(registration, &reach)?)
         };
@@ -60,6 +57,32 @@ impl Handlers {
         let outcome = outcome.map_err(|refusal| call.refused(refusal))?;
         let (subsystem, previous) = before_and_after(&call, &outcome);
         Ok(pb::UpdateSubsystemResponse { subsystem, previous })
+    }
+
+    pub(super) async fn rename_subsystem(
+        &self,
+        mut call: Entered<pb::RenameSubsystemRequest>,
+    ) -> Result<pb::RenameSubsystemResponse, Status> {
+        /// Most names of changed subsystems or loops in an answer: more than a person reads.
+        const MAX_CHANGED: usize = 1000;
+        let (pb::RenameSubsystemRequest { name, new_name, etag }, by) = call.take_change();
+        let mut bad = Violations::default();
+        let (name, new_name) = (bad.name("name", &name), bad.name("new_name", &new_name));
+        bad.into_result(()).map_err(invalid)?;
+        let (authority, digests) = (call.authority.clone(), call.orchestrator().digests().clone());
+        let judge = move |present: &Subsystem, renamed: &Subsystem| {
+            check_etag(&digests, present, &etag)?;
+            let not_covered = |target| Refusal::NotCovered { name: renamed.name.clone(), target };
+            authority.covers(&response::registration(renamed)).map_err(not_covered)
+        };
+        let renamed = call.orchestrator().rename(&name, new_name, judge, &call.authority.registrar(), by).await;
+        let Renamed { registered, subsystems, loops } = renamed.map_err(|refusal| call.refused(refusal))?;
+        let texts = |names: Vec<Name>| names.iter().take(MAX_CHANGED).map(ToString::to_string).collect();
+        Ok(pb::RenameSubsystemResponse {
+            subsystem: Some(listed(&call, &registered, None)),
+            changed_subsystems: texts(subsystems),
+            changed_loops: texts(loops),
+        })
     }
 
     pub(super) async fn register_subsystems(
@@ -217,6 +240,18 @@ fn listed<Q>(
 ) -> pb::SubsystemStatus {
     let status = response::subsystem_status(call, registered, false, snapshot);
     pb::SubsystemStatus { last: status.last.map(response::listed_part), ..status }
+}
+
+/// Checks that a registration has this etag; any has an empty one.
+///
+/// # Errors
+/// It has another one.
+fn check_etag(digests: &DigestKey, subsystem: &Subsystem, etag: &str) -> Result<(), Refusal> {
+    let present = response::etag(digests, &response::registration(subsystem));
+    if etag.is_empty() || etag == present {
+        return Ok(());
+    }
+    Err(Refusal::EtagMismatch { name: subsystem.name.clone(), etag: present })
 }
 
 fn subsystem_name(name: &str) -> Result<Name, Status> {

@@ -199,7 +199,7 @@ pub(super) fn subsystem_status<Q>(
     include_output: bool,
     snapshot: Option<&Result<Snapshot, CallError>>,
 ) -> pb::SubsystemStatus {
-    let Registered { member, origin } = registered;
+    let Registered { member, origin, former_names } = registered;
     let redacted = !call.authority.sees_parameters_of(registered);
     let mut registration = registration(&member.subsystem);
     let etag = etag(call.orchestrator().digests(), &registration);
@@ -234,6 +234,7 @@ pub(super) fn subsystem_status<Q>(
         owner_revoked: call.orchestrator().is_revoked(registered),
         redacted,
         etag,
+        former_names: former_names.iter().map(ToString::to_string).collect(),
     }
 }
 

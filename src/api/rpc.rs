@@ -66,6 +66,7 @@ rpcs! {
     PlanCycle: pb::PlanCycleRequest,
     RegisterSubsystem: pb::RegisterSubsystemRequest,
     UpdateSubsystem: pb::UpdateSubsystemRequest,
+    RenameSubsystem: pb::RenameSubsystemRequest,
     RegisterSubsystems: pb::RegisterSubsystemsRequest,
     UnregisterSubsystem: pb::UnregisterSubsystemRequest,
     GetSubsystem: pb::GetSubsystemRequest,

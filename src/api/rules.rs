@@ -40,6 +40,7 @@ impl Rpc {
             | Self::RegisterSubsystem
             | Self::RegisterSubsystems
             | Self::UpdateSubsystem
+            | Self::RenameSubsystem
             | Self::UnregisterSubsystem
             | Self::RenewLease
             | Self::SuspendSubsystem
@@ -96,6 +97,7 @@ impl Rpc {
             | Self::ResumeIntervalLoops => OPERATORS,
             Self::RegisterSubsystem
             | Self::UpdateSubsystem
+            | Self::RenameSubsystem
             | Self::RegisterSubsystems
             | Self::UnregisterSubsystem
             | Self::RenewLease => Rule::Roles(REGISTRARS),
@@ -218,6 +220,13 @@ impl Concerns for pb::RegisterSubsystemRequest {
 impl Concerns for pb::UpdateSubsystemRequest {
     fn targets(&self) -> Targets<'_> {
         subsystem(self.registration.as_ref().map_or("", |registration| &registration.name))
+    }
+}
+
+/// A subsystem of the new name has to be covered as well. Its whole registration is judged at its turn, as above.
+impl Concerns for pb::RenameSubsystemRequest {
+    fn targets(&self) -> Targets<'_> {
+        Targets { subsystems: vec![&self.name, &self.new_name], ..Targets::default() }
     }
 }
 

@@ -82,6 +82,7 @@ impl Rpc {
             | Self::PruneCycles
             | Self::RegisterSubsystem
             | Self::UpdateSubsystem
+            | Self::RenameSubsystem
             | Self::RegisterSubsystems
             | Self::UnregisterSubsystem
             | Self::SuspendSubsystem

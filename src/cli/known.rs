@@ -6,7 +6,7 @@ use tonic::Code;
 use super::{
     Exit, Failure,
     output::{clean, note},
-    remote::{Client, Remote},
+    remote::{Client, Remote, is_renamed},
     subsystems,
 };
 use crate::{model::nearest, proto::orchestrator::v1 as pb};
@@ -112,7 +112,7 @@ pub(super) async fn note_missing(remote: &Remote, client: &mut Client, names: &[
     }
 }
 
-/// The names that are not registered.
+/// The names that are not registered, and are not former names of registered subsystems.
 async fn missing<F: clap::Args>(
     remote: &Remote<F>,
     client: &mut Client,
@@ -126,7 +126,7 @@ async fn missing<F: clap::Args>(
         let call = async {
             match client.get_subsystem(request).await {
                 Ok(_) => Ok(true),
-                Err(status) if status.code() == Code::NotFound => Ok(false),
+                Err(status) if status.code() == Code::NotFound => Ok(is_renamed(&status)),
                 Err(status) => Err(status),
             }
         };

@@ -596,10 +596,20 @@ pub(super) fn is_passing(status: &Status) -> bool {
     is_connection_lost(status) || status.code() == Code::Unavailable
 }
 
+/// The key of the present name of a subsystem in the details of an error about a former name.
+const RENAMED_TO: &str = "renamed_to";
+
+/// True if this is the error about a former name of a subsystem.
+pub(super) fn is_renamed(status: &Status) -> bool {
+    status.get_error_details().error_info().is_some_and(|info| info.metadata.contains_key(RENAMED_TO))
+}
+
 /// The name that was not found, if that is the reason.
 fn unknown(info: &ErrorInfo) -> Option<Unknown> {
     let name = |key: &str| info.metadata.get(key).cloned();
     match info.reason.as_str() {
+        // The message has the present name of a renamed one.
+        "SUBSYSTEM_NOT_FOUND" if info.metadata.contains_key(RENAMED_TO) => None,
         "SUBSYSTEM_NOT_FOUND" => name("subsystem").map(Unknown::Subsystem),
         "LOOP_NOT_FOUND" => name("loop").map(Unknown::Loop),
         _ => None,

@@ -68,6 +68,26 @@ Examples:
     },
     Register(Box<Register>),
     Set(Box<Set>),
+    /// Give a subsystem another name, by which its output and its history are found
+    #[command(after_help = "\
+Other registrations and loops that name it name it by the new name. Its former name stays its own: cycles are found by \
+both names, and no other subsystem can be registered by it. To rename a subsystem that the configuration file declares, \
+change its name there, and add former_names = [\"OLD\"].
+
+A subsystem that registers itself has to use the new name from now on, before its lease ends if it has one.
+
+Examples:
+  orchestrator subsystems rename prices market-prices
+  orchestrator subsystems rename prices market-prices --etag 4c1b6c2f0f1d7a2e9b3a5d8e6f704c11")]
+    Rename {
+        /// Its name
+        name: String,
+        /// The name that it is to have
+        new_name: String,
+        /// Only if the registration still has this etag, which `orchestrator subsystems show` shows
+        #[arg(long, value_name = "ETAG")]
+        etag: Option<String>,
+    },
     /// Remove a subsystem and its latest output
     #[command(after_help = "\
 A running cycle keeps it until it ends. To remove a subsystem that the configuration file declares, edit the file.
@@ -271,6 +291,12 @@ impl Command {
                 })?;
                 known::note_missing(remote, client, &others, "until it is, it counts as missing").await;
             }
+            Self::Rename { name, new_name, etag } => {
+                let etag = etag.unwrap_or_default();
+                let request = pb::RenameSubsystemRequest { name: name.clone(), new_name, etag };
+                let response = remote.quickly(client.rename_subsystem(request)).await?.into_inner();
+                format.show("RenameSubsystemResponse", &response, |response| renamed(&name, response, format.page()))?;
+            }
             Self::Unregister { name } => {
                 let request = pb::UnregisterSubsystemRequest { name: name.clone() };
                 let response = remote.quickly(client.unregister_subsystem(request)).await?.into_inner();
@@ -365,6 +391,14 @@ async fn register_file(
     const FIELDS: usize = 32;
     let overrides = Overrides { config: file, ..Overrides::default() };
     let config = Config::load(&overrides, []).map_err(|error| Failure::new(Exit::Usage, error.to_string()))?;
+    if let Some((name, former_names)) = config.former_names.iter().next() {
+        let former = former_names.first().map_or("OLD".to_owned(), ToString::to_string);
+        let why = format!(
+            "{name} has former_names, which only the configuration file of the service may have: run `orchestrator \
+             subsystems rename {former} {name}`, and remove them from this file"
+        );
+        return Err(Failure::new(Exit::Usage, why));
+    }
     let mut registered = pb::RegisterSubsystemsResponse::default();
     let mut left = config.subsystems.iter().map(registration).peekable();
     while left.peek().is_some() {
@@ -465,6 +499,18 @@ fn duration_of(part: &pb::SubsystemTelemetry) -> String {
     if part.started_at.is_some() { milliseconds(part.duration_ms) } else { "-".to_owned() }
 }
 
+/// A subsystem that had this name, and what names it.
+fn renamed(former: &str, response: &pb::RenameSubsystemResponse, page: Page) -> String {
+    let name = response.subsystem.as_ref().map(name).unwrap_or_default();
+    let mut changed = Facts::new();
+    changed.fact("changed subsystems", names(&response.changed_subsystems, MAX_CHANGED));
+    changed.fact("changed loops", names(&response.changed_loops, MAX_CHANGED));
+    format!("subsystem {} is renamed to {}\n{}", clean(former), clean(&name), changed.finish(page))
+}
+
+/// Most changed subsystems or loops that are named.
+const MAX_CHANGED: usize = 20;
+
 /// Whether the next cycle will call the subsystem.
 fn stands(status: &pb::SubsystemStatus) -> &'static str {
     match (status.suspended, status.breaker()) {
@@ -514,6 +560,7 @@ pub(super) fn facts(status: &pb::SubsystemStatus) -> Vec<(&'static str, String)>
     let mut facts = Vec::new();
     let mut fact = |what, is| facts.push((what, is));
     fact("subsystem", registration.name.clone());
+    fact("former names", names(&status.former_names, usize::MAX));
     fact("declared by", origin(status.origin()).to_owned());
     fact("owner", status.owner.clone());
     fact("endpoint", registration.endpoint.clone());

@@ -3,7 +3,7 @@
 //! are registered.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::Arc,
 };
 
@@ -17,6 +17,17 @@ impl Plan {
     /// The plan of a cycle over `subset`; `None` means all.
     pub fn of_cycle(self: &Arc<Self>, subset: Option<&[Name]>) -> Arc<Self> {
         let (Some(positions), unregistered) = self.positions_of(subset) else { return self.clone() };
+        Arc::new(self.cut(&positions, unregistered))
+    }
+
+    /// The plan of a cycle over `subset` that has locked these names. A subsystem whose lock it does not have got its
+    /// name after the cycle was admitted, so that another cycle may be calling it. It counts as not registered.
+    pub fn of_locked(self: &Arc<Self>, subset: &[Name], locked: &[Name]) -> Arc<Self> {
+        let (positions, mut unregistered) = self.positions_of(Some(subset));
+        let locked: HashSet<_> = locked.iter().collect();
+        let is_locked = |position: &usize| locked.contains(&self.steps[*position].member.lock);
+        let (positions, others): (Vec<_>, Vec<_>) = positions.into_iter().flatten().partition(is_locked);
+        unregistered.extend(others.iter().map(|position| self.steps[*position].member.subsystem.name.clone()));
         Arc::new(self.cut(&positions, unregistered))
     }
 
@@ -89,6 +100,7 @@ impl Plan {
             phases,
             relays,
             unregistered,
+            renamed: BTreeMap::new(),
         }
     }
 
@@ -181,6 +193,35 @@ mod tests {
         assert_eq!([0, 2, 3, 4].map(|node| nodes_before(&around, node)), [vec![], vec![4], vec![4], vec![0, 1]]);
         let unrelated = hourglass.of_cycle(Some(&names([5, 2, 60])));
         assert_eq!((unrelated.steps.len(), relays(&unrelated), &unrelated.unregistered), (2, 0, &names([60])));
+    }
+
+    #[test]
+    fn a_cycle_calls_only_subsystems_whose_locks_it_has_by_whichever_name() {
+        let member = |name: &str, lock: &str| {
+            let spec = SubsystemSpec {
+                name: name.into(),
+                endpoint: "http://127.0.0.1:1".into(),
+                ..SubsystemSpec::default()
+            };
+            let mut member = Member::new(Arc::new(Subsystem::from_spec(&spec).unwrap()), false, Arc::default());
+            member.lock = Name::parse(lock).unwrap();
+            member
+        };
+        let name = |text: &str| Name::parse(text).unwrap();
+        let renamed = [("old", "new"), ("older", "new")].map(|(former, present)| (name(former), name(present)));
+        let plan = Plan::compile([member("new", "older"), member("other", "other")]).unwrap();
+        let plan = Arc::new(plan.with_former_names(renamed.into()));
+        let over = |subset: &[&str], locked: &[&str]| {
+            let names = |texts: &[&str]| texts.iter().map(|text| name(text)).collect::<Vec<_>>();
+            let cut = plan.of_locked(&names(subset), &names(locked));
+            let called = cut.members().map(|member| member.subsystem.name.to_string()).collect::<Vec<_>>().join(" ");
+            (called, cut.unregistered.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "))
+        };
+        let of = |called: &str, unregistered: &str| (called.to_owned(), unregistered.to_owned());
+        assert_eq!(over(&["new", "other"], &["new", "other", "older"]), of("new other", ""));
+        assert_eq!(over(&["old", "older", "new"], &["old", "older", "new"]), of("new", ""));
+        // It named the new name before the subsystem had it.
+        assert_eq!(over(&["new", "other", "x"], &["new", "other", "x"]), of("other", "x new"));
     }
 
     proptest! {

@@ -29,6 +29,9 @@ pub struct Member {
     pub owner: Option<Identity>,
     /// Its state between cycles.
     pub standing: Arc<Standing>,
+    /// The name that a cycle has to lock to call it: the one that it had first in this process. A new name does not
+    /// change it, so that cycles of before and after exclude each other.
+    pub lock: Name,
     kept: Arc<Kept>,
 }
 
@@ -44,7 +47,15 @@ struct Kept {
 impl Member {
     /// A member without an owner that has not been initialized.
     pub fn new(subsystem: Arc<Subsystem>, suspended: bool, standing: Arc<Standing>) -> Self {
-        Self { subsystem, suspended, owner: None, standing, kept: Arc::default() }
+        let lock = subsystem.name.clone();
+        Self { subsystem, suspended, owner: None, standing, lock, kept: Arc::default() }
+    }
+
+    /// The member with another registration, not initialized yet. Its state between cycles, its suspension, its owner and
+    /// its lock stay.
+    #[must_use]
+    pub fn with(&self, subsystem: Subsystem, held: Held) -> Self {
+        Self { subsystem: Arc::new(subsystem), ..self.clone() }.holding(held)
     }
 
     /// The same member with this owner.

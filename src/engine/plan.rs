@@ -1,7 +1,7 @@
 //! The plan: the order of a cycle as a DAG, compiled once per change of the registry. Pure.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque},
     fmt,
     sync::Arc,
     time::Duration,
@@ -27,6 +27,8 @@ pub struct Plan {
     pub(super) unregistered: Vec<Name>,
     /// Number of dependencies inside phases.
     pub(super) relations: usize,
+    /// The present names of subsystems by their former ones.
+    pub(super) renamed: BTreeMap<Name, Name>,
 }
 
 /// Nodes that replace subsystems that are left out and wait for several others in the cycle: their dependents wait for
@@ -232,6 +234,12 @@ impl Plan {
         Self { unregistered: missing, ..self }
     }
 
+    /// The same plan, where a request may name subsystems by these former names, each with its present name.
+    #[must_use]
+    pub fn with_former_names(self, renamed: BTreeMap<Name, Name>) -> Self {
+        Self { renamed, ..self }
+    }
+
     /// The members, in the order of the plan.
     pub fn members(&self) -> impl ExactSizeIterator<Item = &Member> {
         self.steps.iter().map(|step| &step.member)
@@ -260,13 +268,14 @@ impl Plan {
     }
 
     /// The positions of the subsystems in a cycle over `subset`, in order, and the names in it that are not registered.
-    /// No positions mean all; then the names are those that are missing.
+    /// No positions mean all; then the names are those that are missing. A former name means its subsystem.
     pub(super) fn positions_of(&self, subset: Option<&[Name]>) -> (Option<Vec<usize>>, Vec<Name>) {
         let Some(subset) = subset else { return (None, self.unregistered.clone()) };
         let mut positions = Vec::with_capacity(subset.len());
         let mut unregistered = Vec::new();
         for name in subset {
-            match self.positions.get(name) {
+            let present = self.positions.get(name).or_else(|| self.positions.get(self.renamed.get(name)?));
+            match present {
                 Some(&position) => positions.push(position),
                 None => unregistered.push(name.clone()),
             }

@@ -1,6 +1,6 @@
 //! Names of subsystems and loops.
 
-use std::{borrow::Borrow, fmt, sync::Arc};
+use std::{borrow::Borrow, collections::HashSet, fmt, sync::Arc};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
@@ -45,6 +45,18 @@ impl Name {
     pub(super) fn placeholder() -> Self {
         Self("".into())
     }
+}
+
+/// These names, with the present name of each subsystem that is named by a former one, each name once; `None` if no name
+/// is a former one.
+pub(super) fn with_present_names(names: &[Name], present: impl Fn(&Name) -> Option<Name>) -> Option<Vec<Name>> {
+    let present: Vec<_> = names.iter().map(present).collect();
+    if present.iter().all(Option::is_none) {
+        return None;
+    }
+    let mut seen = HashSet::new();
+    let names = names.iter().zip(present).map(|(name, present)| present.unwrap_or_else(|| name.clone()));
+    Some(names.filter(|name| seen.insert(name.clone())).collect())
 }
 
 /// The name in `known` that was probably meant by `name`, if one is similar: a typing error, another case, or a prefix.

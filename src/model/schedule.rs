@@ -5,7 +5,7 @@ use std::{ops::RangeInclusive, sync::Arc, time::Duration};
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
-use super::{CycleId, CycleRequest, Name, Payload, Subsystem, Violations};
+use super::{CycleId, CycleRequest, Name, Payload, Subsystem, Violations, name::with_present_names};
 
 const MS: Duration = Duration::from_millis(1);
 const YEAR: Duration = Duration::from_hours(24 * 366);
@@ -143,6 +143,13 @@ impl IntervalLoop {
         const NAMED: usize = 48;
         let names = self.subset.iter().flat_map(|names| names.iter());
         ALONE + self.parameters.len() + names.map(|name| name.as_str().len() + NAMED).sum::<usize>()
+    }
+
+    /// The loop that names subsystems by their present names; `None` if it names none by a former one.
+    #[must_use]
+    pub fn with_present_names(&self, present: impl Fn(&Name) -> Option<Name>) -> Option<Self> {
+        let subset = with_present_names(self.subset.as_deref()?, present)?;
+        Some(Self { subset: Some(subset.into()), ..self.clone() })
     }
 
     /// The loop with every default filled in, as it is shown and stored.

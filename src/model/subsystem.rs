@@ -10,7 +10,7 @@ use std::{
 use jiff::SignedDuration;
 use serde::{Deserialize, Serialize};
 
-use super::{Code, CycleId, Identity, Malformed, Name, Payload, Violations};
+use super::{Code, CycleId, Identity, Malformed, Name, Payload, Violations, name::with_present_names};
 
 const MS: Duration = Duration::from_millis(1);
 const HOUR: Duration = Duration::from_hours(1);
@@ -149,6 +149,9 @@ impl Subsystem {
     pub const TIMEOUTS: RangeInclusive<Duration> = MS..=DAY;
     /// Most names in `requires`, `after` and `reads` together: each is an input of every call.
     pub const MAX_INPUTS: usize = 1024;
+    /// Most former names that a registration keeps. Each is one more name that no other subsystem can have, and by which
+    /// the history is searched; a subsystem is renamed a few times in years.
+    pub const MAX_FORMER_NAMES: usize = 16;
     /// Most bytes of inputs in one call. More than gRPC servers accept by default (4 MiB).
     pub const MAX_INPUT_BYTES: usize = 64 << 20;
 
@@ -243,6 +246,23 @@ impl Subsystem {
         let names = named.map(|name| name.as_str().len() + NAMED).sum::<usize>();
         let peer = self.peer.as_ref().map_or(0, |peer| peer.to_string().len());
         ALONE + self.parameters.len() + self.endpoint.to_string().len() + names + peer
+    }
+
+    /// The registration that names other subsystems by their present names; `None` if it names none by a former one.
+    #[must_use]
+    pub fn with_present_names(&self, present: impl Fn(&Name) -> Option<Name>) -> Option<Self> {
+        let lists = [&self.requires, &self.after, &self.reads];
+        let [requires, after, reads] = lists.map(|names| with_present_names(names, &present));
+        if requires.is_none() && after.is_none() && reads.is_none() {
+            return None;
+        }
+        let unchanged = self.clone();
+        Some(Self {
+            requires: requires.unwrap_or(unchanged.requires),
+            after: after.unwrap_or(unchanged.after),
+            reads: reads.unwrap_or(unchanged.reads),
+            ..unchanged
+        })
     }
 
     /// The names of its inputs, each once: `requires`, `after`, `reads`.

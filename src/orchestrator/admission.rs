@@ -186,6 +186,11 @@ pub(super) enum Asked {
 }
 
 impl State {
+    /// The locks of a cycle of this request.
+    fn locks_of(&self, request: &CycleRequest) -> Locks {
+        request.subset.as_ref().map_or(Locks::All, |subset| Locks::Names(self.registry.locks_of(subset)))
+    }
+
     /// Admits a cycle, or refuses it. With `is_async`, it is promised to its caller.
     pub(super) fn admit(
         &mut self,
@@ -200,7 +205,7 @@ impl State {
         if let Some(error) = &*self.store_error.borrow() {
             return Err(NotAdmitted::StoreUnavailable(error.clone()));
         }
-        let locks = Locks::of(&request);
+        let locks = self.locks_of(&request);
         let conflict = self.line.first_conflict(&locks);
         match (request.overlap, conflict) {
             (OverlapPolicy::Skip, Some(other)) => return Err(NotAdmitted::CycleRunning(other)),
@@ -249,7 +254,7 @@ impl State {
         if let Some(key) = admitted.request.key() {
             self.requests.insert(key, admitted.clone());
         }
-        self.line.enter(admitted.cycle_id, Locks::of(&admitted.request));
+        self.line.enter(admitted.cycle_id, self.locks_of(&admitted.request));
         self.live.insert(admitted.cycle_id, admitted);
     }
 

@@ -137,7 +137,7 @@ impl Shared {
         let Some(begun) = self.begin(admitted, trace.id()).await? else {
             return self.record_unbegun(admitted, trace).await;
         };
-        let plan = self.plan_of(admitted.request.subset.clone()).await;
+        let plan = self.plan_of(admitted.cycle_id, admitted.request.subset.clone()).await;
         let cycle = CycleRun {
             cycle_id: admitted.cycle_id,
             request: admitted.request.clone(),
@@ -335,13 +335,17 @@ impl ToWrite for Recording {
     fn add_to(&mut self, write: &mut Write, state: &State) {
         write.records.extend(self.record.as_deref().cloned());
         let all_are_registered = self.live.as_ref().is_some_and(|(plan, _)| state.registry.is_as_planned(plan));
-        // Outputs of subsystems that were unregistered while the cycle ran are dropped.
-        let is_registered = |part: &&Part| {
-            let registered = state.registry.get(part.name());
-            all_are_registered || registered.is_some_and(|it| Arc::ptr_eq(&it.member.standing, &part.standing))
+        // Outputs of subsystems that were unregistered while the cycle ran are dropped. Those of renamed ones are stored
+        // under their present name.
+        let present_name = |part: &Part| {
+            if all_are_registered {
+                return Some(part.name().clone());
+            }
+            let registered = state.registry.get_by_any_name(part.name());
+            let registered = registered.filter(|it| Arc::ptr_eq(&it.member.standing, &part.standing));
+            registered.map(|it| it.name().clone())
         };
-        let outputs = self.parts.iter().filter(is_registered);
-        let outputs = outputs.filter_map(|part| Some((part.name().clone(), part.output.clone()?)));
+        let outputs = self.parts.iter().filter_map(|part| Some((present_name(part)?, part.output.clone()?)));
         write.outputs.extend(outputs);
         write.audit.extend(self.started.iter().chain(&self.cancelled).cloned());
         write.durability = Durability::Durable;

@@ -3,7 +3,7 @@
 //! A record from the store is counted until the last reference to its bytes is dropped (`Held::around`), so that unread
 //! responses are limited, wherever they wait.
 
-use std::{sync::Arc, time::Duration};
+use std::{borrow::Cow, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use tokio::{sync::OnceCell, time::timeout};
@@ -138,6 +138,7 @@ impl Orchestrator {
         let limits = PageLimits { records: max_records.max(64), bytes: MAX_BYTES };
         // Records that do not pass the filter are decoded as well.
         let mut room = self.0.room(2 * self.0.max_record().max(MAX_BYTES)).await?;
+        let parts = self.0.with_all_names(&parts);
         let mut before = before.unwrap_or_else(|| self.0.state().last_revision.next());
         let mut page = Page::default();
         let (mut bytes, mut looked_into) = (0, 0);
@@ -236,6 +237,19 @@ impl Shared {
 
     pub(super) async fn room(&self, bytes: usize) -> Result<Held, Full> {
         room_of(&self.history, bytes).await
+    }
+
+    /// The same filter, for all names of its subsystems: their earlier cycles are recorded under former ones.
+    pub(super) fn with_all_names<'f>(&self, parts: &'f PartFilter) -> Cow<'f, PartFilter> {
+        if parts.subsystems.is_empty() {
+            return Cow::Borrowed(parts);
+        }
+        let state = self.state();
+        if state.registry.renamed().is_empty() {
+            return Cow::Borrowed(parts);
+        }
+        let subsystems = state.registry.with_all_names(&parts.subsystems);
+        Cow::Owned(PartFilter { subsystems, states: parts.states.clone() })
     }
 
     /// Reads a record, once there is memory for it.

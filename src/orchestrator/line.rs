@@ -9,7 +9,7 @@ use std::{
     sync::Arc,
 };
 
-use crate::model::{CycleId, CycleRequest, Name};
+use crate::model::{CycleId, Name};
 
 /// The most cycles that run at one time where the order of all has this number of relations: each is a task with
 /// progress to show. A subsystem is in one of them at most; but each can take 12 bytes for each relation between
@@ -26,7 +26,8 @@ pub(super) fn max_running(relations: usize) -> usize {
 pub(super) enum Locks {
     /// All subsystems, including those that are registered later.
     All,
-    /// The subsystems with these names.
+    /// The subsystems with these names. Beside those of its request, a cycle locks the other names that they have, see
+    /// [`Registry::locks_of`](super::registry::Registry::locks_of).
     Names(Arc<[Name]>),
 }
 
@@ -60,13 +61,6 @@ pub(super) struct Obstacle {
     pub(super) cycle_id: CycleId,
     /// A subsystem that both lock; `None` if both lock all.
     pub(super) shared: Option<Name>,
-}
-
-impl Locks {
-    /// The locks of a cycle of this request.
-    pub(super) fn of(request: &CycleRequest) -> Self {
-        request.subset.clone().map_or(Self::All, Self::Names)
-    }
 }
 
 impl Line {
@@ -206,6 +200,14 @@ impl Line {
         let is_one = |cycle_id: &&CycleId| cycles.contains(cycle_id);
         let first = names.iter().filter_map(|name| self.by_name.get(name)?.iter().find(is_one)).min();
         first.into_iter().chain(self.all.iter().find(is_one)).min().copied()
+    }
+
+    /// The names that this cycle locks; `None` if it locks all, or is not in line.
+    pub(super) fn locked_names(&self, cycle_id: CycleId) -> Option<Arc<[Name]>> {
+        match &self.places.get(&cycle_id)?.locks {
+            Locks::All => None,
+            Locks::Names(names) => Some(names.clone()),
+        }
     }
 
     /// True if this cycle runs.

@@ -7,7 +7,7 @@ use tokio::{select, time::sleep};
 
 use super::{Orchestrator, Refusal, Shared, State, Turn, refusal::NotAdmitted};
 use crate::{
-    model::{Cause, CycleRequest, IntervalLoop, LoopChoice, LoopStart, Name, TickDisposition, Trigger, Violations},
+    model::{Cause, CycleRequest, IntervalLoop, LoopChoice, LoopStart, Name, TickDisposition, Trigger},
     ports::Write,
     schedule::{LoopEntry, LoopOrigin},
 };
@@ -63,7 +63,7 @@ impl Shared {
         {
             // Each name is a part in the record of every cycle.
             let (named, max) = (subset.len(), limits.max_subsystems);
-            return Err(invalid("subsystems", format!("are {named}; registry.max_subsystems allows {max}")));
+            return Err(Refusal::invalid("subsystems", format!("are {named}; registry.max_subsystems allows {max}")));
         }
         let now = self.clock.now();
         let (settings, origin) = {
@@ -71,9 +71,11 @@ impl Shared {
             let (LoopStart::AsDeclared(name) | LoopStart::Of(IntervalLoop { name, .. })) = &start;
             let earlier = state.loops.get(name);
             let settings = match (start, earlier) {
-                (LoopStart::Of(settings), _) => settings,
+                (LoopStart::Of(settings), _) => {
+                    settings.with_present_names(|name| state.registry.present(name)).unwrap_or(settings)
+                }
                 (LoopStart::AsDeclared(_), Some(earlier)) if earlier.is_declared() => (*earlier.settings).clone(),
-                (LoopStart::AsDeclared(_), _) => return Err(invalid("interval", IntervalLoop::NO_INTERVAL)),
+                (LoopStart::AsDeclared(_), _) => return Err(Refusal::invalid("interval", IntervalLoop::NO_INTERVAL)),
             };
             match earlier {
                 Some(earlier) if *earlier.settings == settings && !earlier.state.stopped => return Ok(earlier.clone()),
@@ -213,11 +215,4 @@ impl Shared {
         drop(state);
         self.queue_changed.notify_one();
     }
-}
-
-/// The refusal of a loop for one of its fields.
-fn invalid(field: &str, problem: impl Into<String>) -> Refusal {
-    let mut bad = Violations::default();
-    bad.add(field, problem);
-    Refusal::Invalid(bad)
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::{NotRegistered, Orchestrator, Shared, offload::offload};
 use crate::{
     engine::{Plan, Schedule},
-    model::Name,
+    model::{CycleId, Name},
 };
 
 impl Orchestrator {
@@ -46,12 +46,13 @@ impl Shared {
         self.state().registry.planned(&snapshot, plan)
     }
 
-    /// The plan of a cycle over this subset, or over all subsystems.
-    pub(super) async fn plan_of(&self, subset: Option<Arc<[Name]>>) -> Arc<Plan> {
+    /// The plan of a running cycle over this subset, or over all subsystems.
+    pub(super) async fn plan_of(&self, cycle_id: CycleId, subset: Option<Arc<[Name]>>) -> Arc<Plan> {
         let all = self.plan().await;
         let Some(subset) = subset else { return all };
+        let locked = self.state().line.locked_names(cycle_id).unwrap_or_else(|| subset.clone());
         // One subsystem may wait for all others.
-        offload(subset.len().max(all.relations()), move || all.of_cycle(Some(&subset))).await
+        offload(subset.len().max(all.relations()), move || all.of_locked(&subset, &locked)).await
     }
 
     /// These names as the registry holds them, so that requests share their memory.
@@ -62,6 +63,6 @@ impl Shared {
         let Some(subset) = subset else { return Ok(None) };
         let plan = self.plan().await;
         let names = offload(subset.len(), move || plan.own_names(&subset)).await;
-        names.map(Some).map_err(NotRegistered)
+        names.map(Some).map_err(|name| self.state().registry.not_registered(name))
     }
 }

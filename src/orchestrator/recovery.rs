@@ -20,7 +20,7 @@ use super::{
     figures::{Counts, Watchers},
     line::Line,
     live::Live,
-    registry::{Lease, Origin, Registered, Registry},
+    registry::{FormerNames, Lease, Origin, Registered, Registry, footprint},
     writing,
 };
 use crate::{
@@ -29,7 +29,7 @@ use crate::{
     ledger::Signer,
     memory::{Memory, Shares},
     model::{
-        AuditEvent, Begin, Cause, Code, CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, Identity,
+        AuditEvent, Begin, Cause, Code, CycleId, CycleRequest, CycleState, Epoch, FinishedCycle,
         IntervalLoop, LoopChoice, Name, Subsystem, Trigger,
     },
     ports::{
@@ -121,21 +121,45 @@ impl Orchestrator {
             std::mem::take(&mut contents.outputs).into_iter().map(|stored| (stored.name.clone(), stored)).collect();
         let mut stored: BTreeMap<Name, StoredSubsystem> =
             std::mem::take(&mut contents.subsystems).into_iter().map(|stored| (stored.name.clone(), stored)).collect();
+        let is_declared: BTreeSet<_> = declared.subsystems.iter().map(|subsystem| subsystem.name.clone()).collect();
+        let by_rpc = || stored.values().filter(|stored| stored.spec.is_some() && !is_declared.contains(&stored.name));
+        let asked = declared.former_names.iter().map(|(name, former_names)| (name, &**former_names));
+        let asked = asked.chain(by_rpc().map(|stored| (&stored.name, &*stored.former_names)));
+        let unreadable = || contents.unreadable.iter().filter(|row| row.what == "subsystem");
+        let is_registered = |name: &Name| {
+            is_declared.contains(name)
+                || stored.get(name).is_some_and(|stored| stored.spec.is_some())
+                || unreadable().any(|row| row.key == name.as_str())
+        };
+        let former = FormerNames::of(asked, is_registered);
+        let present = |name: &Name| former.present(name);
         let mut entries = Vec::new();
-        let mut standing = |name: &Name| {
+        let standing = |stored: Option<StoredOutput>| {
             let standing = |stored: StoredOutput| {
                 Arc::new(Standing::with_output(stored.output, stored.finished_at, &memory.outputs))
             };
-            latest.remove(name).map_or_else(Arc::default, standing)
+            stored.map_or_else(Arc::default, standing)
         };
         for subsystem in declared.subsystems {
+            let subsystem = subsystem.with_present_names(present).unwrap_or(subsystem);
             let name = subsystem.name.clone();
-            let stored = stored.remove(&name);
-            let held = hold(subsystem.footprint())?;
-            let suspended = stored.as_ref().is_some_and(|stored| stored.suspended);
-            let member = Member::new(Arc::new(subsystem), suspended, standing(&name)).holding(held);
-            let entry = Registered { member, origin: Origin::Config };
-            if stored.is_some_and(|stored| stored.spec.is_some()) {
+            let asked = declared.former_names.get(&name).map_or(&[][..], |names| names);
+            let former_names = former.of_declared(&name, asked);
+            let (mut output, mut row) = (latest.remove(&name), stored.remove(&name));
+            let by_former = |former: &&Name| latest.contains_key(*former) || stored.contains_key(*former);
+            // It is new, and the file has declared it by this name until now.
+            let earlier = former_names.iter().find(by_former).filter(|_| output.is_none() && row.is_none());
+            if let Some(earlier) = earlier {
+                (output, row) = (latest.remove(earlier), stored.remove(earlier));
+                write.renamed.insert(earlier.clone(), name.clone());
+                tracing::info!(subsystem = %name, former = %earlier, "renamed by the configuration file");
+            }
+            let held = hold(footprint(&subsystem, None, &former_names))?;
+            let suspended = row.as_ref().is_some_and(|stored| stored.suspended);
+            let is_written = row.is_some_and(|stored| stored.spec.is_some()) || (earlier.is_some() && suspended);
+            let member = Member::new(Arc::new(subsystem), suspended, standing(output)).holding(held);
+            let entry = Registered { member, origin: Origin::Config, former_names: former_names.clone() };
+            if is_written {
                 write.subsystems.insert(name, Some(Arc::new(entry.to_stored())));
             }
             entries.push(entry);
@@ -146,15 +170,23 @@ impl Orchestrator {
                 write.subsystems.insert(name, None);
                 continue;
             };
-            let standing = standing(&name);
+            let standing = standing(latest.remove(&name));
             match Subsystem::from_spec(spec) {
                 Ok(subsystem) => {
                     let owner = stored.owner.clone();
-                    let held = hold(subsystem.footprint() + owner.as_ref().map_or(0, Identity::footprint))?;
+                    let former_names = former.of_subsystem(&name, &stored.former_names);
+                    let renaming = subsystem.with_present_names(present);
+                    let is_changed = renaming.is_some() || *former_names != *stored.former_names;
+                    let subsystem = renaming.unwrap_or(subsystem);
+                    let held = hold(footprint(&subsystem, owner.as_ref(), &former_names))?;
                     let member = Member::new(Arc::new(subsystem), stored.suspended, standing);
                     let member = member.owned_by(owner).holding(held);
                     let lease = stored.lease.map(|length| Lease::new(length, begin));
-                    entries.push(Registered { member, origin: Origin::Rpc { lease } });
+                    let entry = Registered { member, origin: Origin::Rpc { lease }, former_names };
+                    if is_changed {
+                        write.subsystems.insert(name, Some(Arc::new(entry.to_stored())));
+                    }
+                    entries.push(entry);
                 }
                 // Rules have become stricter since. It stays stored with its output, for a version that accepts it.
                 Err(violations) => {
@@ -163,7 +195,7 @@ impl Orchestrator {
             }
         }
         // Unreadable rows stay stored, with their outputs.
-        for row in contents.unreadable.iter().filter(|row| row.what == "subsystem") {
+        for row in unreadable() {
             latest.remove(row.key.as_str());
         }
         // Outputs of subsystems that are no longer registered.
@@ -175,6 +207,7 @@ impl Orchestrator {
         let mut stored: BTreeMap<Name, _> =
             std::mem::take(&mut contents.loops).into_iter().map(|stored| (stored.name.clone(), stored)).collect();
         for settings in declared.loops {
+            let settings = settings.with_present_names(present).unwrap_or(settings);
             let held = hold(settings.footprint())?;
             if let Some(stored) = stored.remove(&settings.name) {
                 state.loops.restore(settings, LoopOrigin::Config, stored.state, Some(held), now);
@@ -186,6 +219,7 @@ impl Orchestrator {
         for (name, stored) in stored {
             match stored.spec.as_ref().map(IntervalLoop::from_spec) {
                 Some(Ok(settings)) => {
+                    let settings = settings.with_present_names(present).unwrap_or(settings);
                     let held = hold(settings.footprint())?;
                     state.loops.restore(settings, LoopOrigin::Rpc, stored.state, Some(held), now);
                 }

@@ -4,7 +4,7 @@
 use crate::{
     engine::Ring,
     memory::Full,
-    model::{CycleId, Identity, Name, Revision, Violations, text::count},
+    model::{CycleId, Identity, Name, Revision, Subsystem, Violations, text::count},
     ports::{StoreError, Unreadable, UnreadableEvent},
 };
 
@@ -17,6 +17,35 @@ pub enum Refusal {
     /// The subsystem is not registered.
     #[error("subsystem {0} is not registered; register it, or see ListSubsystems")]
     SubsystemNotFound(Name),
+    /// The subsystem is not registered: it has another name now.
+    #[error("subsystem {former} is not registered: it has been renamed to {name}; use that name")]
+    SubsystemRenamed {
+        /// The former name.
+        former: Name,
+        /// The name that it has now.
+        name: Name,
+    },
+    /// The name to register, or to rename to, is a former name of another subsystem.
+    #[error(
+        "subsystem {former} has been renamed to {name}, which keeps its former name; register {name}, by a component that \
+         expects this name, or unregister {name} first if {former} is to be another subsystem"
+    )]
+    NameReserved {
+        /// The former name.
+        former: Name,
+        /// The name of the subsystem that had it.
+        name: Name,
+    },
+    /// The new name of a subsystem is that of another one.
+    #[error("subsystem {0} is registered; choose a name that no other subsystem has, or unregister {0} first")]
+    NameTaken(Name),
+    /// The subsystem has as many former names as it may have.
+    #[error(
+        "subsystem {0} has {max} former names, which is the limit; rename it to one of them, or unregister it and \
+         register it by its new name, which has no history then",
+        max = Subsystem::MAX_FORMER_NAMES
+    )]
+    TooManyFormerNames(Name),
     /// Its overlap policy does not let it wait.
     #[error(
         "cycle {0} has a subsystem in common with it and has not ended; wait for cycle {0}, cancel it, or choose an \
@@ -186,6 +215,15 @@ pub enum Refusal {
     Draining,
 }
 
+impl Refusal {
+    /// The refusal of a request for one of its fields.
+    pub(super) fn invalid(field: &str, problem: impl Into<String>) -> Self {
+        let mut bad = Violations::default();
+        bad.add(field, problem);
+        Self::Invalid(bad)
+    }
+}
+
 /// Why a cycle is not admitted to the line. The variants are those of [`Refusal`].
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("{}", Refusal::from(self.clone()))]
@@ -259,11 +297,19 @@ impl From<NotCancelled> for Refusal {
 /// No subsystem with this name is registered.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("{}", Refusal::from(self.clone()))]
-pub struct NotRegistered(pub Name);
+pub struct NotRegistered {
+    /// The name.
+    pub name: Name,
+    /// The present name of the subsystem that had it.
+    pub renamed_to: Option<Name>,
+}
 
 impl From<NotRegistered> for Refusal {
-    fn from(NotRegistered(name): NotRegistered) -> Self {
-        Self::SubsystemNotFound(name)
+    fn from(NotRegistered { name, renamed_to }: NotRegistered) -> Self {
+        match renamed_to {
+            Some(present) => Self::SubsystemRenamed { former: name, name: present },
+            None => Self::SubsystemNotFound(name),
+        }
     }
 }
 
@@ -272,7 +318,7 @@ impl From<NotRegistered> for Refusal {
 #[error("{}", Refusal::from(self.clone()))]
 pub enum NotRenewed {
     /// The subsystem is not registered, or its lease has expired.
-    SubsystemNotFound(Name),
+    SubsystemNotFound(NotRegistered),
     /// It has no lease.
     NoLease(Name),
     /// Another caller owns it.
@@ -288,7 +334,7 @@ impl From<NotOwner> for NotRenewed {
 impl From<NotRenewed> for Refusal {
     fn from(refusal: NotRenewed) -> Self {
         match refusal {
-            NotRenewed::SubsystemNotFound(name) => Self::SubsystemNotFound(name),
+            NotRenewed::SubsystemNotFound(refusal) => refusal.into(),
             NotRenewed::NoLease(name) => Self::NoLease(name),
             NotRenewed::NotOwner(refusal) => refusal.into(),
         }

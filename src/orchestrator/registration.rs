@@ -3,7 +3,7 @@
 //! Who may change a registration is decided here, when it is the turn of the change: of two callers that register the
 //! same new name at the same time, one becomes its owner, and the other is refused.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, iter::once, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use tokio::{
@@ -14,10 +14,11 @@ use tokio::{
 use super::{
     NotOwner, NotRenewed, Orchestrator, Refusal, Shared, State, Turn,
     offload::offload,
-    registry::{Lease, Origin, Registered},
+    registry::{Entries, Lease, Origin, Registered, footprint},
 };
 use crate::{
     engine::Member,
+    memory::Held,
     model::{Cause, Identity, Name, Subsystem},
     ports::{Left, StoreError, Write},
 };
@@ -42,6 +43,24 @@ pub struct Outcome {
     pub change: Change,
     /// The registration before the call, if it was replaced.
     pub previous: Option<Registered>,
+}
+
+/// A subsystem after it was renamed.
+#[derive(Clone, Debug)]
+pub struct Renamed {
+    /// Its registration.
+    pub registered: Registered,
+    /// The other subsystems that name it, by name.
+    pub subsystems: Vec<Name>,
+    /// The loops that name it, by name.
+    pub loops: Vec<Name>,
+}
+
+/// A change of a name.
+#[derive(Clone, Debug)]
+struct Rename {
+    former: Name,
+    name: Name,
 }
 
 /// The caller of a change of a registration. Its grants already cover the change; this is about owners.
@@ -131,6 +150,26 @@ impl Orchestrator {
         self.change(cause, move |shared, turn| async move { shared.update(turn, &name, revise, &by).await }).await
     }
 
+    /// Gives a subsystem another name. Its latest output, its owner, its suspension and its lease, which begins anew, are
+    /// those of the new name, and other registrations and loops that name it name it so. Its former name stays its own:
+    /// its earlier cycles are found by both. `judge` gets its registration, and the one that it would have.
+    ///
+    /// # Errors
+    /// It is not registered, the file declares it, another caller owns it, or `judge` refuses. Another subsystem has the
+    /// new name, or had it; there would be a circular dependency or too many former names; there is no memory for the
+    /// changes; the store can't be written; or the process drains.
+    pub async fn rename(
+        &self,
+        name: &Name,
+        new_name: Name,
+        judge: impl FnOnce(&Subsystem, &Subsystem) -> Result<(), Refusal> + Send + 'static,
+        by: &Registrar,
+        cause: Cause,
+    ) -> Result<Renamed, Refusal> {
+        let (name, by) = (name.clone(), by.clone());
+        self.change(cause, move |shared, turn| async move { shared.rename(turn, &name, new_name, judge, &by).await }).await
+    }
+
     /// Removes a subsystem and its latest output.
     ///
     /// # Errors
@@ -204,6 +243,7 @@ impl Shared {
             (earlier.collect(), state.registry.len())
         };
         earlier.iter().flatten().try_for_each(|earlier| may_change(earlier, by))?;
+        let subsystems = self.with_present_names(subsystems)?;
         let new = earlier.iter().filter(|earlier| earlier.is_none()).count();
         if new > 0 && registered + new > max {
             return Err(Refusal::RegistryFull { registered, new, max });
@@ -220,7 +260,8 @@ impl Shared {
             }
             let change = if previous.is_some() { Change::Replaced } else { Change::Created };
             let member = self.member(subsystem, previous.as_ref(), owner)?;
-            Ok(Outcome { registered: Registered { member, origin: origin() }, change, previous })
+            let former_names = previous.as_ref().map(|previous| previous.former_names.clone()).unwrap_or_default();
+            Ok(Outcome { registered: Registered { member, origin: origin(), former_names }, change, previous })
         };
         let outcomes: Result<Vec<_>, Refusal> = subsystems.into_iter().zip(earlier).map(outcome).collect();
         let outcomes = outcomes?;
@@ -245,7 +286,7 @@ impl Shared {
         let outcomes = if changed.is_empty() {
             put(&mut self.state()).0
         } else {
-            self.write_registered(turn, changed, put).await?
+            self.write_registered(turn, changed, None, put).await?
         };
         self.leases_changed.notify_one();
         for Outcome { registered, change, .. } in &outcomes {
@@ -269,7 +310,9 @@ impl Shared {
     ) -> Result<Outcome, Refusal> {
         let previous = self.state().registry.find(name)?.clone();
         may_change(&previous, by)?;
-        let subsystem = revise(&previous.member.subsystem)?;
+        let mut revised = self.with_present_names(vec![revise(&previous.member.subsystem)?])?;
+        // One for each.
+        let subsystem = revised.remove(0);
         if *previous.member.subsystem == subsystem {
             return Ok(Outcome { registered: previous, change: Change::Renewed, previous: None });
         }
@@ -281,10 +324,104 @@ impl Shared {
             let left = state.put(entry.clone());
             (entry, left.into_iter().collect())
         };
-        let registered = self.write_registered(turn, changed, put).await?;
+        let registered = self.write_registered(turn, changed, None, put).await?;
         let Subsystem { name, endpoint, .. } = &*registered.member.subsystem;
         tracing::info!(subsystem = %name, %endpoint, "changed");
         Ok(Outcome { registered, change: Change::Replaced, previous: Some(previous) })
+    }
+
+    /// Gives a subsystem another name, in its own registration and in all that name it.
+    async fn rename(
+        &self,
+        turn: Turn,
+        name: &Name,
+        new_name: Name,
+        judge: impl FnOnce(&Subsystem, &Subsystem) -> Result<(), Refusal>,
+        by: &Registrar,
+    ) -> Result<Renamed, Refusal> {
+        let (previous, Entries { registered: others, .. }) = {
+            let state = self.state();
+            let previous = state.registry.find(name)?.clone();
+            may_change(&previous, by)?;
+            if *name == new_name {
+                return Err(Refusal::invalid("new_name", format!("is {name}, the name that it has")));
+            }
+            if state.registry.get(&new_name).is_some() {
+                return Err(Refusal::NameTaken(new_name));
+            }
+            if let Some(other) = state.registry.present(&new_name).filter(|other| other != name) {
+                return Err(Refusal::NameReserved { former: new_name, name: other });
+            }
+            (previous, state.registry.snapshot())
+        };
+        let present = |named: &Name| (named == name).then(|| new_name.clone());
+        let subsystem = Subsystem { name: new_name.clone(), ..(*previous.member.subsystem).clone() };
+        let subsystem = subsystem.with_present_names(present).unwrap_or(subsystem);
+        judge(&previous.member.subsystem, &subsystem)?;
+        // It may get a former name back.
+        let former_names = once(name).chain(&*previous.former_names).filter(|former| **former != new_name);
+        let former_names: Arc<[Name]> = former_names.cloned().collect();
+        if former_names.len() > Subsystem::MAX_FORMER_NAMES {
+            return Err(Refusal::TooManyFormerNames(name.clone()));
+        }
+        let dependents = others.iter().filter(|entry| entry.name() != name);
+        let dependents = dependents.filter_map(|entry| Some((entry, entry.member.subsystem.with_present_names(present)?)));
+        let mut changed = Vec::new();
+        for (entry, subsystem) in dependents {
+            let member = self.member(subsystem, Some(entry), entry.member.owner.clone())?;
+            changed.push(Registered { member, ..(**entry).clone() });
+        }
+        let subsystems = changed.iter().map(|entry| entry.name().clone()).collect();
+        let held = self.hold(&subsystem, previous.member.owner.as_ref(), &former_names)?;
+        let member = previous.member.with(subsystem, held);
+        let entry = Registered { member, former_names, ..previous };
+        let renamed = Rename { former: name.clone(), name: new_name.clone() };
+        changed.push(entry);
+        let (put, former) = (changed.clone(), name.clone());
+        let put = move |state: &mut State| {
+            let lease = state.registry.get(&former).and_then(Registered::lease);
+            let mut left = Vec::new();
+            for mut entry in put {
+                if *entry.name() == new_name {
+                    let lease = lease.map(|lease| Lease::new(lease.length, Instant::now()));
+                    entry.origin = Origin::Rpc { lease };
+                } else {
+                    entry = entry.with_present_lease(&state.registry);
+                }
+                left.extend(state.put(entry));
+            }
+            left.extend(state.registry.remove(&former));
+            let mut loops = Vec::new();
+            for entry in state.loops.with_present_names(|named| (*named == former).then(|| new_name.clone())) {
+                loops.push(entry.settings.name.clone());
+                state.loops.put(entry);
+            }
+            (state.registry.find(&new_name).cloned().map(|registered| Renamed { registered, subsystems, loops }), left)
+        };
+        let outcome = self.write_registered(turn, changed, Some(renamed), put).await??;
+        // Its failures were those of a subsystem that was called by another name.
+        outcome.registered.member.standing.close_breaker();
+        self.leases_changed.notify_one();
+        tracing::info!(subsystem = %outcome.registered.name(), former = %name, "renamed");
+        Ok(outcome)
+    }
+
+    /// These registrations, where others are named by their present names: a component that registers itself may know
+    /// only former ones.
+    ///
+    /// # Errors
+    /// The name of a registration itself is a former name.
+    fn with_present_names(&self, subsystems: Vec<Subsystem>) -> Result<Vec<Subsystem>, Refusal> {
+        let state = self.state();
+        let renamed = state.registry.renamed();
+        if renamed.is_empty() {
+            return Ok(subsystems);
+        }
+        let present = |subsystem: Subsystem| match renamed.get(&subsystem.name) {
+            Some(name) => Err(Refusal::NameReserved { former: subsystem.name, name: name.clone() }),
+            None => Ok(subsystem.with_present_names(|name| renamed.get(name).cloned()).unwrap_or(subsystem)),
+        };
+        subsystems.into_iter().map(present).collect()
     }
 
     /// The member of a registration that is new or replaces another one.
@@ -294,35 +431,57 @@ impl Shared {
         previous: Option<&Registered>,
         owner: Option<Identity>,
     ) -> Result<Member, Refusal> {
-        let bytes = subsystem.footprint() + owner.as_ref().map_or(0, Identity::footprint);
-        let held = self.memory.try_hold(bytes).map_err(Refusal::RegistryMemoryFull)?;
-        let (suspended, standing) = previous
-            .map_or_else(Default::default, |Registered { member, .. }| (member.suspended, member.standing.clone()));
-        Ok(Member::new(Arc::new(subsystem), suspended, standing).owned_by(owner).holding(held))
+        let former_names = previous.map_or(&[][..], |previous| &previous.former_names);
+        let held = self.hold(&subsystem, owner.as_ref(), former_names)?;
+        let member = match previous {
+            Some(previous) => previous.member.with(subsystem, held),
+            None => Member::new(Arc::new(subsystem), false, Arc::default()).holding(held),
+        };
+        Ok(member.owned_by(owner))
+    }
+
+    /// Memory for a registration.
+    fn hold(&self, subsystem: &Subsystem, owner: Option<&Identity>, former_names: &[Name]) -> Result<Held, Refusal> {
+        let held = self.memory.try_hold(footprint(subsystem, owner, former_names));
+        held.map_err(Refusal::RegistryMemoryFull)
     }
 
     /// Writes new and changed registrations, unless they would make a circular dependency, and then applies them by
-    /// `put`, which also returns the subsystems that have left their endpoints.
+    /// `put`, which also returns the subsystems that have left their endpoints. One of them may be `renamed`; loops that
+    /// name it are then written as well.
     async fn write_registered<T: Send + 'static>(
         &self,
         turn: Turn,
         changed: Vec<Registered>,
+        renamed: Option<Rename>,
         put: impl FnOnce(&mut State) -> (T, Vec<Left>) + Send + 'static,
     ) -> Result<T, Refusal> {
         let names = changed.iter().map(|entry| &entry.member.subsystem).map(|it| it.requires.len() + it.after.len());
         let work = self.state().registry.len() + names.sum::<usize>();
+        let removed: Vec<_> = renamed.iter().map(|renamed| renamed.former.clone()).collect();
         let (mut turn, checked) = offload(work, move || {
             let mut turn = turn;
             let subsystems = changed.iter().map(|entry| entry.member.subsystem.clone()).collect();
-            let checked = turn.order.change(subsystems, &[]).map(|undo| {
-                let stored = changed.iter().map(|entry| (entry.name().clone(), Some(Arc::new(entry.to_stored()))));
+            let checked = turn.order.change(subsystems, &removed).map(|undo| {
+                // The file has the registrations that it declares.
+                let stored = changed.iter().filter(|entry| !entry.is_declared());
+                let stored = stored.map(|entry| (entry.name().clone(), Some(Arc::new(entry.to_stored()))));
                 (undo, stored.collect::<BTreeMap<_, _>>())
             });
             (turn, checked)
         })
         .await;
         let (undo, subsystems) = checked.map_err(Refusal::OrderRing)?;
-        let write = move |_: &State| Write { subsystems: subsystems.clone(), ..Write::default() };
+        let write = move |state: &State| {
+            let mut write = Write { subsystems: subsystems.clone(), ..Write::default() };
+            if let Some(Rename { former, name }) = &renamed {
+                let loops = state.loops.with_present_names(|named| (named == former).then(|| name.clone()));
+                let loops = loops.into_iter().map(|entry| (entry.settings.name.clone(), Some(entry.to_stored())));
+                write.loops.extend(loops);
+                write.renamed.insert(former.clone(), name.clone());
+            }
+            write
+        };
         match self.write(&mut turn, write, put).await {
             Ok((value, left)) => {
                 self.engine.subsystems.forget(&left);

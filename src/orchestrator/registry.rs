@@ -12,7 +12,7 @@ use super::{NotRegistered, NotRenewed, Orchestrator, Refusal, registration::Regi
 use crate::{
     engine::{Member, Plan, Ring, Standing, SubsystemCounts},
     memory::{Full, Memory},
-    model::{Endpoint, Name, Subsystem},
+    model::{Endpoint, Identity, Name, Subsystem},
     ports::{Left, StoredSubsystem},
 };
 
@@ -23,6 +23,10 @@ pub(super) struct Registry {
     entries: BTreeMap<Name, Arc<Registered>>,
     /// Subsystems by the end of their lease.
     expiries: BTreeSet<(Instant, Name)>,
+    /// The present names of subsystems by their former ones, none of which is registered.
+    renamed: BTreeMap<Name, Name>,
+    /// The locks of subsystems that are locked by another name than their present one.
+    locks: BTreeMap<Name, Name>,
     /// Number of declared subsystems.
     declared: usize,
     /// Number of subsystems at each endpoint.
@@ -44,6 +48,8 @@ pub struct Registered {
     pub member: Member,
     /// The origin of its registration.
     pub origin: Origin,
+    /// Its former names, newest first. No other subsystem has one of them.
+    pub former_names: Arc<[Name]>,
 }
 
 /// The origin of a registration.
@@ -67,9 +73,10 @@ pub struct Lease {
     pub expires: Instant,
 }
 
-/// All entries of a registry, the names that are missing, and its version.
+/// All entries of a registry, the present names by former ones, the names that are missing, and its version.
 pub(super) struct Entries {
     pub(super) registered: Vec<Arc<Registered>>,
+    renamed: BTreeMap<Name, Name>,
     missing: Vec<Name>,
     version: u64,
 }
@@ -120,7 +127,62 @@ impl Registered {
             lease: self.lease().map(|lease| lease.length),
             suspended: self.member.suspended,
             owner: self.member.owner.clone(),
+            former_names: if self.is_declared() { Vec::new() } else { self.former_names.to_vec() },
         }
+    }
+}
+
+/// Most bytes of a registration in memory.
+pub(super) fn footprint(subsystem: &Subsystem, owner: Option<&Identity>, former_names: &[Name]) -> usize {
+    /// Of a former name, with its entries in the registry and in the plan.
+    const NAMED: usize = 256;
+    subsystem.footprint() + owner.map_or(0, Identity::footprint) + former_names.len() * NAMED
+}
+
+/// The former names of registrations that come together from the configuration file and the store.
+#[derive(Debug, Default)]
+pub(super) struct FormerNames {
+    /// The present names by former ones.
+    renamed: BTreeMap<Name, Name>,
+}
+
+impl FormerNames {
+    /// Of registrations with the former names that they ask for; each former name belongs to the first that asks for
+    /// it. A name that is registered is no former name.
+    pub(super) fn of<'a>(
+        asked: impl IntoIterator<Item = (&'a Name, &'a [Name])>,
+        is_registered: impl Fn(&Name) -> bool,
+    ) -> Self {
+        let mut renamed = BTreeMap::new();
+        for (name, former_names) in asked {
+            for former in former_names.iter().filter(|former| !is_registered(former)) {
+                renamed.entry(former.clone()).or_insert_with(|| name.clone());
+            }
+        }
+        Self { renamed }
+    }
+
+    /// The present name of the subsystem with this former name.
+    pub(super) fn present(&self, former: &Name) -> Option<Name> {
+        self.renamed.get(former).cloned()
+    }
+
+    /// The former names that the configuration file gives a subsystem, and that it has; the others are logged.
+    pub(super) fn of_declared(&self, name: &Name, asked: &[Name]) -> Arc<[Name]> {
+        for former in asked.iter().filter(|former| self.renamed.get(*former) != Some(name)) {
+            tracing::warn!(
+                subsystem = %name,
+                %former,
+                "not a former name of it, although the configuration file says so: a subsystem of that name is \
+                 registered by RPC; unregister it, and reload"
+            );
+        }
+        self.of_subsystem(name, asked)
+    }
+
+    /// The former names that a subsystem asks for and has.
+    pub(super) fn of_subsystem(&self, name: &Name, asked: &[Name]) -> Arc<[Name]> {
+        asked.iter().filter(|former| self.renamed.get(*former) == Some(name)).cloned().collect()
     }
 }
 
@@ -128,7 +190,9 @@ impl Entries {
     /// The plan over all entries; `None` after a defect.
     pub(super) fn plan(&self) -> Option<Arc<Plan>> {
         match Plan::compile(self.registered.iter().map(|entry| entry.member.clone())) {
-            Ok(plan) => Some(Arc::new(plan.lacking(self.missing.clone()))),
+            Ok(plan) => {
+                Some(Arc::new(plan.lacking(self.missing.clone()).with_former_names(self.renamed.clone())))
+            }
             // Every entry was checked before it was added, so this is a defect.
             Err(ring) => {
                 tracing::error!(%ring, "the registry has a circular dependency");
@@ -144,54 +208,123 @@ pub(super) struct Declarations {
     pub(super) put: Vec<Registered>,
     /// Removed names.
     pub(super) removed: Vec<Name>,
-    /// Entries of `put` with another endpoint.
+    /// Entries of `put` with another endpoint or another name.
     pub(super) moved: Vec<Arc<Standing>>,
     /// Changes of the store.
     pub(super) stored: BTreeMap<Name, Option<Arc<StoredSubsystem>>>,
+    /// The new names of entries by the names that they had before.
+    pub(super) renamed: BTreeMap<Name, Name>,
+    /// The former names of all.
+    pub(super) former_names: FormerNames,
     /// Names that remain registered by RPC.
     by_rpc: HashSet<Name>,
 }
 
 impl Declarations {
-    /// The changes that these declarations make to a registry with the entries `before`.
+    /// The changes that these declarations make to a registry with the entries `before`. A subsystem that is new, and was
+    /// declared by a former name of it until now, is renamed.
     ///
     /// # Errors
     /// There is no memory for the changes.
-    pub(super) fn of(subsystems: Vec<Subsystem>, before: &[Arc<Registered>], memory: &Memory) -> Result<Self, Full> {
+    pub(super) fn of(
+        subsystems: Vec<Subsystem>,
+        former_names: &BTreeMap<Name, Arc<[Name]>>,
+        before: &[Arc<Registered>],
+        memory: &Memory,
+    ) -> Result<Self, Full> {
         let before: BTreeMap<_, _> = before.iter().map(|entry| (entry.name(), entry)).collect();
         let names: HashSet<_> = subsystems.iter().map(|subsystem| subsystem.name.clone()).collect();
         let others = || before.values().filter(|entry| !names.contains(entry.name()));
         let removed: Vec<_> = others().filter(|entry| entry.is_declared()).map(|entry| entry.name().clone()).collect();
-        let by_rpc = others().filter(|entry| !entry.is_declared()).map(|entry| entry.name().clone()).collect();
-        let mut stored: BTreeMap<_, _> = removed.iter().map(|name| (name.clone(), None)).collect();
-        let (mut put, mut moved) = (Vec::new(), Vec::new());
+        let by_rpc: HashSet<_> =
+            others().filter(|entry| !entry.is_declared()).map(|entry| entry.name().clone()).collect();
+        let asked = former_names.iter().map(|(name, former_names)| (name, &**former_names));
+        let asked = asked.chain(others().filter(|it| !it.is_declared()).map(|it| (it.name(), &*it.former_names)));
+        let former = FormerNames::of(asked, |name| names.contains(name) || by_rpc.contains(name));
+        let mut changes = Self {
+            put: Vec::new(),
+            moved: Vec::new(),
+            stored: removed.iter().map(|name| (name.clone(), None)).collect(),
+            removed,
+            renamed: BTreeMap::new(),
+            former_names: former,
+            by_rpc,
+        };
         for subsystem in subsystems {
-            let earlier = before.get(&subsystem.name);
-            let member = match earlier {
-                // An unchanged subsystem stays initialized.
-                Some(earlier) if *earlier.member.subsystem == subsystem => earlier.member.clone().owned_by(None),
-                earlier => {
-                    let held = memory.try_hold(subsystem.footprint())?;
-                    let (suspended, standing) = earlier.map_or_else(Default::default, |earlier| {
-                        (earlier.member.suspended, earlier.member.standing.clone())
-                    });
-                    if earlier.is_some_and(|earlier| earlier.member.subsystem.endpoint != subsystem.endpoint) {
-                        moved.push(standing.clone());
-                    }
-                    Member::new(Arc::new(subsystem), suspended, standing).holding(held)
+            let asked = former_names.get(&subsystem.name).map_or(&[][..], |names| names);
+            changes.declare(subsystem, asked, &before, memory)?;
+        }
+        for entry in others().filter(|entry| !entry.is_declared()) {
+            changes.keep(entry, memory)?;
+        }
+        Ok(changes)
+    }
+
+    /// Adds the changes by a declared subsystem that asks for these former names.
+    fn declare(
+        &mut self,
+        subsystem: Subsystem,
+        asked: &[Name],
+        before: &BTreeMap<&Name, &Arc<Registered>>,
+        memory: &Memory,
+    ) -> Result<(), Full> {
+        let subsystem = subsystem.with_present_names(|name| self.former_names.present(name)).unwrap_or(subsystem);
+        let name = subsystem.name.clone();
+        let former_names = self.former_names.of_declared(&name, asked);
+        let earlier = before.get(&name).or_else(|| former_names.iter().find_map(|former| before.get(former)));
+        let member = match earlier {
+            // An unchanged subsystem stays initialized.
+            Some(earlier) if *earlier.member.subsystem == subsystem => earlier.member.clone(),
+            Some(earlier) => {
+                if earlier.member.subsystem.endpoint != subsystem.endpoint || *earlier.name() != name {
+                    self.moved.push(earlier.member.standing.clone());
                 }
-            };
-            let is_same =
-                earlier.is_some_and(|it| it.is_declared() && Arc::ptr_eq(&it.member.subsystem, &member.subsystem));
-            let entry = Registered { member, origin: Origin::Config };
-            if earlier.is_some_and(|earlier| !earlier.is_declared()) {
-                stored.insert(entry.name().clone(), Some(Arc::new(entry.to_stored())));
+                earlier.member.with(subsystem.clone(), memory.try_hold(footprint(&subsystem, None, &former_names))?)
             }
-            if !is_same {
-                put.push(entry);
+            None => {
+                let held = memory.try_hold(footprint(&subsystem, None, &former_names))?;
+                Member::new(Arc::new(subsystem), false, Arc::default()).holding(held)
+            }
+        };
+        let is_same = earlier.is_some_and(|it| {
+            let has_same_member = Arc::ptr_eq(&it.member.subsystem, &member.subsystem);
+            it.is_declared() && has_same_member && it.former_names == former_names
+        });
+        let entry = Registered { member: member.owned_by(None), origin: Origin::Config, former_names };
+        if let Some(earlier) = earlier {
+            let is_renamed = *earlier.name() != name;
+            if is_renamed {
+                self.renamed.insert(earlier.name().clone(), name.clone());
+            }
+            if !earlier.is_declared() || (is_renamed && entry.member.suspended) {
+                self.stored.insert(name, Some(Arc::new(entry.to_stored())));
             }
         }
-        Ok(Self { put, removed, moved, stored, by_rpc })
+        if !is_same {
+            self.put.push(entry);
+        }
+        Ok(())
+    }
+
+    /// Adds the changes of a subsystem that stays registered by RPC: the file may have taken a former name from it, or
+    /// renamed a subsystem that it names.
+    fn keep(&mut self, entry: &Registered, memory: &Memory) -> Result<(), Full> {
+        let former_names = self.former_names.of_subsystem(entry.name(), &entry.former_names);
+        let renaming = entry.member.subsystem.with_present_names(|name| self.former_names.present(name));
+        if renaming.is_none() && former_names == entry.former_names {
+            return Ok(());
+        }
+        let member = match renaming {
+            Some(subsystem) => {
+                let bytes = footprint(&subsystem, entry.member.owner.as_ref(), &former_names);
+                entry.member.with(subsystem, memory.try_hold(bytes)?)
+            }
+            None => entry.member.clone(),
+        };
+        let entry = Registered { member, former_names, origin: entry.origin };
+        self.stored.insert(entry.name().clone(), Some(Arc::new(entry.to_stored())));
+        self.put.push(entry);
+        Ok(())
     }
 
     /// The refusal of these declarations because of this circular dependency.
@@ -218,7 +351,8 @@ impl Registry {
         }
         registry.expect(expected);
         let missing = registry.missing.iter().cloned().collect();
-        registry.plan = (Arc::new(plan.lacking(missing)), registry.version);
+        let plan = plan.lacking(missing).with_former_names(registry.renamed.clone());
+        registry.plan = (Arc::new(plan), registry.version);
         Ok(registry)
     }
 
@@ -228,7 +362,7 @@ impl Registry {
             return;
         }
         self.version += 1;
-        self.missing = expected.iter().filter(|name| !self.entries.contains_key(*name)).cloned().collect();
+        self.missing = expected.iter().filter(|name| !self.knows(name)).cloned().collect();
         self.expected = expected;
     }
 
@@ -260,7 +394,54 @@ impl Registry {
     /// # Errors
     /// It is not registered.
     pub(super) fn find(&self, name: &Name) -> Result<&Registered, NotRegistered> {
-        self.get(name).ok_or_else(|| NotRegistered(name.clone()))
+        self.get(name).ok_or_else(|| self.not_registered(name.clone()))
+    }
+
+    /// That a name is not registered, with the present name of the subsystem that had it.
+    pub(super) fn not_registered(&self, name: Name) -> NotRegistered {
+        NotRegistered { renamed_to: self.present(&name), name }
+    }
+
+    /// The present name of the subsystem with this former name.
+    pub(super) fn present(&self, former: &Name) -> Option<Name> {
+        self.renamed.get(former).cloned()
+    }
+
+    /// The present names by former ones.
+    pub(super) fn renamed(&self) -> &BTreeMap<Name, Name> {
+        &self.renamed
+    }
+
+    /// True if a subsystem has this name, or had it.
+    fn knows(&self, name: &Name) -> bool {
+        self.entries.contains_key(name) || self.renamed.contains_key(name)
+    }
+
+    /// The subsystem with this name, now or formerly.
+    pub(super) fn get_by_any_name(&self, name: &Name) -> Option<&Registered> {
+        self.get(self.renamed.get(name).unwrap_or(name))
+    }
+
+    /// These names, with all present and former names of the subsystems that have or had one of them: the records of
+    /// cycles name a subsystem as it was named then.
+    pub(super) fn with_all_names(&self, names: &BTreeSet<Name>) -> BTreeSet<Name> {
+        let all_names = |entry: &Registered| entry.former_names.iter().chain([entry.name()]).cloned().collect::<Vec<_>>();
+        let known = names.iter().filter_map(|name| self.get_by_any_name(name)).flat_map(all_names);
+        names.iter().cloned().chain(known).collect()
+    }
+
+    /// The names that a cycle over these subsystems locks: besides them, their present names and their locks, where
+    /// these are others.
+    pub(super) fn locks_of(&self, subset: &Arc<[Name]>) -> Arc<[Name]> {
+        let mut others = Vec::new();
+        if !(self.renamed.is_empty() && self.locks.is_empty()) {
+            for name in &**subset {
+                let present = self.renamed.get(name);
+                let lock = self.locks.get(present.unwrap_or(name));
+                others.extend(present.into_iter().chain(lock.filter(|lock| *lock != name)).cloned());
+            }
+        }
+        if others.is_empty() { subset.clone() } else { subset.iter().cloned().chain(others).collect() }
     }
 
     /// The entries after `name`, by name.
@@ -271,8 +452,12 @@ impl Registry {
     }
 
     pub(super) fn snapshot(&self) -> Entries {
-        let missing = self.missing.iter().cloned().collect();
-        Entries { registered: self.entries.values().cloned().collect(), missing, version: self.version }
+        Entries {
+            registered: self.entries.values().cloned().collect(),
+            renamed: self.renamed.clone(),
+            missing: self.missing.iter().cloned().collect(),
+            version: self.version,
+        }
     }
 
     /// Adds or replaces an entry, which the caller has checked to add no circular dependency. Returns the subsystem
@@ -285,6 +470,13 @@ impl Registry {
         self.declared += usize::from(entry.is_declared());
         self.expiries.extend(entry.lease().map(|lease| (lease.expires, name.clone())));
         self.missing.remove(&name);
+        for former in &*entry.former_names {
+            self.missing.remove(former);
+            self.renamed.insert(former.clone(), name.clone());
+        }
+        if entry.member.lock != name {
+            self.locks.insert(name.clone(), entry.member.lock.clone());
+        }
         self.entries.insert(name, Arc::new(entry));
         left
     }
@@ -293,8 +485,17 @@ impl Registry {
     pub(super) fn remove(&mut self, name: &Name) -> Option<Left> {
         self.version += 1;
         let entry = self.entries.remove(name)?;
-        if self.expected.contains(name) {
-            self.missing.insert(name.clone());
+        self.locks.remove(name);
+        for former in &*entry.former_names {
+            // After it was renamed, they are those of its new name.
+            if self.renamed.get(former) == Some(name) {
+                self.renamed.remove(former);
+            }
+        }
+        for name in entry.former_names.iter().chain([name]) {
+            if self.expected.contains(name) && !self.knows(name) {
+                self.missing.insert(name.clone());
+            }
         }
         self.declared -= usize::from(entry.is_declared());
         if let Some(lease) = entry.lease() {
@@ -311,7 +512,7 @@ impl Registry {
     /// Renews the lease of an entry for a caller that may change it, if it has one and it has not expired: its end may
     /// already be being written.
     pub(super) fn renew(&mut self, name: &Name, by: &Registrar) -> Result<Lease, NotRenewed> {
-        let not_found = || NotRenewed::SubsystemNotFound(name.clone());
+        let not_found = || NotRenewed::SubsystemNotFound(self.not_registered(name.clone()));
         let entry = self.get(name).ok_or_else(not_found)?;
         by.check(entry)?;
         let lease = entry.lease().ok_or_else(|| NotRenewed::NoLease(name.clone()))?;

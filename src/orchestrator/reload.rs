@@ -51,6 +51,8 @@ pub struct Settings {
 pub struct Declared {
     /// Subsystems, each name once.
     pub subsystems: Vec<Subsystem>,
+    /// The former names of subsystems, newest first, by their name. Each is there once.
+    pub former_names: BTreeMap<Name, Arc<[Name]>>,
     /// Loops, each name once.
     pub loops: Vec<IntervalLoop>,
     /// Subsystems that should be registered, here or by RPC: cycles over all subsystems record each that is not.
@@ -79,42 +81,63 @@ impl Orchestrator {
 impl Shared {
     async fn reload(&self, turn: Turn, settings: Settings, declared: Declared) -> Result<(), Refusal> {
         let Entries { registered: before, .. } = self.state().registry.snapshot();
-        let Declared { subsystems, loops, expected } = declared;
-        let hold = |settings: IntervalLoop| {
-            let held = self.memory.try_hold(settings.footprint()).map_err(Refusal::RegistryMemoryFull)?;
-            Ok((settings, held))
-        };
-        let loops = loops.into_iter().map(hold).collect::<Result<Vec<_>, Refusal>>()?;
+        let Declared { subsystems, former_names, loops, expected } = declared;
         let memory = self.memory.clone();
         // The caller applies its part of the configuration after this one, so it waits for the outcome.
         let turn = Turn { late: None, ..turn };
         let (mut turn, changes) = offload(before.len() + subsystems.len(), move || {
             let mut turn = turn;
-            let changes = Declarations::of(subsystems, &before, &memory).map_err(Refusal::RegistryMemoryFull);
-            let changes = changes.and_then(|changes| {
+            let changes = Declarations::of(subsystems, &former_names, &before, &memory);
+            let changes = changes.map_err(Refusal::RegistryMemoryFull).and_then(|changes| {
+                let present = |name: &Name| changes.former_names.present(name);
+                let hold = |settings: IntervalLoop| {
+                    let settings = settings.with_present_names(present).unwrap_or(settings);
+                    let held = memory.try_hold(settings.footprint()).map_err(Refusal::RegistryMemoryFull)?;
+                    Ok((settings, held))
+                };
+                let loops = loops.into_iter().map(hold).collect::<Result<Vec<_>, Refusal>>()?;
                 let put = changes.put.iter().map(|entry| entry.member.subsystem.clone()).collect();
                 let ordered = turn.order.change(put, &changes.removed).map_err(|ring| changes.refuse(ring));
-                ordered.map(|undo| (undo, changes))
+                ordered.map(|undo| (undo, changes, loops))
             });
             (turn, changes)
         })
         .await;
-        let (undo, Declarations { put, removed, moved, stored, .. }) = changes?;
+        let (undo, changes, loops) = changes?;
+        let Declarations { put, removed, moved, stored, renamed, former_names, .. } = changes;
+        let former_names = Arc::new(former_names);
         let stopped: Vec<_> = {
             let state = self.state();
             let declared = state.loops.iter().filter(|entry| entry.is_declared()).map(|entry| &entry.settings.name);
             declared.filter(|name| !loops.iter().any(|(settings, _)| settings.name == **name)).cloned().collect()
         };
-        let stored_loops: BTreeMap<_, _> = stopped.iter().map(|name| (name.clone(), None)).collect();
-        let write =
-            move |_: &State| Write { subsystems: stored.clone(), loops: stored_loops.clone(), ..Write::default() };
+        let (stopping, former) = (stopped.clone(), former_names.clone());
+        let told: Vec<_> = renamed.iter().map(|(former, name)| (former.clone(), name.clone())).collect();
+        let write = move |state: &State| {
+            let changed = state.loops.with_present_names(|name| former.present(name));
+            let changed = changed.into_iter().map(|entry| (entry.settings.name.clone(), Some(entry.to_stored())));
+            Write {
+                renamed: renamed.clone(),
+                subsystems: stored.clone(),
+                loops: changed.chain(stopping.iter().map(|name| (name.clone(), None))).collect(),
+                ..Write::default()
+            }
+        };
         let clock = self.clock;
         let apply = move |state: &mut State| {
-            let mut left: Vec<_> = removed.iter().filter_map(|name| state.registry.remove(name)).collect();
-            left.extend(put.into_iter().filter_map(|entry| state.registry.put(entry)));
+            let mut left = Vec::new();
+            // First, so that the connection of a renamed subsystem stays.
+            for entry in put {
+                let entry = if entry.is_declared() { entry } else { entry.with_present_lease(&state.registry) };
+                left.extend(state.registry.put(entry));
+            }
+            left.extend(removed.iter().filter_map(|name| state.registry.remove(name)));
             state.registry.expect(expected);
             for name in stopped {
                 state.loops.remove(&name);
+            }
+            for entry in state.loops.with_present_names(|name| former_names.present(name)) {
+                state.loops.put(entry);
             }
             let now = clock.now();
             state.follow_clock(now);
@@ -139,6 +162,9 @@ impl Shared {
         }
         for standing in moved {
             standing.close_breaker();
+        }
+        for (former, name) in told {
+            tracing::info!(subsystem = %name, %former, "renamed by the configuration file");
         }
 
         self.engine.outputs.set_max(settings.max_outputs_bytes);

@@ -133,7 +133,10 @@ impl Orchestrator {
         let ids: Vec<_> = noted.take(WaitingCycle::MAX).collect();
         let waiting = ids.into_iter().filter_map(|cycle_id| {
             let request = state.live.get(&cycle_id)?.request.clone();
-            let waits_for = state.line.obstacle(cycle_id).map(|obstacle| (obstacle.cycle_id, obstacle.shared));
+            let waits_for = state.line.obstacle(cycle_id).map(|obstacle| {
+                let shared = obstacle.shared.map(|name| state.registry.present(&name).unwrap_or(name));
+                (obstacle.cycle_id, shared)
+            });
             Some(WaitingCycle { cycle_id, request, waits_for })
         });
         let waiting = waiting.collect();

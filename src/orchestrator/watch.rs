@@ -72,8 +72,9 @@ impl WatchFilter {
         self.wants_trigger(&record.trigger) && (self.states.is_empty() || self.states.contains(&record.state))
     }
 
-    fn wants_live(&self, cycle: &LiveCycle) -> bool {
-        let names = &self.parts.subsystems;
+    /// `parts` are its own, with all names of the subsystems.
+    fn wants_live(&self, cycle: &LiveCycle, parts: &PartFilter) -> bool {
+        let names = &parts.subsystems;
         self.wants_trigger(cycle.trigger()) && (names.is_empty() || cycle.has_any(names))
     }
 
@@ -314,7 +315,8 @@ impl Watcher {
         let cycle_id = event.cycle.cycle_id;
         if !self.heard.contains_key(&cycle_id) {
             self.heard.retain(|_, heard| !is_old(&heard.revision));
-            let (revision, wanted) = (event.cycle.revision.clone(), self.filter.wants_live(&event.cycle));
+            let wanted = self.filter.wants_live(&event.cycle, &self.shared.with_all_names(&self.filter.parts));
+            let revision = event.cycle.revision.clone();
             self.heard.insert(cycle_id, Heard { revision, wanted, started: false, updates: 0 });
         }
         let heard = self.heard.get_mut(&cycle_id).filter(|heard| heard.wanted)?;
@@ -349,7 +351,8 @@ impl Watcher {
             self.read_page().await?;
             return Ok(None);
         };
-        let wanted = self.filter.wants_outside(&recent.record) && recent.has(&self.filter.parts).await;
+        let parts = self.shared.with_all_names(&self.filter.parts);
+        let wanted = self.filter.wants_outside(&recent.record) && recent.has(&parts).await;
         self.cursor = recent.record.revision;
         if !wanted {
             // There may be many of them.
@@ -383,7 +386,7 @@ impl Watcher {
             }
             Err(ResumeError::Store(error)) => return Err(error.into()),
         };
-        let have = which_have(&records, &self.filter.parts).await;
+        let have = which_have(&records, &self.shared.with_all_names(&self.filter.parts)).await;
         let mut is_first = true;
         for (found, has) in records.into_iter().zip(have) {
             let record = match found {

@@ -114,10 +114,11 @@ where
     }
 
     fn add_to(&mut self, write: &mut Write, state: &State) {
-        let Write { durability, audit, subsystems, loops, close, .. } = (self.build)(state);
+        let Write { durability, audit, renamed, subsystems, loops, close, .. } = (self.build)(state);
         write.audit.extend(self.event.clone().into_iter().chain(audit));
         write.durability = write.durability.min(durability);
         write.close |= close;
+        write.renamed.extend(renamed);
         write.subsystems.extend(subsystems);
         write.loops.extend(loops);
     }

@@ -125,6 +125,12 @@ impl Kept {
             self.records.insert(record.revision, record.clone());
         }
         self.outputs.extend(write.outputs.iter().cloned());
+        for (former, name) in &write.renamed {
+            if let Some(output) = self.outputs.remove(former) {
+                self.outputs.insert(name.clone(), output);
+            }
+            self.subsystems.remove(former);
+        }
         for (name, stored) in &write.subsystems {
             if stored.is_none() {
                 self.outputs.remove(name);

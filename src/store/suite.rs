@@ -111,7 +111,8 @@ pub(super) fn stored_subsystem(name: &str) -> (Name, Option<Arc<StoredSubsystem>
     let name = self::name(name);
     let lease = Some(Duration::from_millis(1500));
     let owner = Some(Identity::Token(name.clone()));
-    let stored = StoredSubsystem { spec: Some(spec), lease, suspended: true, owner, name: name.clone() };
+    let former_names = vec![self::name("first"), self::name("second")];
+    let stored = StoredSubsystem { spec: Some(spec), lease, suspended: true, owner, former_names, name: name.clone() };
     (name, Some(stored.into()))
 }
 
@@ -764,6 +765,31 @@ async fn removals_are_in_order_and_leave_the_newest_record(store: &dyn Store, ep
     assert_eq!(revisions(&store.cycles_after(Revision(5), ALL).await.unwrap()), [6]);
 }
 
+async fn a_new_name_gets_the_output_of_the_former_one_and_leaves_nothing_of_it(store: &dyn Store, epoch: Epoch) {
+    let outputs = |names: &[&str], cycle_id| names.iter().map(|of| (name(of), output(cycle_id, of))).collect();
+    let write = Write {
+        outputs: outputs(&["a", "b", "c"], 1),
+        subsystems: [stored_subsystem("a"), stored_subsystem("b")].into(),
+        ..recorded(1..=2, epoch)
+    };
+    commit(store, write).await;
+    // An output that comes with the same write is moved as well, also if it replaces one; one without an output has none.
+    let write = Write {
+        epoch,
+        last_cycle_id: CycleId(2),
+        outputs: outputs(&["b"], 2),
+        renamed: [("a", "x"), ("b", "c"), ("d", "y")].map(|(former, to)| (name(former), name(to))).into(),
+        subsystems: [stored_subsystem("x")].into(),
+        ..Write::default()
+    };
+    commit(store, write).await;
+    let contents = store.take_over(seals()).await.unwrap();
+    assert_eq!(contents.subsystems, [(*stored_subsystem("x").1.unwrap()).clone()]);
+    let made = |of: &str, cycle_id, by: &str| (name(of), output(cycle_id, by));
+    let kept: Vec<_> = contents.outputs.into_iter().map(|stored| (stored.name, stored.output)).collect();
+    assert_eq!(kept, [made("c", 2, "b"), made("x", 1, "a")]);
+}
+
 macro_rules! every_store {
     ($($test:ident)+) => {
         mod memory {
@@ -797,6 +823,7 @@ every_store! {
     only_an_open_cycle_is_recorded
     a_record_leaves_other_open_cycles_open
     a_second_takeover_reads_everything_and_fences_the_earlier_epoch
+    a_new_name_gets_the_output_of_the_former_one_and_leaves_nothing_of_it
     another_epoch_is_fenced
     pages_go_from_the_newest_record_to_the_oldest
     pages_neither_skip_nor_repeat_records_while_others_are_added

@@ -87,6 +87,7 @@ routes! {
     Get "/api/subsystems/{name}" GetSubsystem = get_subsystem;
     Patch "/api/subsystems/{name}" UpdateSubsystem = update_subsystem ("name" is "registration.name");
     Delete "/api/subsystems/{name}" UnregisterSubsystem = unregister_subsystem;
+    Post "/api/subsystems/{name}/rename" RenameSubsystem = rename_subsystem;
     Post "/api/subsystems/{name}/renew" RenewLease = renew_lease;
     Post "/api/subsystems/{name}/suspend" SuspendSubsystem = suspend_subsystem;
     Post "/api/subsystems/{name}/resume" ResumeSubsystem = resume_subsystem;

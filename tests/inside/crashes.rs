@@ -6,19 +6,19 @@ use std::{
     mem,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
 use crate::kit::{
     Fleet, Received, around, by_test, errors, host, in_memory, of, of_all, seals, settings, start, start_with,
-    subsystem,
+    subsystem, text,
 };
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use orchestrator_core::{
-    model::{CycleId, CycleRequest, CycleState, Revision},
+    model::{Answer, CycleId, CycleRequest, CycleState, Name, Revision, Subsystem},
     orchestrator::{Orchestrator, OrchestratorTasks, Registrar},
     ports::{Contents, Filter, Lost, Stage, Store, StoreError, UnreadableRow, Write},
     record::{self, PartFilter},
@@ -269,6 +269,70 @@ fn a_process_that_dies_at_any_commit_leaves_each_id_once_and_loses_no_visible_ch
 #[test]
 fn a_process_that_dies_at_any_commit_of_sqlite_leaves_each_id_once_and_loses_no_visible_change() {
     die_at_each_commit(Place::sqlite);
+}
+
+/// Lets a process die at a commit around a new name, while a cycle runs with the former one. True if the process reached
+/// that commit.
+fn dies_renaming(death: Death, place: &Place) -> bool {
+    let fleet = Arc::new(Fleet::default());
+    *fleet.answer.lock().unwrap() = Answer { output: text("made"), ..Answer::default() };
+    let name = |name: &str| Name::parse(name).unwrap();
+    process(async {
+        let (orchestrator, tasks) = start(settings(), fleet.clone(), place.open().await).await;
+        let reader = Subsystem { reads: vec![name("old")], ..subsystem("reader") };
+        let both = vec![subsystem("old"), reader];
+        orchestrator.register_all(both, None, &Registrar::Anyone, by_test()).await.unwrap();
+        end(&orchestrator, tasks).await;
+    });
+    let (came_to_it, is_renamed) = process(async {
+        let died = Arc::new(Notify::new());
+        let store = dying(place.open().await, death, died.clone());
+        let is_renamed = AtomicBool::new(false);
+        let life = async {
+            let (orchestrator, tasks) = start(settings(), fleet.clone(), store).await;
+            let running = orchestrator.run_cycle(of(&["old"]), false).await.unwrap();
+            sleep(Duration::from_millis(500)).await;
+            let (old, new) = (name("old"), name("new"));
+            orchestrator.rename(&old, new, |_, _| Ok(()), &Registrar::Anyone, by_test()).await.unwrap();
+            is_renamed.store(true, Ordering::Relaxed);
+            running.recorded().await.unwrap();
+            end(&orchestrator, tasks).await;
+        };
+        let came_to_it = select! {
+            () = life => false,
+            () = died.notified() => true,
+        };
+        (came_to_it, is_renamed.into_inner())
+    });
+    process(async {
+        let (orchestrator, tasks) = start(settings(), fleet.clone(), place.open().await).await;
+        let subsystems = orchestrator.subsystems(None, 10);
+        let names: Vec<_> = subsystems.iter().map(|it| it.member.subsystem.name.as_str()).collect();
+        let present = if names.contains(&"new") { "new" } else { "old" };
+        assert_eq!(names, [present, "reader"], "{death:?}");
+        assert!(present == "new" || !is_renamed, "{death:?}: an acknowledged name is lost");
+        let [subsystem, reader] = [present, "reader"].map(|it| orchestrator.subsystem(&name(it)).unwrap());
+        assert_eq!(reader.member.subsystem.reads, [name(present)], "{death:?}");
+        assert_eq!(subsystem.former_names.len(), usize::from(present == "new"), "{death:?}");
+        // Its output is there exactly if its record is.
+        let recorded = orchestrator.cycle(CycleId(1)).await.ok().filter(|it| it.state == CycleState::Succeeded);
+        let output = subsystem.member.standing.latest();
+        assert_eq!(output.map(|output| output.cycle_id), recorded.map(|it| it.cycle_id), "{death:?}");
+        end(&orchestrator, tasks).await;
+    });
+    came_to_it
+}
+
+#[test]
+fn a_process_that_dies_at_any_commit_around_a_new_name_leaves_one_name_with_its_output() {
+    for place in [|| process(Place::memory()), Place::sqlite] {
+        let reaches = |after: usize| {
+            let deaths = [false, true].map(|is_kept| dies_renaming(Death { after, is_kept }, &place()));
+            deaths.contains(&true)
+        };
+        let commits = (0..).take_while(|after| reaches(*after)).count();
+        assert!(commits > 3, "{commits}");
+    }
 }
 
 /// Lets a process die while one cycle runs and another waits, whose start was acknowledged. Returns the orchestrator

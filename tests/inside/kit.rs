@@ -300,7 +300,7 @@ pub(crate) struct Process {
     pub(crate) declared: Declared,
     pub(crate) host: Host,
     pub(crate) memory: Shares,
-    pub(crate) fleet: Arc<Fleet>,
+    pub(crate) fleet: Arc<dyn Subsystems>,
 }
 
 impl Default for Process {
@@ -310,7 +310,7 @@ impl Default for Process {
             declared: Declared::default(),
             host: host(),
             memory: Shares::of(1 << 30),
-            fleet: Arc::default(),
+            fleet: Arc::new(Fleet::default()),
         }
     }
 }

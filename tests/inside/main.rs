@@ -12,6 +12,7 @@ mod kit;
 mod loops;
 mod registry;
 mod reload;
+mod renaming;
 mod tasks;
 mod watching;
 mod writing;

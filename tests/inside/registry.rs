@@ -251,7 +251,7 @@ async fn names_are_returned_as_registered_or_the_missing_one_is_named() {
     assert_eq!(registered(&["b", "a"]).await.unwrap(), ["b", "a"].map(name));
     assert_eq!(registered(&["b"]).await.unwrap(), ["b"].map(name));
     let missing = registered(&["a", "c"]).await;
-    assert!(matches!(&missing, Err(NotRegistered(missing)) if *missing == name("c")), "{missing:?}");
+    assert!(matches!(&missing, Err(NotRegistered { name: missing, .. }) if *missing == name("c")), "{missing:?}");
     assert!(orchestrator.registered_names(None).await.unwrap().is_none(), "all of them");
 }
 

@@ -2,7 +2,7 @@
 
 use std::{fs, iter, ops::Range};
 
-use rusqlite::{Connection, ToSql, Transaction, TransactionBehavior};
+use rusqlite::{Connection, OptionalExtension, Row, ToSql, Transaction, TransactionBehavior};
 
 use super::{
     counts::Counts,
@@ -10,7 +10,7 @@ use super::{
     log,
     note::Mark,
     rows::{epoch, integer, kind_number, nanoseconds, number, state_number, to_json, trigger_number},
-    seal::{LOOPS, OPEN_CYCLES, OUTPUTS, SUBSYSTEMS, Sealer},
+    seal::{LOOPS, OPEN_CYCLES, OUTPUTS, SUBSYSTEMS, Seal, Sealer},
 };
 use crate::{
     ledger::Leaves,
@@ -268,6 +268,9 @@ fn put_knowledge(transaction: &Transaction<'_>, sealer: &Sealer, write: &Write) 
         let payload = &output.payload.as_bytes()[..];
         sealer.put(transaction, &OUTPUTS, [&name.as_str(), &integer(output.cycle_id.0), &payload])?;
     }
+    for (former, name) in &write.renamed {
+        rename(transaction, sealer, former, name)?;
+    }
     for (name, stored) in &write.subsystems {
         match stored {
             Some(stored) => {
@@ -277,6 +280,7 @@ fn put_knowledge(transaction: &Transaction<'_>, sealer: &Sealer, write: &Write) 
                     &stored.lease.map(|lease| i64::try_from(lease.as_millis()).unwrap_or(i64::MAX)),
                     &stored.suspended,
                     &stored.owner.as_ref().map(ToString::to_string),
+                    &(!stored.former_names.is_empty()).then(|| to_json(&stored.former_names)).transpose()?,
                 ];
                 sealer.put(transaction, &SUBSYSTEMS, values)?;
             }
@@ -298,6 +302,23 @@ fn put_knowledge(transaction: &Transaction<'_>, sealer: &Sealer, write: &Write) 
             }
         }
     }
+    Ok(())
+}
+
+/// Moves the output of a subsystem to its new name, and removes its row of the former one. An output that another program
+/// has changed stays as it is: the next start finds that its seal is wrong.
+fn rename(transaction: &Transaction<'_>, sealer: &Sealer, former: &Name, name: &Name) -> rusqlite::Result<()> {
+    let of_row = |row: &Row<'_>| {
+        let is_ours = matches!(sealer.check_row(row, &OUTPUTS)?, Seal::Valid(_));
+        is_ours.then(|| Ok((row.get::<_, i64>("cycle_id")?, row.get::<_, Vec<u8>>("payload")?))).transpose()
+    };
+    let mut query = transaction.prepare_cached("SELECT * FROM outputs WHERE name = ?1")?;
+    let output = query.query_row([former.as_str()], of_row).optional()?.flatten();
+    if let Some((cycle_id, payload)) = output {
+        sealer.put(transaction, &OUTPUTS, [&name.as_str(), &cycle_id, &payload])?;
+        transaction.prepare_cached("DELETE FROM outputs WHERE name = ?1")?.execute([former.as_str()])?;
+    }
+    transaction.prepare_cached("DELETE FROM subsystems WHERE name = ?1")?.execute([former.as_str()])?;
     Ok(())
 }
 

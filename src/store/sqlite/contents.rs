@@ -164,6 +164,7 @@ pub(super) fn read_contents(
             lease: lease_ms.map(|ms| Duration::from_millis(ms.unsigned_abs())),
             suspended: row.get("suspended")?,
             owner: identity(row, "owner")?,
+            former_names: json(row, "former_names")?.unwrap_or_default(),
         })
     })?;
     contents.loops = rows.read_all(&LOOPS, "SELECT * FROM loops ORDER BY name", |row, _| {

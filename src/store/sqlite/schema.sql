@@ -266,3 +266,8 @@ DROP INDEX audit_by_kind;
 -- leaves that retention has removed, and the leaf of the entry with which the entries were counted anew, or -1.
 ALTER TABLE meta ADD COLUMN log_removed    INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE meta ADD COLUMN log_counted_at INTEGER NOT NULL DEFAULT -1;
+
+-- migration 16
+
+-- The former names of a subsystem, newest first, as a JSON array; NULL if it has none.
+ALTER TABLE subsystems ADD COLUMN former_names TEXT;

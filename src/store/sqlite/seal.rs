@@ -40,7 +40,7 @@ macro_rules! table {
 }
 
 pub(super) const SUBSYSTEMS: Table =
-    table!("subsystems", "subsystem", ["name", "spec", "lease_ms", "suspended", "owner"]);
+    table!("subsystems", "subsystem", ["name", "spec", "lease_ms", "suspended", "owner", "former_names"]);
 pub(super) const LOOPS: Table = table!("loops", "loop", ["name", "spec", "state"]);
 pub(super) const OUTPUTS: Table = table!("outputs", "output", ["name", "cycle_id", "payload"]);
 pub(super) const OPEN_CYCLES: Table = table!(

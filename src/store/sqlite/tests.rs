@@ -77,6 +77,7 @@ async fn everything_is_kept_across_a_restart() {
         began: None,
         removal: Removal::default(),
         outputs: vec![(name("a"), output(1, "old")), (name("a"), output(2, "new")), (name("b"), output(2, "b"))],
+        renamed: BTreeMap::new(),
         subsystems: BTreeMap::from([stored_subsystem("a"), stored_subsystem("b")]),
         loops: BTreeMap::from([(name("l"), Some(stored_loop.clone()))]),
         close: false,
@@ -767,6 +768,7 @@ async fn a_row_that_was_changed_without_the_key_is_not_taken_over() {
         ("UPDATE subsystems SET owner = 'token:other' WHERE name = 'a'", "subsystem \"a\""),
         ("UPDATE subsystems SET suspended = 0 WHERE name = 'a'", "subsystem \"a\""),
         ("UPDATE subsystems SET lease_ms = NULL WHERE name = 'b'", "subsystem \"b\""),
+        ("UPDATE subsystems SET former_names = NULL WHERE name = 'b'", "subsystem \"b\""),
         ("UPDATE subsystems SET seal = NULL WHERE name = 'b'", "subsystem \"b\""),
         ("DELETE FROM subsystems WHERE name = 'b'; UPDATE subsystems SET name = 'b'", "subsystem \"b\""),
         ("UPDATE loops SET state = replace(state, '0', '1')", "loop \"l\""),
@@ -783,6 +785,44 @@ async fn a_row_that_was_changed_without_the_key_is_not_taken_over() {
             "{change}: {refused}"
         );
     }
+}
+
+#[tokio::test]
+async fn an_output_that_was_changed_without_the_key_is_not_sealed_under_a_new_name() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("o.db");
+    let (store, contents) = opened(&path).await;
+    let outputs = vec![(name("a"), output(1, "a")), (name("b"), output(2, "b"))];
+    commit(&*store, Write { outputs, ..recorded(1..=2, contents.epoch) }).await;
+    let raw = rusqlite::Connection::open(&path).unwrap();
+    raw.execute("UPDATE outputs SET payload = (SELECT payload FROM outputs WHERE name = 'b') WHERE name = 'a'", [])
+        .unwrap();
+    drop(raw);
+    let renamed = [(name("a"), name("x"))].into();
+    let write = Write { epoch: contents.epoch, last_cycle_id: CycleId(2), renamed, ..Write::default() };
+    commit(&*store, write).await;
+    drop(store);
+    let refused = refused(&path).await;
+    let is_of_a = |problem: &str| problem.contains("the seal of its output \"a\"");
+    assert!(
+        matches!(&refused, OpenError::Store(StoreError::Tampered { problem, .. }) if is_of_a(problem)),
+        "{refused}"
+    );
+}
+
+#[tokio::test]
+async fn subsystems_of_an_earlier_version_have_no_former_names() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("o.db");
+    let raw = database_of_version(&path, 4);
+    raw.execute("INSERT INTO subsystems VALUES ('a', NULL, NULL, 1)", []).unwrap();
+    drop(raw);
+    let (store, contents) = opened(&path).await;
+    assert!(contents.subsystems[0].former_names.is_empty());
+    let subsystems = [stored_subsystem("a")].into();
+    commit(&*store, Write { epoch: contents.epoch, subsystems, ..Write::default() }).await;
+    drop(store);
+    assert_eq!(opened(&path).await.1.subsystems, [(*stored_subsystem("a").1.unwrap()).clone()]);
 }
 
 #[tokio::test]

@@ -26,7 +26,7 @@ export function mount(main, { parameters: { id, name } }, scope) {
   let isShown = false;
   const read = () => scope.attempt(async () => {
     const record = await getCycle(id);
-    const part = (record.subsystems ?? []).find((one) => one.name === name);
+    const part = await partOf(record, name);
     if (scope.signal.aborted) return;
     if (!part) {
       isShown = true;
@@ -87,7 +87,16 @@ async function lastSuccess(name, finishedBefore) {
   if (!finishedBefore) return null;
   const { cycles } = await listCycles({ pageSize: 1, subsystem: name, subsystemStates: "SUBSYSTEM_STATE_SUCCEEDED", finishedBefore });
   const [record] = cycles;
-  return record ? { id: record.cycleId, part: record.subsystems.find((one) => one.name === name) } : null;
+  const part = record && await partOf(record, name);
+  return part ? { id: record.cycleId, part } : null;
+}
+
+/** The part of a subsystem in a cycle, whose record may have it by a former name; undefined if it took no part. */
+async function partOf({ subsystems = [] }, name) {
+  const part = subsystems.find((one) => one.name === name);
+  if (part) return part;
+  const { formerNames = [] } = (await registered(name)) ?? {};
+  return subsystems.find((one) => formerNames.includes(one.name));
 }
 
 function issues(list) {

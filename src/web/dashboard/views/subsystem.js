@@ -20,17 +20,20 @@ export function mount(main, { parameters: { name } }, scope) {
   main.append(h("nav", { class: "neighbours", "aria-label": "Elsewhere" },
     h("a", { href: href("fleet") }, "All subsystems"), h("a", { href: href("cycles", { subsystem: name }) }, "Its cycles")), place);
 
+  // Its present and former names, by which records have it.
+  let names = [name];
   const read = () => scope.attempt(async () => {
     const [one, page] = await Promise.all([
       getSubsystemWithOutput(name),
       listCycles({ subsystem: name, pageSize: PARTS }),
     ]);
     if (scope.signal.aborted) return;
+    names = [name, ...(one.formerNames ?? [])];
     if (!facts.isConnected) replace(place, facts, problem, parts, output, snapshot, settings);
     showFacts(facts, one);
     const reason = one.last && stateOf(one.last) !== "SUCCEEDED" ? reasonOf(one.last) : "";
     replace(problem, reason && h("p", { class: "problem message" }, visible(reason, 1100)));
-    showParts(parts, name, page);
+    showParts(parts, names, page);
     showOutput(output, one);
     showSettings(settings, one);
   }, place);
@@ -46,7 +49,7 @@ export function mount(main, { parameters: { name } }, scope) {
 
   const reread = throttled(2000, read);
   scope.signal.addEventListener("abort", () => reread.cancel());
-  scope.on("recorded", (record) => (record.subsystems ?? []).some((part) => part.name === name) && reread());
+  scope.on("recorded", (record) => (record.subsystems ?? []).some((part) => names.includes(part.name)) && reread());
   scope.on("reloaded", reread);
   if (model.connection === "open") read();
 }
@@ -55,7 +58,7 @@ function showFacts(place, one) {
   const { last, registration } = one;
   const facts = [
     ["Last part", badge(stateOf(last) || "NONE", last ? lower(stateOf(last)) : "not run yet")],
-    ["In cycle", one.lastCycleId ? h("a", { href: href("cycles", one.lastCycleId, registration.name) }, one.lastCycleId) : "–"],
+    ["In cycle", one.lastCycleId ? h("a", { href: href("cycles", one.lastCycleId, last?.name ?? registration.name) }, one.lastCycleId) : "–"],
     ["Duration", last?.startedAt ? duration(last.durationMs ?? 0) : "–"],
     ["Breaker", registration.breaker?.disabled ? "none" : lower(word(one.breaker, "BREAKER_STATE_"))],
     ["Latest output", one.outputCycleId ? `${lower(freshness(one))}, cycle ${one.outputCycleId}` : "absent"],
@@ -64,12 +67,13 @@ function showFacts(place, one) {
     ["Initialized", one.initialized ? "yes" : "no"],
     ["Declared by", one.origin === "ORIGIN_CONFIG" ? "configuration" : "RPC"],
     ["Owner", one.owner ? visible(one.owner, 300) : "none"],
+    ...(one.formerNames ? [["Formerly", one.formerNames.map((former) => visible(former)).join(", ")]] : []),
   ];
   replace(place, h("dl", { class: "facts" }, facts.map(([label, value]) => h("div", {}, h("dt", {}, label), h("dd", {}, value)))));
 }
 
-function showParts(place, name, { cycles, unreadable }) {
-  const rows = cycles.map((cycle) => ({ cycle, part: cycle.subsystems.find((part) => part.name === name) }));
+function showParts(place, names, { cycles, unreadable }) {
+  const rows = cycles.map((cycle) => ({ cycle, part: cycle.subsystems.find((part) => names.includes(part.name)) }));
   const longest = Math.max(...rows.map(({ part }) => part?.durationMs ?? 0), 1);
   replace(place, h("h2", {}, "Last parts"), rows.length === 0 ? h("p", { class: "quiet" }, "It took part in no retained cycle.") :
     h("table", { class: "last" }, h("caption", { class: "unseen" }, "Its parts in the latest cycles"),
@@ -77,7 +81,7 @@ function showParts(place, name, { cycles, unreadable }) {
         h("th", { scope: "col", class: "number" }, "Duration"), h("th", { scope: "col", class: "wide" }, h("span", { class: "unseen" }, "Drawn")),
         h("th", { scope: "col", class: "number" }, "Attempts"), h("th", { scope: "col" }, "Error"))),
       h("tbody", {}, rows.map(({ cycle, part }) => h("tr", { class: hasFailed(part) ? "failed" : null },
-        h("th", { scope: "row" }, h("a", { href: href("cycles", cycle.cycleId, name) }, cycle.cycleId)),
+        h("th", { scope: "row" }, h("a", { href: href("cycles", cycle.cycleId, part?.name ?? names[0]) }, cycle.cycleId)),
         h("td", {}, badge(stateOf(part))),
         h("td", { class: "time", "data-label": "Finished" }, time(part?.finishedAt ?? cycle.finishedAt)),
         h("td", { class: "number", "data-label": "Duration" }, part?.startedAt ? duration(part.durationMs ?? 0) : "–"),
