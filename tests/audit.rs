@@ -120,7 +120,7 @@ async fn each_change_has_one_event_and_a_call_that_changes_nothing_has_none() {
         assert_eq!(event.request_digest.len(), 32);
     }
     // The event of a call that does not wait is written with the admission, others with the record.
-    assert_eq!(events[9..13].iter().map(|event| event.revision).collect::<Vec<_>>(), [1, 2, 0, 3]);
+    assert_eq!(events[11..15].iter().map(|event| event.revision).collect::<Vec<_>>(), [1, 2, 0, 3]);
 }
 
 #[tokio::test]

@@ -196,6 +196,7 @@ fn lines(command: &str) -> &'static [&'static str] {
             &["subsystems register a --endpoint http://127.0.0.1:1 --reads b", "subsystems register --file FILE"]
         }
         "subsystems set" => &["subsystems set a --phase 1 --reads b --param k=1"],
+        "subsystems rename" => &["subsystems rename a b"],
         "subsystems unregister" => &["subsystems unregister a"],
         "subsystems suspend" => &["subsystems suspend a"],
         "subsystems resume" => &["subsystems resume a"],

@@ -176,8 +176,7 @@ impl Caller {
     }
 
     async fn rename(&self, name: &str, new_name: &str) -> Result<pb::SubsystemStatus, Status> {
-        let request =
-            pb::RenameSubsystemRequest { name: name.into(), new_name: new_name.into(), etag: String::new() };
+        let request = pb::RenameSubsystemRequest { name: name.into(), new_name: new_name.into(), etag: String::new() };
         Ok(self.client.clone().rename_subsystem(self.asks(request)).await?.into_inner().subsystem.unwrap())
     }
 

@@ -12,7 +12,7 @@ use common::{
     command::orchestrator,
     fleet::{Call, Run, from_struct},
     http, patiently,
-    service::{Client, Home, Reason, because, decode, invalid, next_recorded, part, reason, registration},
+    service::{Client, Home, Reason, because, decode, invalid, ms, next_recorded, part, reason, registration},
 };
 use orchestrator_core::proto::{
     orchestrator::v1::{self as pb, BreakerState, CycleState, SkipReason, SubsystemState},
@@ -34,8 +34,7 @@ async fn rename_if(
     new_name: &str,
     etag: &str,
 ) -> Result<pb::RenameSubsystemResponse, Reason> {
-    let request =
-        pb::RenameSubsystemRequest { name: name.into(), new_name: new_name.into(), etag: etag.into() };
+    let request = pb::RenameSubsystemRequest { name: name.into(), new_name: new_name.into(), etag: etag.into() };
     client.rename_subsystem(request).await.map(Response::into_inner).map_err(|status| reason(&status))
 }
 
@@ -65,10 +64,12 @@ fn over(names: &[&str]) -> pb::RunCycleRequest {
     pb::RunCycleRequest { subsystems, ..pb::RunCycleRequest::default() }
 }
 
+/// Starts a loop over these subsystems, whose cycles wait for others.
 async fn start_loop(client: &mut Client, name: &str, interval_ms: i64, subsystems: &[&str]) -> pb::IntervalLoop {
     let settings = pb::IntervalLoop {
         name: name.into(),
-        interval: common::service::ms(interval_ms),
+        interval: ms(interval_ms),
+        overlap_policy: pb::OverlapPolicy::BufferOne.into(),
         subsystems: subsystems.iter().map(ToString::to_string).collect(),
         ..pb::IntervalLoop::default()
     };
@@ -101,7 +102,10 @@ async fn a_subsystem_keeps_everything_under_its_new_name_also_after_a_kill() {
     let before = stage.client.subsystem("old").await.unwrap();
 
     let renamed = rename(&mut stage.client, "old", "new").await.unwrap();
-    assert_eq!((renamed.changed_subsystems, renamed.changed_loops), (vec!["alarm".into(), "reader".into()], vec!["hourly".into()]));
+    assert_eq!(
+        (renamed.changed_subsystems, renamed.changed_loops),
+        (vec!["alarm".into(), "reader".into()], vec!["hourly".into()])
+    );
     assert!(!renamed.subsystem.unwrap().initialized);
     for end in ["none", "kill", "stop"] {
         stage = match end {
@@ -120,7 +124,11 @@ async fn a_subsystem_keeps_everything_under_its_new_name_also_after_a_kill() {
         assert_eq!(alarm.requires, ["new"], "{end}");
         assert_eq!(names_of_loop(&mut stage.client).await, ["other", "new"], "{end}");
         assert_eq!(refusal(stage.client.subsystem("old").await), renamed_to("old", "new"), "{end}");
-        assert_eq!(refusal(stage.client.register(registration("old", NOWHERE)).await), reserved_by("old", "new"), "{end}");
+        assert_eq!(
+            refusal(stage.client.register(registration("old", NOWHERE)).await),
+            reserved_by("old", "new"),
+            "{end}"
+        );
         assert_eq!(stage.client.subsystems().await.unwrap().len(), 4, "{end}");
     }
 
@@ -141,12 +149,16 @@ async fn a_subsystem_keeps_everything_under_its_new_name_also_after_a_kill() {
     }
     let first = stage.client.cycle(1).await.unwrap();
     assert_eq!(part(&first, "old").state(), SubsystemState::Succeeded);
-    let (code, listed) = orchestrator(
-        None,
-        &["cycles", "list", "--subsystem", "new", "--output", "ndjson", "--server", &format!("http://{}", stage.service.address())],
-    )
-    .await;
+    let address = stage.service.address().to_string();
+    let list = ["cycles", "list", "--subsystem", "new", "--output", "ndjson", "--address", &address];
+    let (code, listed) = orchestrator(None, &list).await;
     assert_eq!((code, listed.lines().count()), (0, 2), "{listed}");
+    for name in ["new", "old"] {
+        let report = ["report", "--subsystem", name, "--output", "ndjson", "--address", &address];
+        let (code, report) = orchestrator(None, &report).await;
+        let figures: serde_json::Value = serde_json::from_str(&report).unwrap();
+        assert_eq!((code, &figures["name"], &figures["cycles"]), (0, &json!("new"), &json!(2)), "{report}");
+    }
 
     // Without it, its names are free, and the history of the former one is its own again.
     stage.client.unregister_subsystem(pb::UnregisterSubsystemRequest { name: "new".into() }).await.unwrap();
@@ -163,7 +175,7 @@ async fn a_suspension_and_a_lease_stay_and_the_breaker_closes() {
         breaker: Some(pb::BreakerPolicy { failure_threshold: 1, ..pb::BreakerPolicy::default() }),
         ..stage.registration("old")
     };
-    let lease = common::service::ms(3_600_000);
+    let lease = ms(3_600_000);
     let request = pb::RegisterSubsystemRequest { registration: Some(held), lease };
     stage.client.register_subsystem(request).await.unwrap();
     stage.fleet.run("old", Run::fail(Code::Internal));
@@ -189,10 +201,7 @@ async fn a_suspension_and_a_lease_stay_and_the_breaker_closes() {
 #[tokio::test]
 async fn the_end_of_a_lease_frees_the_former_names() {
     let mut stage = Stage::new().await;
-    let request = pb::RegisterSubsystemRequest {
-        registration: Some(stage.registration("old")),
-        lease: common::service::ms(1000),
-    };
+    let request = pb::RegisterSubsystemRequest { registration: Some(stage.registration("old")), lease: ms(1000) };
     stage.client.register_subsystem(request).await.unwrap();
     rename(&mut stage.client, "old", "new").await.unwrap();
     stage.home.logged("its lease was not renewed", 1).await;
@@ -282,7 +291,7 @@ async fn a_loop_without_a_pause_between_its_cycles_delays_no_new_name() {
     let mut stage = Stage::new().await;
     stage.register_all(&["a", "b"]).await;
     start_loop(&mut stage.client, "busy", 10, &["a", "b"]).await;
-    start_loop_over_all(&mut stage.client).await;
+    start_loop(&mut stage.client, "all", 15, &[]).await;
     let mut names = vec!["a".to_owned()];
     for number in 0..8 {
         stage.fleet.until_run(names.last().unwrap(), 1).await;
@@ -305,10 +314,6 @@ async fn a_loop_without_a_pause_between_its_cycles_delays_no_new_name() {
     }
 }
 
-async fn start_loop_over_all(client: &mut Client) {
-    start_loop(client, "all", 15, &[]).await;
-}
-
 #[tokio::test]
 async fn a_cycle_that_named_the_new_name_before_does_not_call_the_subsystem_beside_another_one() {
     let mut stage = Stage::new().await;
@@ -318,11 +323,15 @@ async fn a_cycle_that_named_the_new_name_before_does_not_call_the_subsystem_besi
     stage.fleet.until_run("other", 1).await;
     // This loop names it before it exists, and its cycle waits.
     start_loop(&mut stage.client, "early", 10, &["new", "other"]).await;
-    let mut waiting = Vec::new();
-    while waiting.is_empty() {
-        waiting = stage.client.status().await.unwrap().waiting_cycles;
-        tokio::task::yield_now().await;
-    }
+    let waits = async {
+        loop {
+            if let [waiting, ..] = &stage.client.status().await.unwrap().waiting_cycles[..] {
+                return waiting.cycle_id;
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    let waiting = patiently("the cycle of the loop", waits).await;
     stage.client.stop_interval_loop(pb::StopIntervalLoopRequest { name: "early".into() }).await.unwrap();
     stage.fleet.run("old", Run::Hold);
     let running = stage.client.admit_with(over(&["old"])).await.unwrap();
@@ -330,7 +339,7 @@ async fn a_cycle_that_named_the_new_name_before_does_not_call_the_subsystem_besi
     rename(&mut stage.client, "old", "new").await.unwrap();
     stage.fleet.run("other", Run::Echo);
     stage.client.recorded(holding).await;
-    let early = stage.client.recorded(waiting[0].cycle_id).await;
+    let early = stage.client.recorded(waiting).await;
     assert_eq!(part(&early, "new").skip_reason(), SkipReason::NotRegistered);
     assert_eq!(part(&early, "other").state(), SubsystemState::Succeeded);
     stage.fleet.run("old", Run::Echo);
@@ -481,7 +490,8 @@ async fn the_configuration_file_renames_at_a_reload_and_at_a_start() {
 #[tokio::test]
 async fn a_former_name_in_the_file_that_is_registered_stays_with_the_other_until_it_is_gone() {
     let fleet = common::fleet::Fleet::start().await;
-    let declared = format!("[[subsystems]]\nname = \"new\"\nformer_names = [\"old\"]\nendpoint = \"{}\"\n", fleet.endpoint());
+    let declared =
+        format!("[[subsystems]]\nname = \"new\"\nformer_names = [\"old\"]\nendpoint = \"{}\"\n", fleet.endpoint());
     let home = Home::new();
     let mut stage = Stage::again(fleet, home).await;
     stage.register("old", |_| {}).await;
@@ -543,8 +553,9 @@ async fn the_command_line_and_http_rename_as_well() {
     let mut stage = Stage::new().await;
     stage.register("old", |_| {}).await;
     stage.register("reader", |it| it.reads = vec!["old".into()]).await;
-    let server = format!("http://{}", stage.service.address());
-    let of = async |args: &[&str]| orchestrator(None, &[&["subsystems"], args, &["--server", &server]].concat()).await;
+    let address = stage.service.address().to_string();
+    let of =
+        async |args: &[&str]| orchestrator(None, &[&["subsystems"], args, &["--address", &address]].concat()).await;
     let (code, text) = of(&["rename", "old", "new"]).await;
     assert_eq!(code, 0, "{text}");
     assert!(text.starts_with("subsystem old is renamed to new\n") && text.contains("reader"), "{text}");
@@ -553,13 +564,9 @@ async fn the_command_line_and_http_rename_as_well() {
     let (code, text) = of(&["show", "old"]).await;
     assert!(code != 0 && text.contains("it has been renamed to new") && !text.contains("Did you mean"), "{text}");
 
-    let answer = http::send_json(
-        stage.service.admin(),
-        "POST /api/subsystems/new/rename",
-        &[],
-        "{\"newName\": \"newest\"}",
-    )
-    .await;
+    let answer =
+        http::send_json(stage.service.admin(), "POST /api/subsystems/new/rename", &[], "{\"newName\": \"newest\"}")
+            .await;
     let answer = answer.json().await;
     assert_eq!(answer["subsystem"]["formerNames"], json!(["new", "old"]), "{answer}");
     assert_eq!(answer["changedSubsystems"], json!(["reader"]));

@@ -2,7 +2,7 @@
 
 mod figures;
 
-use std::cmp::Ordering;
+use std::{cmp::Ordering, collections::BTreeMap};
 
 use bytes::Bytes;
 use clap::ValueEnum;
@@ -18,6 +18,7 @@ use super::{
         parse_time, print, sections, short, telemetry, time, timestamp, trigger,
     },
     remote::{Client, Remote},
+    subsystems,
     table::{Facts, Page, Table, left, long, number, right, text},
     watch::unreadable,
 };
@@ -220,12 +221,13 @@ impl Report {
     /// Checks the subsystems and the loop.
     async fn figures(&self, period: Period) -> Result<Figures, Failure> {
         let mut client = self.remote.connect().await?;
-        let figures = self.read(&mut client, period).await?;
+        let renamed = FormerNames::read(&self.remote, &mut client).await?;
+        let figures = self.read(&mut client, period, &renamed).await?;
         if figures.cycles.cycles == 0 {
             // A loop without cycles may be a typing error.
             known::check(&self.remote, &mut client, &[], self.loop_name.as_slice()).await?;
         }
-        match self.select(figures) {
+        match self.select(figures, &renamed) {
             Ok(figures) => Ok(figures),
             Err(failure) => {
                 known::check(&self.remote, &mut client, &self.subsystems, &[]).await?;
@@ -234,9 +236,9 @@ impl Report {
         }
     }
 
-    async fn read(&self, client: &mut Client, period: Period) -> Result<Figures, Failure> {
+    async fn read(&self, client: &mut Client, period: Period, renamed: &FormerNames) -> Result<Figures, Failure> {
         let oldest = self.oldest(client).await?;
-        let (now, previous) = self.count(client, period, oldest.revision).await?;
+        let (now, previous) = self.count(client, period, oldest.revision, renamed).await?;
         let (cycles, subsystems) = compare(&now, &previous);
         let Period { previous_since, since, until } = period;
         let complete_since = oldest.finished_at.filter(|at| oldest.revision > 1 && *at > previous_since);
@@ -262,7 +264,13 @@ impl Report {
     }
 
     /// Counts the cycles from this revision on, of the period and of the one before it.
-    async fn count(&self, client: &mut Client, period: Period, oldest: u64) -> Result<(Tally, Tally), Failure> {
+    async fn count(
+        &self,
+        client: &mut Client,
+        period: Period,
+        oldest: u64,
+        renamed: &FormerNames,
+    ) -> Result<(Tally, Tally), Failure> {
         /// Records in one page: about 3 MB with 28 subsystems, where the service ends a page anyway.
         const PAGE: u32 = 1000;
         // With a filter on the time, the service would examine the whole history.
@@ -282,7 +290,7 @@ impl Report {
                 note(&format!("left out: {}", unreadable(cycle)));
             }
             for record in &page.cycles {
-                let cycle = telemetry(record)?;
+                let cycle = renamed.in_cycle(telemetry(record)?);
                 let Some(finished_at) = finished_at(&cycle).filter(|_| cycle.revision >= oldest) else { continue };
                 let tally = match finished_at {
                     at if at >= period.since => &mut now,
@@ -301,16 +309,17 @@ impl Report {
     }
 
     /// Only the requested subsystems, in the requested order.
-    fn select(&self, mut figures: Figures) -> Result<Figures, Failure> {
-        let is_there = |name: &&String| figures.subsystems.iter().any(|it| it.name.as_str() == name.as_str());
-        if let Some(name) = self.subsystems.iter().find(|name| !is_there(name)) {
+    fn select(&self, mut figures: Figures, renamed: &FormerNames) -> Result<Figures, Failure> {
+        let wanted: Vec<_> = self.subsystems.iter().map(|name| renamed.present(name)).collect();
+        let is_there = |name: &&&str| figures.subsystems.iter().any(|it| it.name.as_str() == **name);
+        if let Some(name) = wanted.iter().find(|name| !is_there(name)) {
             let of_loop = self.loop_name.as_ref().map_or_else(String::new, |name| format!(" of loop {name}"));
             let (since, until) = (said(figures.since), said(figures.until));
             let message = format!("{name} took part in no cycle{of_loop} that finished from {since} to {until}");
             return Err(Failure::new(Exit::Refused, message));
         }
-        if !self.subsystems.is_empty() {
-            figures.subsystems.retain(|it| self.subsystems.iter().any(|name| name == it.name.as_str()));
+        if !wanted.is_empty() {
+            figures.subsystems.retain(|it| wanted.contains(&it.name.as_str()));
         }
         let largest = |a: Option<f64>, b: Option<f64>| b.partial_cmp(&a).unwrap_or(Ordering::Equal);
         figures.subsystems.sort_by(|a, b| {
@@ -329,6 +338,39 @@ impl Report {
         let limit = self.limit.and_then(|limit| usize::try_from(limit).ok());
         figures.subsystems.truncate(limit.unwrap_or(usize::MAX));
         Ok(figures)
+    }
+}
+
+/// The present names of subsystems by their former ones: figures of a subsystem are those under all of its names.
+struct FormerNames(BTreeMap<String, String>);
+
+impl FormerNames {
+    async fn read<F: clap::Args>(remote: &Remote<F>, client: &mut Client) -> Result<Self, Failure> {
+        let mut renamed = BTreeMap::new();
+        let take = |page: Vec<pb::SubsystemStatus>| {
+            for status in page {
+                let name = subsystems::name(&status);
+                renamed.extend(status.former_names.into_iter().map(|former| (former, name.clone())));
+            }
+            Ok(())
+        };
+        subsystems::pages(remote, client, take).await?;
+        Ok(Self(renamed))
+    }
+
+    fn present<'a>(&'a self, name: &'a str) -> &'a str {
+        self.0.get(name).map_or(name, String::as_str)
+    }
+
+    /// The cycle, whose subsystems have their present names.
+    fn in_cycle(&self, mut cycle: pb::CycleTelemetry) -> pb::CycleTelemetry {
+        if !self.0.is_empty() {
+            let parts = cycle.subsystems.iter_mut().map(|part| &mut part.name);
+            for name in parts.chain(&mut cycle.critical_path) {
+                *name = self.present(name).to_owned();
+            }
+        }
+        cycle
     }
 }
 

@@ -77,8 +77,7 @@ change its name there, and add former_names = [\"OLD\"].
 A subsystem that registers itself has to use the new name from now on, before its lease ends if it has one.
 
 Examples:
-  orchestrator subsystems rename prices market-prices
-  orchestrator subsystems rename prices market-prices --etag 4c1b6c2f0f1d7a2e9b3a5d8e6f704c11")]
+  orchestrator subsystems rename prices market-prices")]
     Rename {
         /// Its name
         name: String,
@@ -295,7 +294,8 @@ impl Command {
                 let etag = etag.unwrap_or_default();
                 let request = pb::RenameSubsystemRequest { name: name.clone(), new_name, etag };
                 let response = remote.quickly(client.rename_subsystem(request)).await?.into_inner();
-                format.show("RenameSubsystemResponse", &response, |response| renamed(&name, response, format.page()))?;
+                format
+                    .show("RenameSubsystemResponse", &response, |response| renamed(&name, response, format.page()))?;
             }
             Self::Unregister { name } => {
                 let request = pb::UnregisterSubsystemRequest { name: name.clone() };

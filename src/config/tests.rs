@@ -703,6 +703,19 @@ fn a_reload_names_new_declarations() {
     assert_eq!(changed, ["subsystem A added", "loop l removed"]);
 }
 
+#[test]
+fn other_former_names_are_a_change_of_their_subsystem() {
+    let declared = |former_names: &str| {
+        let endpoint = "http://127.0.0.1:1";
+        read(&format!("[[subsystems]]\nname = 'a'\nendpoint = '{endpoint}'\nformer_names = [{former_names}]\n"))
+            .unwrap()
+    };
+    let (running, new) = (declared("'b'"), declared("'c', 'b'"));
+    let former_names = new.former_names.values().flat_map(|names| names.iter().map(Name::as_str));
+    assert_eq!(former_names.collect::<Vec<_>>(), ["c", "b"]);
+    assert_eq!(running.reload(new).changed, ["subsystem a changed"]);
+}
+
 /// Every key that `read` reads.
 fn known<T>(read: impl FnOnce(&mut Reader<'_>) -> T) -> BTreeSet<String> {
     let mut problems = Problems::default();
@@ -761,7 +774,7 @@ fn the_reference_shows_the_defaults() {
 fn the_reference_lists_every_key_once_with_a_comment() {
     let mut keys: BTreeSet<_> = known(Config::from_reader);
     let lists =
-        [("access.grants", known(grant_spec)), ("subsystems", known(subsystem_spec)), ("loops", known(loop_spec))];
+        [("access.grants", known(grant_spec)), ("subsystems", known(declared_spec)), ("loops", known(loop_spec))];
     for (list, of_entries) in lists {
         keys.remove(list);
         keys.extend(of_entries.into_iter().map(|key| format!("{list}.{key}")));

@@ -198,11 +198,8 @@ mod tests {
     #[test]
     fn a_cycle_calls_only_subsystems_whose_locks_it_has_by_whichever_name() {
         let member = |name: &str, lock: &str| {
-            let spec = SubsystemSpec {
-                name: name.into(),
-                endpoint: "http://127.0.0.1:1".into(),
-                ..SubsystemSpec::default()
-            };
+            let spec =
+                SubsystemSpec { name: name.into(), endpoint: "http://127.0.0.1:1".into(), ..SubsystemSpec::default() };
             let mut member = Member::new(Arc::new(Subsystem::from_spec(&spec).unwrap()), false, Arc::default());
             member.lock = Name::parse(lock).unwrap();
             member

@@ -29,8 +29,8 @@ use crate::{
     ledger::Signer,
     memory::{Memory, Shares},
     model::{
-        AuditEvent, Begin, Cause, Code, CycleId, CycleRequest, CycleState, Epoch, FinishedCycle,
-        IntervalLoop, LoopChoice, Name, Subsystem, Trigger,
+        AuditEvent, Begin, Cause, Code, CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, IntervalLoop,
+        LoopChoice, Name, Subsystem, Trigger,
     },
     ports::{
         Contents, Lost, OpenCycle, Spans, Stage, Store, StoredOutput, StoredSubsystem, Subsystems, UnreadableRow, Write,

@@ -167,7 +167,8 @@ impl Orchestrator {
         cause: Cause,
     ) -> Result<Renamed, Refusal> {
         let (name, by) = (name.clone(), by.clone());
-        self.change(cause, move |shared, turn| async move { shared.rename(turn, &name, new_name, judge, &by).await }).await
+        self.change(cause, move |shared, turn| async move { shared.rename(turn, &name, new_name, judge, &by).await })
+            .await
     }
 
     /// Removes a subsystem and its latest output.
@@ -365,7 +366,8 @@ impl Shared {
             return Err(Refusal::TooManyFormerNames(name.clone()));
         }
         let dependents = others.iter().filter(|entry| entry.name() != name);
-        let dependents = dependents.filter_map(|entry| Some((entry, entry.member.subsystem.with_present_names(present)?)));
+        let dependents =
+            dependents.filter_map(|entry| Some((entry, entry.member.subsystem.with_present_names(present)?)));
         let mut changed = Vec::new();
         for (entry, subsystem) in dependents {
             let member = self.member(subsystem, Some(entry), entry.member.owner.clone())?;

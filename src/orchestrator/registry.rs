@@ -190,9 +190,7 @@ impl Entries {
     /// The plan over all entries; `None` after a defect.
     pub(super) fn plan(&self) -> Option<Arc<Plan>> {
         match Plan::compile(self.registered.iter().map(|entry| entry.member.clone())) {
-            Ok(plan) => {
-                Some(Arc::new(plan.lacking(self.missing.clone()).with_former_names(self.renamed.clone())))
-            }
+            Ok(plan) => Some(Arc::new(plan.lacking(self.missing.clone()).with_former_names(self.renamed.clone()))),
             // Every entry was checked before it was added, so this is a defect.
             Err(ring) => {
                 tracing::error!(%ring, "the registry has a circular dependency");
@@ -425,7 +423,8 @@ impl Registry {
     /// These names, with all present and former names of the subsystems that have or had one of them: the records of
     /// cycles name a subsystem as it was named then.
     pub(super) fn with_all_names(&self, names: &BTreeSet<Name>) -> BTreeSet<Name> {
-        let all_names = |entry: &Registered| entry.former_names.iter().chain([entry.name()]).cloned().collect::<Vec<_>>();
+        let all_names =
+            |entry: &Registered| entry.former_names.iter().chain([entry.name()]).cloned().collect::<Vec<_>>();
         let known = names.iter().filter_map(|name| self.get_by_any_name(name)).flat_map(all_names);
         names.iter().cloned().chain(known).collect()
     }

@@ -142,7 +142,7 @@ export class Registrar {
       const { code, details } = error as ServiceError;
       if (code === status.INVALID_ARGUMENT) throw new FleetError(`subsystem ${name}: ${details}`);
       if (code !== status.FAILED_PRECONDITION) throw error;
-      this.report(name, error); // The configuration file declares it.
+      this.report(name, error); // The configuration file declares it, or it has another name now.
       return;
     }
     this.registered.add(name);

@@ -98,7 +98,8 @@ class Registrar:
                 raise Refused(f"subsystem {name}: {error.details()}") from None
             if error.code() is not Code.FAILED_PRECONDITION:
                 raise
-            self._report(name, f"{error.code().name}: {error.details()}")  # The configuration file declares it.
+            # The configuration file declares it, or it has another name now.
+            self._report(name, f"{error.code().name}: {error.details()}")
             return
         self._registered.add(name)
         self._reported.pop(name, None)

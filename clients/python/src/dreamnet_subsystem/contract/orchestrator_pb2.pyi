@@ -210,7 +210,7 @@ class Registration(_message.Message):
     def __init__(self, name: _Optional[str] = ..., endpoint: _Optional[str] = ..., phase: _Optional[int] = ..., requires: _Optional[_Iterable[str]] = ..., after: _Optional[_Iterable[str]] = ..., reads: _Optional[_Iterable[str]] = ..., timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., retry: _Optional[_Union[RetryPolicy, _Mapping]] = ..., breaker: _Optional[_Union[BreakerPolicy, _Mapping]] = ..., critical: bool = ..., parameters: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., record_output: bool = ..., tls: _Optional[_Union[Tls, _Mapping]] = ...) -> None: ...
 
 class SubsystemStatus(_message.Message):
-    __slots__ = ("registration", "origin", "lease_expires_at", "suspended", "breaker", "initialized", "last", "last_cycle_id", "output_cycle_id", "output", "snapshot", "snapshot_error", "owner", "owner_revoked", "redacted", "etag")
+    __slots__ = ("registration", "origin", "lease_expires_at", "suspended", "breaker", "initialized", "last", "last_cycle_id", "output_cycle_id", "output", "snapshot", "snapshot_error", "owner", "owner_revoked", "redacted", "etag", "former_names")
     REGISTRATION_FIELD_NUMBER: _ClassVar[int]
     ORIGIN_FIELD_NUMBER: _ClassVar[int]
     LEASE_EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
@@ -227,6 +227,7 @@ class SubsystemStatus(_message.Message):
     OWNER_REVOKED_FIELD_NUMBER: _ClassVar[int]
     REDACTED_FIELD_NUMBER: _ClassVar[int]
     ETAG_FIELD_NUMBER: _ClassVar[int]
+    FORMER_NAMES_FIELD_NUMBER: _ClassVar[int]
     registration: Registration
     origin: Origin
     lease_expires_at: _timestamp_pb2.Timestamp
@@ -243,7 +244,8 @@ class SubsystemStatus(_message.Message):
     owner_revoked: bool
     redacted: bool
     etag: str
-    def __init__(self, registration: _Optional[_Union[Registration, _Mapping]] = ..., origin: _Optional[_Union[Origin, str]] = ..., lease_expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., suspended: bool = ..., breaker: _Optional[_Union[BreakerState, str]] = ..., initialized: bool = ..., last: _Optional[_Union[SubsystemTelemetry, _Mapping]] = ..., last_cycle_id: _Optional[int] = ..., output_cycle_id: _Optional[int] = ..., output: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., snapshot: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., snapshot_error: _Optional[str] = ..., owner: _Optional[str] = ..., owner_revoked: bool = ..., redacted: bool = ..., etag: _Optional[str] = ...) -> None: ...
+    former_names: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, registration: _Optional[_Union[Registration, _Mapping]] = ..., origin: _Optional[_Union[Origin, str]] = ..., lease_expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., suspended: bool = ..., breaker: _Optional[_Union[BreakerState, str]] = ..., initialized: bool = ..., last: _Optional[_Union[SubsystemTelemetry, _Mapping]] = ..., last_cycle_id: _Optional[int] = ..., output_cycle_id: _Optional[int] = ..., output: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., snapshot: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., snapshot_error: _Optional[str] = ..., owner: _Optional[str] = ..., owner_revoked: bool = ..., redacted: bool = ..., etag: _Optional[str] = ..., former_names: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SubsystemTelemetry(_message.Message):
     __slots__ = ("name", "state", "started_at", "finished_at", "duration_ms", "queued_ms", "attempts", "error_code", "error_message", "issues", "metrics", "output", "skip_reason", "output_sha256")
@@ -770,6 +772,26 @@ class UpdateSubsystemResponse(_message.Message):
     subsystem: SubsystemStatus
     previous: SubsystemStatus
     def __init__(self, subsystem: _Optional[_Union[SubsystemStatus, _Mapping]] = ..., previous: _Optional[_Union[SubsystemStatus, _Mapping]] = ...) -> None: ...
+
+class RenameSubsystemRequest(_message.Message):
+    __slots__ = ("name", "new_name", "etag")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NEW_NAME_FIELD_NUMBER: _ClassVar[int]
+    ETAG_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    new_name: str
+    etag: str
+    def __init__(self, name: _Optional[str] = ..., new_name: _Optional[str] = ..., etag: _Optional[str] = ...) -> None: ...
+
+class RenameSubsystemResponse(_message.Message):
+    __slots__ = ("subsystem", "changed_subsystems", "changed_loops")
+    SUBSYSTEM_FIELD_NUMBER: _ClassVar[int]
+    CHANGED_SUBSYSTEMS_FIELD_NUMBER: _ClassVar[int]
+    CHANGED_LOOPS_FIELD_NUMBER: _ClassVar[int]
+    subsystem: SubsystemStatus
+    changed_subsystems: _containers.RepeatedScalarFieldContainer[str]
+    changed_loops: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, subsystem: _Optional[_Union[SubsystemStatus, _Mapping]] = ..., changed_subsystems: _Optional[_Iterable[str]] = ..., changed_loops: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RegisterSubsystemsRequest(_message.Message):
     __slots__ = ("registrations", "lease")
