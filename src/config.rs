@@ -85,8 +85,8 @@ pub struct Config {
     pub tracing: TracingSettings,
     /// Declared subsystems, each name once.
     pub subsystems: Vec<Subsystem>,
-    /// Former names of declared subsystems, newest first, by their name: at most [`Subsystem::MAX_FORMER_NAMES`] of each.
-    /// None of them is declared, or is a former name of two.
+    /// Former names of declared subsystems, newest first, by their name: at most [`Subsystem::MAX_FORMER_NAMES`] of
+    /// each. None of them is declared, or is a former name of two.
     pub former_names: BTreeMap<Name, Arc<[Name]>>,
     /// Declared loops, each name once.
     pub loops: Vec<IntervalLoop>,

@@ -259,8 +259,8 @@ pub struct Write {
     pub removal: Removal,
     /// Outputs that replace the latest one of their subsystem.
     pub outputs: Vec<(Name, Output)>,
-    /// The new names of renamed subsystems, by their former ones: the stored output, with the one of this write, is moved
-    /// to the new name, and nothing stays stored under the former one. The new state is in `subsystems`.
+    /// The new names of renamed subsystems, by their former ones: the stored output, with the one of this write, is
+    /// moved to the new name, and nothing stays stored under the former one. The new state is in `subsystems`.
     pub renamed: BTreeMap<Name, Name>,
     /// The new state of these subsystems; `None` removes a subsystem and its output.
     pub subsystems: BTreeMap<Name, Option<Arc<StoredSubsystem>>>,

@@ -773,7 +773,7 @@ async fn a_new_name_gets_the_output_of_the_former_one_and_leaves_nothing_of_it(s
         ..recorded(1..=2, epoch)
     };
     commit(store, write).await;
-    // An output that comes with the same write is moved as well, also if it replaces one; one without an output has none.
+    // An output that comes with the same write is moved as well, also in place of another one.
     let write = Write {
         epoch,
         last_cycle_id: CycleId(2),

@@ -305,8 +305,8 @@ fn put_knowledge(transaction: &Transaction<'_>, sealer: &Sealer, write: &Write) 
     Ok(())
 }
 
-/// Moves the output of a subsystem to its new name, and removes its row of the former one. An output that another program
-/// has changed stays as it is: the next start finds that its seal is wrong.
+/// Moves the output of a subsystem to its new name, and removes its row of the former one. An output that another
+/// program has changed stays as it is: the next start finds that its seal is wrong.
 fn rename(transaction: &Transaction<'_>, sealer: &Sealer, former: &Name, name: &Name) -> rusqlite::Result<()> {
     let of_row = |row: &Row<'_>| {
         let is_ours = matches!(sealer.check_row(row, &OUTPUTS)?, Seal::Valid(_));
