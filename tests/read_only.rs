@@ -59,6 +59,10 @@ async fn changes(client: &mut Client) -> Vec<(&'static str, Option<Status>)> {
         ("RegisterSubsystem", client.register(common::service::registration("b", "http://127.0.0.1:1")).await.err()),
         ("RegisterSubsystems", client.register_subsystems(none).await.err()),
         (
+            "RenameSubsystem",
+            client.rename_subsystem(pb::RenameSubsystemRequest { name: name(), ..Default::default() }).await.err(),
+        ),
+        (
             "UnregisterSubsystem",
             client.unregister_subsystem(pb::UnregisterSubsystemRequest { name: name() }).await.err(),
         ),

@@ -51,8 +51,8 @@ impl Member {
         Self { subsystem, suspended, owner: None, standing, lock, kept: Arc::default() }
     }
 
-    /// The member with another registration, not initialized yet. Its state between cycles, its suspension, its owner and
-    /// its lock stay.
+    /// The member with another registration, not initialized yet. Its state between cycles, its suspension, its owner
+    /// and its lock stay.
     #[must_use]
     pub fn with(&self, subsystem: Subsystem, held: Held) -> Self {
         Self { subsystem: Arc::new(subsystem), ..self.clone() }.holding(held)

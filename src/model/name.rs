@@ -47,8 +47,8 @@ impl Name {
     }
 }
 
-/// These names, with the present name of each subsystem that is named by a former one, each name once; `None` if no name
-/// is a former one.
+/// These names, with the present name of each subsystem that is named by a former one, each name once; `None` if no
+/// name is a former one.
 pub(super) fn with_present_names(names: &[Name], present: impl Fn(&Name) -> Option<Name>) -> Option<Vec<Name>> {
     let present: Vec<_> = names.iter().map(present).collect();
     if present.iter().all(Option::is_none) {

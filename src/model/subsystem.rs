@@ -149,8 +149,8 @@ impl Subsystem {
     pub const TIMEOUTS: RangeInclusive<Duration> = MS..=DAY;
     /// Most names in `requires`, `after` and `reads` together: each is an input of every call.
     pub const MAX_INPUTS: usize = 1024;
-    /// Most former names that a registration keeps. Each is one more name that no other subsystem can have, and by which
-    /// the history is searched; a subsystem is renamed a few times in years.
+    /// Most former names that a registration keeps. Each is one more name that no other subsystem can have, and by
+    /// which the history is searched; a subsystem is renamed a few times in years.
     pub const MAX_FORMER_NAMES: usize = 16;
     /// Most bytes of inputs in one call. More than gRPC servers accept by default (4 MiB).
     pub const MAX_INPUT_BYTES: usize = 64 << 20;

@@ -335,8 +335,8 @@ impl ToWrite for Recording {
     fn add_to(&mut self, write: &mut Write, state: &State) {
         write.records.extend(self.record.as_deref().cloned());
         let all_are_registered = self.live.as_ref().is_some_and(|(plan, _)| state.registry.is_as_planned(plan));
-        // Outputs of subsystems that were unregistered while the cycle ran are dropped. Those of renamed ones are stored
-        // under their present name.
+        // Outputs of subsystems that were unregistered while the cycle ran are dropped. Those of renamed ones are
+        // stored under their present name.
         let present_name = |part: &Part| {
             if all_are_registered {
                 return Some(part.name().clone());

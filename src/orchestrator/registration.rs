@@ -150,14 +150,14 @@ impl Orchestrator {
         self.change(cause, move |shared, turn| async move { shared.update(turn, &name, revise, &by).await }).await
     }
 
-    /// Gives a subsystem another name. Its latest output, its owner, its suspension and its lease, which begins anew, are
-    /// those of the new name, and other registrations and loops that name it name it so. Its former name stays its own:
-    /// its earlier cycles are found by both. `judge` gets its registration, and the one that it would have.
+    /// Gives a subsystem another name. Its latest output, its owner, its suspension and its lease, which begins anew,
+    /// are those of the new name, and other registrations and loops that name it name it so. Its former name stays its
+    /// own: its earlier cycles are found by both. `judge` gets its registration, and the one that it would have.
     ///
     /// # Errors
-    /// It is not registered, the file declares it, another caller owns it, or `judge` refuses. Another subsystem has the
-    /// new name, or had it; there would be a circular dependency or too many former names; there is no memory for the
-    /// changes; the store can't be written; or the process drains.
+    /// It is not registered, the file declares it, another caller owns it, or `judge` refuses. Another subsystem has
+    /// the new name, or had it; there would be a circular dependency or too many former names; there is no memory for
+    /// the changes; the store can't be written; or the process drains.
     pub async fn rename(
         &self,
         name: &Name,
@@ -449,8 +449,8 @@ impl Shared {
     }
 
     /// Writes new and changed registrations, unless they would make a circular dependency, and then applies them by
-    /// `put`, which also returns the subsystems that have left their endpoints. One of them may be `renamed`; loops that
-    /// name it are then written as well.
+    /// `put`, which also returns the subsystems that have left their endpoints. One of them may be `renamed`; loops
+    /// that name it are then written as well.
     async fn write_registered<T: Send + 'static>(
         &self,
         turn: Turn,

@@ -219,8 +219,8 @@ pub(super) struct Declarations {
 }
 
 impl Declarations {
-    /// The changes that these declarations make to a registry with the entries `before`. A subsystem that is new, and was
-    /// declared by a former name of it until now, is renamed.
+    /// The changes that these declarations make to a registry with the entries `before`. A subsystem that is new, and
+    /// was declared by a former name of it until now, is renamed.
     ///
     /// # Errors
     /// There is no memory for the changes.
