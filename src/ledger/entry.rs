@@ -189,9 +189,10 @@ mod tests {
             Control::Pruned(pruned).at(7),
             Control::Pruned(RecordsPruned { leaves: vec![1..3, 4..7], first_kept: 7 })
         );
-        let began = |missing| Control::Began { counts_anew: true, missing };
-        assert_eq!(began(vec![2..9]).at(7), began(vec![2..7]));
-        assert_eq!(began(vec![7..9]).at(7), began(Vec::new()));
+        let some = |leaves: Range<u64>| iter::once(leaves).filter(|leaves| !leaves.is_empty()).collect();
+        let began = |leaves| Control::Began { counts_anew: true, missing: some(leaves) };
+        assert_eq!(began(2..9).at(7), began(2..7));
+        assert_eq!(began(7..9).at(7), began(7..7));
     }
 
     #[test]
