@@ -176,7 +176,7 @@ mod tests {
         while let Some(node) = unseen.pop() {
             unseen.extend(nodes_before(plan, node).into_iter().filter(|earlier| before.insert(*earlier)));
         }
-        before.into_iter().filter_map(|node| Some(plan.member(node)?.subsystem.name.clone())).collect()
+        before.into_iter().filter_map(|node| Some(plan.steps.get(node)?.member.subsystem.name.clone())).collect()
     }
 
     #[test]

@@ -105,7 +105,8 @@ pub struct Ran {
 pub trait Observer: Sync {
     /// The subsystem at this position of the plan is being called, for the `attempt`-th time.
     fn called(&self, position: usize, attempt: u32, elapsed: Duration);
-    /// The part of the subsystem at this position has ended.
+    /// The part of the subsystem at this position has ended. Subsystems that are not registered come after all others,
+    /// and end at once.
     fn ended(&self, position: usize, state: &SubsystemState, attempts: u32, elapsed: Duration);
 }
 
@@ -342,9 +343,19 @@ impl<'a> Run<'a> {
             room: None,
             last_ended: None,
         };
+        let not_registered = run.not_registered();
+        for position in run.parts.len()..plan.size() {
+            observer.ended(position, &not_registered, 0, start.elapsed());
+        }
         let first = run.open_phase();
         run.release(first);
         run
+    }
+
+    /// The part of a subsystem that is in this cycle, but not registered.
+    fn not_registered(&self) -> SubsystemState {
+        let why = if self.cycle.request.subset.is_some() { "its loop names it" } else { "it is expected" };
+        SubsystemState::Skipped(SkipReason::NotRegistered, format!("{why}, but it is not registered"))
     }
 
     /// Begins the next phase, if there is one, with its subsystems without other dependencies.

@@ -245,14 +245,20 @@ impl Plan {
         self.steps.iter().map(|step| &step.member)
     }
 
-    /// The member at a position.
-    pub fn member(&self, position: usize) -> Option<&Member> {
-        self.steps.get(position).map(|step| &step.member)
+    /// Number of subsystems in a cycle: the members, and those that are not registered.
+    pub fn size(&self) -> usize {
+        self.steps.len() + self.unregistered.len()
     }
 
-    /// True if this subsystem is a member.
+    /// The subsystem at this position of a cycle: those that are not registered come after the members.
+    pub fn name(&self, position: usize) -> Option<&Name> {
+        let member = self.steps.get(position).map(|step| &step.member.subsystem.name);
+        member.or_else(|| self.unregistered.get(position.checked_sub(self.steps.len())?))
+    }
+
+    /// True if this subsystem is in the cycle.
     pub fn has(&self, name: &Name) -> bool {
-        self.positions.contains_key(name)
+        self.positions.contains_key(name) || self.unregistered.contains(name)
     }
 
     /// The same names, shared with the registrations, so that they take no further memory.

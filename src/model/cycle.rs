@@ -352,12 +352,12 @@ impl SubsystemReport {
         }
     }
 
-    /// The report of a subsystem that was skipped at the start of the cycle.
+    /// The report of a subsystem that was not called, whose part ended at the start of the cycle.
     #[must_use]
-    pub fn not_called(name: Name, reason: SkipReason, message: String) -> Self {
+    pub fn not_called(name: Name, state: SubsystemState) -> Self {
         Self {
             name,
-            state: SubsystemState::Skipped(reason, message),
+            state,
             started: None,
             ended: Duration::ZERO,
             queued: Duration::ZERO,
@@ -464,7 +464,7 @@ mod tests {
                 metrics: BTreeMap::from([("n".repeat(metric), 1.0)]),
                 output_sha256: None,
                 recorded_output: Payload::from_json(json.as_object().unwrap()).ok(),
-                ..SubsystemReport::not_called(Name::parse("a").unwrap(), SkipReason::Suspended, String::new())
+                ..SubsystemReport::not_called(Name::parse("a").unwrap(), SubsystemState::Succeeded)
             }
         };
         let size = report(10, 10, 10, 10).details();

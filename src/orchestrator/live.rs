@@ -79,9 +79,9 @@ impl LiveCycle {
         Self { cycle_id, request, started_at, plan, revision: Arc::default() }
     }
 
-    /// The registered subsystems in it, in the order of the plan.
-    pub fn names(&self) -> impl ExactSizeIterator<Item = &Name> {
-        self.plan.members().map(|member| &member.subsystem.name)
+    /// The subsystems in it, in the order of the plan: those that are not registered come last.
+    pub fn names(&self) -> impl Iterator<Item = &Name> {
+        (0..self.plan.size()).filter_map(|position| self.plan.name(position))
     }
 
     /// True if one of these subsystems takes part.
@@ -220,7 +220,7 @@ impl Live {
     /// Starts a cycle. It runs until the returned value is dropped.
     pub(super) fn start(&self, cycle: Arc<LiveCycle>) -> Progress<'_> {
         let cycle_id = cycle.cycle_id;
-        let total = cycle.names().len();
+        let total = cycle.plan.size();
         let mut running = self.lock();
         self.broadcast(cycle.clone(), LiveChange::Started);
         running.insert(cycle_id, Running { cycle, total, stands: BTreeMap::new(), changed: Vec::new(), sent: 0 });
@@ -334,8 +334,8 @@ impl Progress<'_> {
     fn update(&self, position: usize, state: Option<SubsystemState>, attempts: u32, elapsed: Duration) {
         let mut running = self.live.lock();
         let Some(running) = running.get_mut(&self.cycle_id) else { return };
-        let Some(member) = running.cycle.plan.member(position) else { return };
-        let update = Update { name: member.subsystem.name.clone(), state, elapsed, attempts };
+        let Some(name) = running.cycle.plan.name(position).cloned() else { return };
+        let update = Update { name, state, elapsed, attempts };
         if self.live.events.receiver_count() > 0 {
             if running.changed.is_empty() {
                 self.live.pending.notify_one();

@@ -23,6 +23,7 @@ impl Run<'_> {
                 self.cut_off(position, end, duration);
             }
         }
+        let not_registered = self.not_registered();
         let Self { engine, cycle, plan, parts: states, attempts, .. } = self;
         let finished_at = cycle.started_at.saturating_add(duration).unwrap_or(cycle.started_at);
         let called = |position: &usize| states[*position].started().is_some();
@@ -66,9 +67,7 @@ impl Run<'_> {
             reports.push((report, subsystem.critical));
         }
         for name in &plan.unregistered {
-            let why = if cycle.request.subset.is_some() { "its loop names it" } else { "it is expected" };
-            let message = format!("{why}, but it is not registered");
-            let report = SubsystemReport::not_called(name.clone(), SkipReason::NotRegistered, message);
+            let report = SubsystemReport::not_called(name.clone(), not_registered.clone());
             reports.push((Arc::new(report), false));
         }
         let (state, error) = sum_up(&reports, end);
