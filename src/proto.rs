@@ -65,6 +65,13 @@ pub fn timestamp(time: jiff::Timestamp) -> prost_types::Timestamp {
     prost_types::Timestamp { seconds: seconds as i64, nanos: nanos as i32 }
 }
 
+/// The value of a protobuf timestamp; `None` if it is malformed or outside of the range of the library.
+pub fn read_timestamp(time: prost_types::Timestamp) -> Option<jiff::Timestamp> {
+    // Before 1970, protobuf counts nanoseconds forward, too.
+    let nanos = Some(time.nanos).filter(|nanos| *nanos >= 0)?;
+    jiff::Timestamp::new(time.seconds, nanos).ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,6 +4,7 @@
 //! later, by the commit. Requests of waiting cycles are stored in the wire form of `RunCycleRequest`.
 
 mod audit;
+mod parts;
 
 use std::{collections::BTreeSet, ops::Range};
 
@@ -21,7 +22,10 @@ use crate::{
     proto::{duration, orchestrator::v1 as pb, read_duration, subsystem::v1 as pbs, timestamp},
 };
 
-pub use self::audit::{check_event, copies_events, copy_event, decode_cause, encode_cause, encode_event};
+pub use self::{
+    audit::{check_event, copies_events, copy_event, decode_cause, encode_cause, encode_event},
+    parts::parts,
+};
 
 /// What the records and audit events of a store have to pass.
 pub const CHECKS: Checks = Checks { record: check, event: check_event, control: decode_control };

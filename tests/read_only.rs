@@ -101,7 +101,9 @@ async fn a_copy_is_looked_at_while_the_original_runs_cycles() {
     assert_eq!(history, stage.client.history().await.unwrap()[..history.len()]);
     let newest = decode(history.last().unwrap().clone());
     assert_eq!(client.cycle(newest.cycle_id).await.unwrap(), newest);
-    assert!(!client.subsystem("a").await.unwrap().output.is_empty());
+    let seen = client.subsystem("a").await.unwrap();
+    assert!(!seen.output.is_empty());
+    assert_eq!((seen.last.as_ref(), seen.last_cycle_id), (newest.subsystems.first(), newest.cycle_id));
     let loops = client.list_interval_loops(pb::ListIntervalLoopsRequest::default()).await.unwrap().into_inner().loops;
     assert!(loops.len() == 1 && loops[0].next_due_at.is_none() && loops[0].ticks.unwrap().missed == 0, "{loops:?}");
     let mut watch = client.watch_after(0).await.unwrap();

@@ -20,7 +20,7 @@ use crate::{
     },
     orchestrator::{From as WatchFrom, Logged, PruneLimit, WatchFilter},
     ports::{EventFilter, Filter, TriggerKind},
-    proto::{bounds::MAX_REGISTRATIONS, orchestrator::v1 as pb},
+    proto::{bounds::MAX_REGISTRATIONS, orchestrator::v1 as pb, read_timestamp},
     record::PartFilter,
 };
 
@@ -558,9 +558,7 @@ fn duration(bad: &mut Violations, field: &str, value: Option<prost_types::Durati
 }
 
 fn timestamp(bad: &mut Violations, field: &str, value: prost_types::Timestamp) -> Option<Timestamp> {
-    // Before 1970, protobuf counts nanoseconds forward, too.
-    let time =
-        Some(value.nanos).filter(|nanos| *nanos >= 0).and_then(|nanos| Timestamp::new(value.seconds, nanos).ok());
+    let time = read_timestamp(value);
     if time.is_none() {
         bad.add(field, "is out of range");
     }

@@ -162,7 +162,7 @@ pub struct Part {
     pub output: Option<Output>,
 }
 
-/// A subsystem's part in the last cycle that this process ran with it.
+/// A subsystem's part in the last cycle that was recorded with it.
 #[derive(Clone, Debug)]
 pub struct LastPart {
     /// The cycle.
@@ -206,6 +206,11 @@ impl Standing {
         self.lock().last.as_ref().map(|(last, _)| last.clone())
     }
 
+    /// Sets its last part, from the record of a cycle that an earlier process ran. It is not counted.
+    pub fn restore(&self, last: LastPart, memory: &Memory) {
+        self.lock().keep(last, memory);
+    }
+
     /// The moving mean of the durations of its parts that succeeded or timed out, in which each new one weighs an
     /// eighth. Other failures may have come at once, and say nothing about the work.
     pub fn mean_duration(&self) -> Option<Duration> {
@@ -241,9 +246,8 @@ impl Remembered {
         Ok(())
     }
 
-    /// Publishes a recorded part. All of it is kept if it fits into `memory`; the record of the cycle contains it
-    /// anyway.
-    pub(super) fn publish(&mut self, mut part: LastPart, output: Option<Output>, memory: &Memory) {
+    /// Publishes a recorded part.
+    pub(super) fn publish(&mut self, part: LastPart, output: Option<Output>, memory: &Memory) {
         let SubsystemReport { state, attempts, started, ended, .. } = &*part.report;
         let counts = &mut self.counts;
         let (counter, is_up) = match state {
@@ -264,6 +268,11 @@ impl Remembered {
         if output.is_some() {
             (self.latest, counts.output_at) = (output, Some(part.finished_at));
         }
+        self.keep(part, memory);
+    }
+
+    /// Replaces the last part. All of it is kept if it fits into `memory`; the record of the cycle contains it anyway.
+    fn keep(&mut self, mut part: LastPart, memory: &Memory) {
         // The previous one is dropped first.
         self.last = None;
         let held = memory.try_hold(part.report.details()).unwrap_or_else(|_full| {

@@ -13,7 +13,6 @@ use futures_util::{
     FutureExt,
     future::{BoxFuture, Shared},
 };
-use jiff::Timestamp;
 use serde_json::Value;
 use tokio::{
     task::{AbortHandle, JoinError},
@@ -27,7 +26,10 @@ use crate::{
     listen::{Broken, timeout_of},
     model::{Name, Payload, Severity, excerpt},
     offload::offload,
-    proto::subsystem::v1::{self as pb, subsystem_server},
+    proto::{
+        read_timestamp,
+        subsystem::v1::{self as pb, subsystem_server},
+    },
     tasks::panic_message,
 };
 
@@ -341,7 +343,7 @@ fn is_long(object: &Object) -> bool {
 }
 
 fn cycle(request: pb::RunCycleRequest, deadline: Option<Instant>) -> Result<Cycle, Status> {
-    let scheduled_at = request.scheduled_at.and_then(|at| Timestamp::new(at.seconds, at.nanos).ok());
+    let scheduled_at = request.scheduled_at.and_then(read_timestamp);
     let inputs = request.inputs.into_iter().map(|(name, input)| {
         let freshness = input.freshness();
         let cycle_id = input.cycle_id;

@@ -160,7 +160,7 @@ export function mount(main, route, scope) {
     }
     const failed = known.all.filter((one) => one.last && hasFailed(one.last)).length;
     const text = `${counted(known.all.length, "subsystem")}${known.isWhole ? "" : " so far"}: ` +
-      (counts.NONE === known.all.length ? "no subsystem has run in this process yet." : failed ? `${count(failed)} failed in their last cycle.` : "none failed in their last cycle.");
+      (counts.NONE === known.all.length ? "no subsystem has run yet." : failed ? `${count(failed)} failed in their last cycle.` : "none failed in their last cycle.");
     setText(summary, text);
     replace(bar, stacked(counts, STATES, "Last parts"));
   }
