@@ -4,13 +4,12 @@
 
 mod common;
 
-use std::{path::Path, process::Stdio};
-
 use bytes::Bytes;
 use common::{
     Stage,
     fleet::{Fleet, Run, to_struct},
     patiently,
+    process::Running,
     raw::Raw,
     service::{Home, registration},
 };
@@ -22,10 +21,6 @@ use orchestrator_core::{
     subsystem::{Answer, Cycle, Failure, Server},
 };
 use serde_json::json;
-use tokio::{
-    io::{AsyncBufReadExt, BufReader},
-    process::Command,
-};
 use tonic::{
     Code,
     codec::CompressionEncoding,
@@ -122,22 +117,12 @@ async fn a_subsystem_in_rust_accepts_compressed_requests() {
 #[ignore = "needs Python packages; .ci/run installs them"]
 async fn grpc_for_python_compresses_in_both_directions() {
     let mut stage = Stage::new().await;
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let mut python = Command::new("python3")
-        .arg(root.join("tests/python/compressed.py"))
-        .args([root.join("proto").display().to_string(), stage.service.address().to_string()])
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()
-        .unwrap();
-    let mut lines = BufReader::new(python.stdout.take().unwrap()).lines();
-    let line = patiently("the subsystem in Python to listen", lines.next_line()).await.unwrap();
-    let endpoint = format!("http://{}", line.unwrap_or_else(|| panic!("it ended without listening")));
+    let python = Running::python("compressed.py", stage.service.address()).await;
+    let endpoint = python.endpoint();
     // It has registered itself by a compressed request.
     assert_eq!(stage.client.subsystem("python").await.unwrap().registration.unwrap().endpoint, endpoint);
     stage.client.register(registration("again", &endpoint)).await.unwrap();
     let cycle = stage.client.run().await.unwrap();
     assert_eq!(cycle.state(), pb::CycleState::Succeeded, "{}", cycle.error);
-    python.kill().await.unwrap();
+    python.kill().await;
 }

@@ -16,6 +16,7 @@ use common::{
     fleet::{Fleet, Run, from_struct, to_struct},
     patiently,
     pki::{Authority, Issued},
+    process::Running,
     service::{Client, Home, Service, decode, registration},
     tokens::write_private,
 };
@@ -28,12 +29,12 @@ use orchestrator_core::{
     },
 };
 use rcgen::SanType;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
-    process::{Child, Command},
+    process::Command,
     sync::OnceCell,
 };
 use tonic::{
@@ -152,37 +153,6 @@ impl Example {
         let orchestrator = service.address().to_string();
         let flags = ["--listen", "127.0.0.1:0", "--name", self.name, "--orchestrator", &orchestrator];
         self.start(&[&flags[..], &["--after", after]].concat()).await
-    }
-}
-
-/// An example as a process. It is killed when it is dropped.
-struct Running {
-    process: Child,
-    address: String,
-}
-
-impl Running {
-    /// Waits until it listens.
-    async fn start(mut command: Command, name: &str) -> Self {
-        let mut process = command.stdout(Stdio::piped()).spawn().unwrap();
-        let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();
-        let line = patiently(&format!("{name} to listen"), lines.next_line()).await.unwrap();
-        let line = line.unwrap_or_else(|| panic!("{name} ended without listening"));
-        let address = line.strip_prefix("listening on ").unwrap().to_owned();
-        Self { process, address }
-    }
-
-    fn endpoint(&self) -> String {
-        format!("http://{}", self.address)
-    }
-
-    fn signal(&self, signal: Signal) {
-        let id = self.process.id().unwrap();
-        kill_process(Pid::from_raw(id.try_into().unwrap()).unwrap(), signal).unwrap();
-    }
-
-    async fn kill(mut self) {
-        self.process.kill().await.unwrap();
     }
 }
 

@@ -4,13 +4,14 @@
 
 mod common;
 
-use std::{collections::BTreeMap, fs, net::SocketAddr, path::Path, process::Stdio, sync::Arc};
+use std::{collections::BTreeMap, fs, net::SocketAddr, process::Stdio, sync::Arc};
 
 use common::{
     Stage,
     fleet::{Call, Run},
     http::get,
     patiently,
+    process::Running,
     service::{Client, Home, decode, ms, registration},
 };
 use opentelemetry_proto::tonic::{
@@ -570,19 +571,8 @@ async fn an_invalid_endpoint_is_refused() {
 async fn a_subsystem_in_python_joins_the_trace() {
     let collector = Collector::start().await;
     let mut stage = Stage::at(collector.home()).await;
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let mut python = Command::new("python3")
-        .arg(root.join("tests/python/traced.py"))
-        .args([root.join("proto").display().to_string(), collector.address.to_string()])
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()
-        .unwrap();
-    let mut lines = BufReader::new(python.stdout.take().unwrap()).lines();
-    let line = patiently("the subsystem in Python to listen", lines.next_line()).await.unwrap();
-    let endpoint = format!("http://{}", line.unwrap_or_else(|| panic!("it ended without listening")));
-    stage.client.register(registration("python", &endpoint)).await.unwrap();
+    let python = Running::python("traced.py", collector.address).await;
+    stage.client.register(registration("python", &python.endpoint())).await.unwrap();
 
     let cycle = stage.client.run().await.unwrap();
     assert_eq!(cycle.state(), CycleState::Succeeded, "{}", cycle.error);
@@ -598,7 +588,7 @@ async fn a_subsystem_in_python_joins_the_trace() {
     let server = collector.until("the span of its server", |seen| by_python(seen, "RunCycle", &ours.span_id).is_some());
     let server = by_python(&server.await, "RunCycle", &ours.span_id).unwrap();
     collector.until("the span of its work", |seen| by_python(seen, "think", &server).is_some()).await;
-    python.kill().await.unwrap();
+    python.kill().await;
 }
 
 /// Needs `tests/collector`, built as `otel-collector` in the `PATH`.

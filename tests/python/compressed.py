@@ -30,5 +30,5 @@ with grpc.insecure_channel(address, compression=grpc.Compression.Gzip) as channe
     registration.parameters.update({"text": "x" * 10_000})
     request = core.RegisterSubsystemRequest(registration=registration)
     core_rpc.OrchestratorStub(channel).RegisterSubsystem(request)
-print(f"127.0.0.1:{port}", flush=True)
+print(f"listening on 127.0.0.1:{port}", flush=True)
 server.wait_for_termination()

@@ -32,5 +32,5 @@ server = grpc.server(futures.ThreadPoolExecutor(4), interceptors=[server_interce
 rpc.add_SubsystemServicer_to_server(Traced(), server)
 port = server.add_insecure_port("127.0.0.1:0")
 server.start()
-print(f"127.0.0.1:{port}", flush=True)
+print(f"listening on 127.0.0.1:{port}", flush=True)
 server.wait_for_termination()
