@@ -162,8 +162,7 @@ async fn a_backup_that_was_changed_or_can_not_be_verified_is_restored_only_when_
     Connection::open(&backup).unwrap().execute("UPDATE subsystems SET owner = 'token:other'", []).unwrap();
     let (code, said) = orchestrator(&with_key);
     assert!(code == Some(1) && said.contains("the seal of the subsystem \"a\""), "{said}");
-    assert_eq!(fs::metadata(home.path("elsewhere/o.db")).unwrap().len(), 0, "nothing was restored");
-    assert!(!home.path("elsewhere/o.db.new").exists());
+    assert_eq!(fs::read_dir(home.path("elsewhere")).unwrap().count(), 0, "nothing was restored");
     let (code, said) = orchestrator(&[&with_key[..], &["--unverified"]].concat());
     assert!(code == Some(0) && said.contains("can be served now"), "{said}");
 }
@@ -203,4 +202,10 @@ async fn a_file_that_is_no_store_replaces_none() {
     assert!(code == Some(1) && said.contains("is not an SQLite database"), "{said}");
     assert!(home.path("o.db").exists() && !home.path("o.db.replaced").exists());
     assert!(home.serve().await.stop().await.success());
+
+    // In a place without a store, nothing is left of the attempt.
+    let elsewhere = format!("sqlite:{}", home.path("elsewhere.db").display());
+    let (code, said) = orchestrator(&["restore", text(&note), &elsewhere, "--unverified"]);
+    assert!(code == Some(1) && said.contains("is not an SQLite database"), "{said}");
+    assert!(beside(&home, "elsewhere").is_empty(), "{:?}", beside(&home, "elsewhere"));
 }

@@ -72,7 +72,7 @@ pub(in crate::store) fn put<E: From<BackupError>>(
             return Err(BackupError::Unfinished { backup: from.to_owned(), log }.into());
         }
     }
-    let place = LockedDatabase::take(path).map_err(BackupError::from)?;
+    let mut place = LockedDatabase::take(path).map_err(BackupError::from)?;
     let new = beside(&place.path, ".new");
     let copied = copy_new(from, &new).map_err(|problem| BackupError::File { path: new.clone(), problem });
     let copied = copied.map_err(E::from).and_then(|()| verify(&new));
@@ -80,6 +80,7 @@ pub(in crate::store) fn put<E: From<BackupError>>(
     let put = copied.and_then(|()| replace(&new, &place, replaces).map_err(E::from));
     if put.is_err() {
         let _ = fs::remove_file(&new);
+        place.leave();
     }
     put
 }

@@ -124,6 +124,8 @@ pub(super) struct LockedDatabase {
     _lock: Option<File>,
     /// There was no such file before.
     made_lock: bool,
+    /// There was no database before.
+    made_database: bool,
     /// The lock on the database itself, for processes that use another path. Closing the file would release SQLite's
     /// locks on it, so it stays open longer than all of SQLite's connections.
     _database: File,
@@ -141,7 +143,9 @@ impl LockedDatabase {
         }
         // Also if a link leads to a file that does not exist yet.
         let create = || private().create(true).truncate(false).open(given);
-        let path = given.canonicalize().or_else(|_| create().and_then(|_| given.canonicalize()));
+        let there = given.canonicalize();
+        let made_database = there.is_err();
+        let path = there.or_else(|_| create().and_then(|_| given.canonicalize()));
         let path = path.map_err(|error| unwritable(given, &error))?;
         // Before any file is created beside it, and before SQLite reports another file as a database that can't be
         // opened.
@@ -161,7 +165,7 @@ impl LockedDatabase {
             let (database, log) = (path.display().to_string(), log.display().to_string());
             return Err(DatabaseFileError::LogAlone { database, log }.into());
         }
-        Ok(Self { path, _lock: Some(lock), made_lock, _database: database })
+        Ok(Self { path, _lock: Some(lock), made_lock, made_database, _database: database })
     }
 
     /// Finds a database to look at, and locks it in a way that leaves no trace: others can look at it as well, and no
@@ -185,11 +189,15 @@ impl LockedDatabase {
                 return Err(DatabaseFileError::Unfinished { database, log }.into());
             }
         }
-        Ok(Self { path, _lock: None, made_lock: false, _database: database })
+        Ok(Self { path, _lock: None, made_lock: false, made_database: false, _database: database })
     }
 
-    /// Removes the file beside a database that turns out not to be ours, unless it was there before.
+    /// Removes the files that were made to lock a database that turns out not to be ours, or gets no contents.
     pub(super) fn leave(&mut self) {
+        let is_empty = || fs::metadata(&self.path).is_ok_and(|database| database.len() == 0);
+        if std::mem::take(&mut self.made_database) && is_empty() {
+            let _ = fs::remove_file(&self.path);
+        }
         if std::mem::take(&mut self.made_lock) {
             let _ = fs::remove_file(lock_of(&self.path));
         }
