@@ -414,7 +414,8 @@ impl LogFormat {
 }
 
 impl Config {
-    /// Merges the file, `environment` and the flags. Only variables `ORCHESTRATOR_…` are read.
+    /// Merges the file, `environment` and the flags. Only variables `ORCHESTRATOR_…` are read; an empty one counts as
+    /// unset.
     ///
     /// # Errors
     /// All problems together, up to [`ConfigError::MAX_PROBLEMS`]; a file that is not TOML is not checked any further.
@@ -1111,6 +1112,9 @@ fn read_environment(
         // Also set by Kubernetes.
         let is_link = rest == "PORT" && value.to_string_lossy().contains("://");
         if is_link || OTHER_VARIABLES.contains(&rest) || OTHER_PREFIXES.iter().any(|it| rest.starts_with(it)) {
+            continue;
+        }
+        if value.is_empty() {
             continue;
         }
         let origin = Source::Environment(name.as_str().into());

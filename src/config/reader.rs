@@ -371,20 +371,21 @@ impl<'a> Reader<'a> {
         is_full
     }
 
-    /// Notes that `key`, which was asked for, has a problem.
+    /// Notes that `key`, which was asked for, has a problem. Further ones of the same key follow from the first.
     pub(super) fn refuse(&mut self, key: &str, problem: impl Into<String>) {
+        if self.refused.iter().any(|refused| refused == key) {
+            return;
+        }
         // A default can be refused as well, if it does not fit to another setting.
         let origin = self.origin(key).or(self.origin.as_ref()).cloned().unwrap_or(Source::Default);
         self.refused.push(key.to_owned());
         self.problems.push(Problem::new(origin, format!("{}{key}", self.subject), problem));
     }
 
-    /// Adds the violations of validation, except for values that were already refused.
+    /// Adds the violations of validation.
     pub(super) fn refuse_all(&mut self, violations: Violations) {
         for violation in violations.0 {
-            if !self.refused.contains(&violation.field) {
-                self.refuse(&violation.field, violation.problem);
-            }
+            self.refuse(&violation.field, violation.problem);
         }
     }
 

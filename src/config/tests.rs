@@ -533,6 +533,8 @@ fn expected_subsystems_are_names_and_not_too_many() {
     assert_eq!(config.registry.expected.iter().map(Name::as_str).collect::<Vec<_>>(), ["a", "b"]);
     let found = problems(&expected(r#""a b""#));
     assert!(found.len() == 1 && found[0].contains("registry.expected[0] \"a b\" is not a name"), "{found:?}");
+    let found = problems(&expected("7"));
+    assert!(found.len() == 1 && found[0].contains("registry.expected[0] is 7; give a quoted string"), "{found:?}");
     let found = problems(&expected(&r#""a","#.repeat(20_001)));
     assert!(found.len() == 1 && found[0].contains("has 20001 entries; give at most 20000"), "{found:?}");
 }
