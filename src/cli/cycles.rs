@@ -279,16 +279,29 @@ fn row(cycle: &pb::CycleTelemetry) -> [Cell; 7] {
         state(cycle_state(cycle.state())),
         text(trigger(cycle.trigger(), &cycle.r#loop)),
         text(time(cycle.finished_at.as_ref())),
-        text(milliseconds(cycle.duration_ms)),
+        text(took(cycle)),
         text(succeeded(cycle)),
         text(&cycle.error),
     ]
 }
 
-/// Number of its subsystems that succeeded, of all; a dash if the record does not have them.
+/// Stands for what nobody has recorded.
+const UNKNOWN: &str = "unknown";
+
+/// True if the process ended before it could record the parts of the cycle, and when it ended.
+fn is_interrupted(cycle: &pb::CycleTelemetry) -> bool {
+    cycle.state() == pb::CycleState::Interrupted
+}
+
+/// How long it took, if that is known.
+pub(super) fn took(cycle: &pb::CycleTelemetry) -> String {
+    if is_interrupted(cycle) { UNKNOWN.to_owned() } else { milliseconds(cycle.duration_ms) }
+}
+
+/// Number of its subsystems that succeeded, of all, if that is known.
 pub(super) fn succeeded(cycle: &pb::CycleTelemetry) -> String {
-    if cycle.subsystems.is_empty() && cycle.state() != pb::CycleState::Succeeded {
-        return "-".to_owned();
+    if is_interrupted(cycle) {
+        return UNKNOWN.to_owned();
     }
     let succeeded = cycle.subsystems.iter().filter(|part| part.state() == pb::SubsystemState::Succeeded).count();
     format!("{}/{}", grouped(succeeded as u64), grouped(cycle.subsystems.len() as u64))
@@ -324,7 +337,7 @@ pub(super) fn facts(cycle: &pb::CycleTelemetry) -> Vec<(&'static str, String)> {
         ("trace", cycle.trace_id.clone()),
         ("started", time(cycle.started_at.as_ref())),
         ("finished", finished.unwrap_or_default()),
-        ("duration", milliseconds(cycle.duration_ms)),
+        ("duration", took(cycle)),
         ("succeeded", succeeded(cycle)),
         ("critical path", chain(&cycle.critical_path)),
         ("epoch, revision", format!("{}, {}", cycle.epoch, cycle.revision)),
@@ -351,7 +364,8 @@ fn parts(cycle: &pb::CycleTelemetry) -> Table {
             when_called(format!("+{}", milliseconds(since(cycle, part)))),
             when_called(milliseconds(part.duration_ms)),
             when_called(milliseconds(part.queued_ms)),
-            number(part.attempts),
+            // It may have failed before its first attempt, in `Initialize`.
+            if part.attempts > 0 { number(part.attempts) } else { text("-") },
             text(why(part)),
         ]);
     }
@@ -410,16 +424,13 @@ fn outputs(parts: &[pb::SubsystemTelemetry]) -> Table {
 
 /// A cycle in one line, for use in a larger text.
 pub(super) fn in_short(cycle: &pb::CycleTelemetry) -> String {
+    let (id, state) = (cycle.cycle_id, cycle_state(cycle.state()));
+    let (when, trigger) = (age(cycle.finished_at.as_ref()), trigger(cycle.trigger(), &cycle.r#loop));
     let error = if cycle.error.is_empty() { String::new() } else { format!(": {}", clean(&cycle.error)) };
-    format!(
-        "cycle {} {} in {}, {}, {}, {} succeeded{error}",
-        cycle.cycle_id,
-        cycle_state(cycle.state()),
-        milliseconds(cycle.duration_ms),
-        age(cycle.finished_at.as_ref()),
-        trigger(cycle.trigger(), &cycle.r#loop),
-        succeeded(cycle),
-    )
+    if is_interrupted(cycle) {
+        return format!("cycle {id} {state}, found {when}, {trigger}, its parts are not known{error}");
+    }
+    format!("cycle {id} {state} in {}, {when}, {trigger}, {} succeeded{error}", took(cycle), succeeded(cycle))
 }
 
 /// Names with arrows between them.

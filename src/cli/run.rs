@@ -40,10 +40,10 @@ waiting cycle runs after the restart.
 Cycles without a subsystem in common run at the same time; others wait in line for each other.
 
 Exit codes:
-  0    it SUCCEEDED; with --async: it runs or waits; with --validate-only: it
-       could run
-  1    refused by the service; or no subsystem was called, because none is
-       registered or all were skipped: stderr says why
+  0    it SUCCEEDED, also if no subsystem was called, because none is registered
+       or all were left out: then stderr says why. With --async: it runs or
+       waits; with --validate-only: it could run
+  1    refused by the service
   2    wrong usage
   4    the service can't be reached, or the cycle did not end within --timeout;
        it may continue
@@ -159,8 +159,8 @@ impl Run {
         } else {
             print(&cycle(&record, self.details, remote.format.page()))?;
         }
-        if let Some(why) = nobody_called(&record) {
-            return Err(Failure::new(Exit::Refused, why));
+        if let Some(why) = nothing_called(&record) {
+            note(&why);
         }
         Ok(match record.state() {
             pb::CycleState::Succeeded => Exit::Done,
@@ -171,9 +171,8 @@ impl Run {
     }
 }
 
-/// Why no subsystem was called in a cycle that did not fail; `None` if one was called. A cycle without calls is
-/// probably a mistake.
-fn nobody_called(record: &pb::CycleTelemetry) -> Option<String> {
+/// Why no subsystem was called in a cycle that did not fail; `None` if one was called.
+fn nothing_called(record: &pb::CycleTelemetry) -> Option<String> {
     /// Most reasons that are shown; further ones repeat them.
     const SHOWN: usize = 3;
     let is_skipped = |part: &pb::SubsystemTelemetry| part.state() == pb::SubsystemState::Skipped;

@@ -6,7 +6,9 @@ use tokio::time::Instant;
 use tonic::Streaming;
 
 use super::{
-    Exit, Failure, HOST, known,
+    Exit, Failure, HOST,
+    cycles::took,
+    known,
     output::{
         Format, clean, clean_lines, coarse, count, cycle_state, is_terminal, json, milliseconds, note, one_of, painted,
         print, short, subsystem_state, telemetry, time, trigger,
@@ -226,7 +228,7 @@ pub(super) fn recorded(cycle: &pb::CycleTelemetry) -> String {
         time(cycle.finished_at.as_ref()),
         cycle.cycle_id,
         painted(cycle_state(cycle.state()), 11),
-        milliseconds(cycle.duration_ms),
+        took(cycle),
         trigger(cycle.trigger(), &cycle.r#loop),
     )
 }
@@ -257,8 +259,11 @@ pub(super) fn progress(progress: &pb::CycleProgress) -> String {
     }
     for update in &progress.updates {
         let why = clean(format!("{} {}", update.error_code, update.error_message).trim());
-        let attempts =
-            if update.attempts > 1 { format!("  {}", count(update.attempts, "attempt")) } else { String::new() };
+        let attempts = match (update.state(), update.attempts) {
+            (_, 0 | 1) => String::new(),
+            (pb::SubsystemState::Running, attempt) => format!("  attempt {attempt}"),
+            (_, attempts) => format!("  after {}", count(attempts, "attempt")),
+        };
         let line = format!(
             "cycle {}  +{:<8} {}  {}{attempts}  {why}",
             progress.cycle_id,

@@ -214,10 +214,11 @@ impl Look {
         let inner = titled(buffer, area, " no cycle runs ", "");
         let Some((_, last)) = model.cycles.last_key_value() else { return };
         let when = self.ago(last.finished_at);
-        let took = if last.has_duration() { format!(" in {}", milliseconds(last.duration_ms)) } else { String::new() };
+        let took = milliseconds(last.duration_ms);
         let said = match last.state {
             UNREADABLE => String::new(),
-            _ => format!("{took}, {when} ago, {}, {} succeeded", last.trigger, last.succeeded),
+            _ if !last.has_result() => format!(", found {when} ago, {}, its parts are not known", last.trigger),
+            _ => format!(" in {took}, {when} ago, {}, {} succeeded", last.trigger, last.succeeded),
         };
         let last_one =
             vec![format!("last: cycle {} ", last.number()).into(), self.state(last.state, last.state), said.into()];
@@ -329,7 +330,7 @@ impl Look {
         let mut shown: Vec<_> = model.cycles.values().rev().take(usize::from(area.width)).collect();
         shown.reverse();
         let mut durations: Vec<_> =
-            shown.iter().filter(|cycle| cycle.has_duration()).map(|cycle| cycle.duration_ms).collect();
+            shown.iter().filter(|cycle| cycle.has_result()).map(|cycle| cycle.duration_ms).collect();
         durations.sort_by(f64::total_cmp);
         let longest = durations.last().copied().unwrap_or(0.0);
         let right = match durations.get(durations.len() / 2) {
@@ -340,7 +341,7 @@ impl Look {
         let inner = titled(buffer, area, title, right);
         let lines = inner.height.saturating_sub(1);
         for (x, cycle) in (inner.x..).zip(shown) {
-            let share = if cycle.has_duration() && longest > 0.0 { cycle.duration_ms / longest } else { 0.0 };
+            let share = if cycle.has_result() && longest > 0.0 { cycle.duration_ms / longest } else { 0.0 };
             #[allow(
                 clippy::cast_possible_truncation,
                 clippy::cast_sign_loss,
@@ -588,7 +589,7 @@ impl Look {
     }
 
     fn recorded_row(self, cycle: &Cycle) -> Vec<Span<'_>> {
-        let duration_ms = Some(cycle.duration_ms).filter(|_| cycle.has_duration());
+        let duration_ms = Some(cycle.duration_ms).filter(|_| cycle.has_result());
         vec![
             self.state(cycle.state, cycle.state),
             Span::raw(cycle.number()),

@@ -263,7 +263,8 @@ impl Model {
             // The view takes them, not the model.
             News::Subsystem(..) | News::Cycle(..) => {}
             News::Unanswered(why) => self.unanswered = Some(why),
-            News::Past(cycle) => self.record(&cycle),
+            // The registry has the last part of each subsystem.
+            News::Past(cycle) => self.keep(cycle.revision, Cycle::new(&cycle)),
             News::Recorded(cycle) => {
                 self.is_heard();
                 self.live.remove(&cycle.cycle_id);
@@ -437,8 +438,8 @@ impl Cycle {
         if self.id == 0 { "?".to_owned() } else { self.id.to_string() }
     }
 
-    /// True if its duration is known: the end of an interrupted cycle is not.
-    pub(super) fn has_duration(&self) -> bool {
+    /// True if its duration and its parts are known: those of an interrupted cycle are not.
+    pub(super) fn has_result(&self) -> bool {
         self.state != cycle_state(pb::CycleState::Interrupted) && self.state != UNREADABLE
     }
 }

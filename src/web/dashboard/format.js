@@ -145,3 +145,8 @@ export function word(value, prefix) {
 export function lower(name) {
   return name.toLowerCase().replaceAll("_", " ");
 }
+
+/** A phrase as a sentence. */
+export function sentence(phrase) {
+  return `${phrase.charAt(0).toUpperCase()}${phrase.slice(1)}.`;
+}

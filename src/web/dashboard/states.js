@@ -57,6 +57,11 @@ export function reasonOf(part) {
   return skip ? SKIP_REASONS[skip] ?? lower(skip) : errorCode || "";
 }
 
+/** Why a record of a cycle in this state has no parts. */
+export function withoutParts(state) {
+  return state === "INTERRUPTED" ? "its parts are not known" : "no subsystem was called";
+}
+
 /** Number of these parts by state. */
 export function tally(parts) {
   const counts = {};

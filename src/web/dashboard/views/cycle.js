@@ -2,11 +2,11 @@
 
 import { getCycle, getPlan } from "../api.js";
 import { add, h, replace } from "../dom.js";
-import { count, counted, duration, instant, lower, time, visible, word } from "../format.js";
+import { count, counted, duration, instant, lower, sentence, time, visible, word } from "../format.js";
 import { MANY, model, newestId, partsOf } from "../model.js";
 import { partsView } from "../parts.js";
 import { href } from "../route.js";
-import { badge, cycleStateOf, hasFailed, reasonOf, stateOf } from "../states.js";
+import { badge, cycleStateOf, hasFailed, reasonOf, stateOf, withoutParts } from "../states.js";
 
 /** Most failures that are listed with their reason above the chart. */
 const LISTED = 20;
@@ -46,6 +46,7 @@ export function neighbours(id, link, scope) {
 async function show(place, record, scope) {
   const parts = partsOf(record);
   const failed = parts.filter(hasFailed);
+  const isInterrupted = cycleStateOf(record) === "INTERRUPTED";
   const late = instant(record.startedAt) - instant(record.scheduledAt);
   const facts = [
     ["State", badge(cycleStateOf(record))],
@@ -53,8 +54,8 @@ async function show(place, record, scope) {
     ["Due", time(record.scheduledAt)],
     ["Started", record.startedAt ? `${time(record.startedAt)}${late > 1 ? ` (${duration(late)} later)` : ""}` : "not known"],
     ["Finished", time(record.finishedAt)],
-    ["Duration", record.startedAt ? duration(record.durationMs ?? 0) : "–"],
-    ["Subsystems", count(parts.length)],
+    ["Duration", isInterrupted ? "not known" : record.startedAt ? duration(record.durationMs ?? 0) : "–"],
+    ["Subsystems", isInterrupted ? "not known" : count(parts.length)],
     ["Epoch", record.epoch],
     ["Revision", record.revision],
     record.triggeredBy && ["Triggered by", visible(record.triggeredBy, 300)],
@@ -65,7 +66,7 @@ async function show(place, record, scope) {
   if (record.error && failed.length === 0) add(place, h("p", { class: "problem" }, visible(record.error, 1000)));
   if (record.truncated) add(place, h("p", { class: "quiet" }, "The record was too large, so outputs, issues, metrics or the ends of messages were left out."));
   if (parts.length === 0) {
-    add(place, h("p", { class: "quiet" }, "The results of its subsystems are not known."));
+    add(place, h("p", { class: "quiet" }, sentence(withoutParts(cycleStateOf(record)))));
     return;
   }
   if (failed.length) add(place, failures(record, failed));

@@ -130,13 +130,14 @@ export function mount(main, route, scope) {
 }
 
 function row(cycle) {
+  const isKnown = cycle.state !== "INTERRUPTED" && cycle.state !== "UNREADABLE";
   const trigger = cycle.loop ? `loop ${cycle.loop}` : lower(cycle.trigger) || "unknown";
   return h("tr", { class: cycle.state === "SUCCEEDED" ? null : "failed" },
     h("th", { scope: "row" }, cycle.id ? h("a", { href: href("cycles", cycle.id) }, cycle.id) : "–"),
     h("td", {}, badge(cycle.state)),
     h("td", { "data-label": "Trigger" }, visible(trigger)),
     h("td", { "data-label": "Finished", class: "time" }, time(cycle.finishedAt)),
-    h("td", { "data-label": "Duration", class: "number" }, duration(cycle.durationMs)),
-    h("td", { class: "wide" }, cycle.total ? stacked(cycle.counts, SUBSYSTEM_STATES, "Subsystems") : h("span", { class: "quiet" }, "not known")),
+    h("td", { "data-label": "Duration", class: "number" }, isKnown ? duration(cycle.durationMs) : "not known"),
+    h("td", { class: "wide" }, cycle.total ? stacked(cycle.counts, SUBSYSTEM_STATES, "Subsystems") : h("span", { class: "quiet" }, isKnown ? "none" : "not known")),
     h("td", { class: "reason", title: visible(cycle.error, 1000) || null }, visible(cycle.error, 300)));
 }

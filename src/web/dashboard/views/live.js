@@ -6,7 +6,7 @@ import { count, counted, duration, instant, visible, whole } from "../format.js"
 import { liveCycle, liveOf, MANY, model, now, runningCycles, startedBy } from "../model.js";
 import { partsView } from "../parts.js";
 import { href } from "../route.js";
-import { cycleStateOf, hasFailed, setBadge, badge } from "../states.js";
+import { cycleStateOf, hasFailed, setBadge, badge, withoutParts } from "../states.js";
 
 /** Most running cycles that can be selected; further ones are counted. */
 const LISTED = 50;
@@ -105,9 +105,9 @@ export function mount(main, _, scope) {
     const failed = list.filter(hasFailed).length;
     setText(facts, [
       shown.startedBy(),
-      `${count(ended)} of ${counted(list.length, "subsystem")} ended`,
+      record && list.length === 0 ? withoutParts(cycleStateOf(record)) : `${count(ended)} of ${counted(list.length, "subsystem")} ended`,
       failed && `${count(failed)} failed`,
-      record ? duration(elapsed) : `${(elapsed / 1000).toFixed(1)} s`,
+      record ? cycleStateOf(record) !== "INTERRUPTED" && duration(elapsed) : `${(elapsed / 1000).toFixed(1)} s`,
       shown.dropped && `${counted(shown.dropped, "update")} lost`,
       held ? "held" : record && nextTick(),
     ].filter(Boolean).join(" · "));
