@@ -219,7 +219,12 @@ async fn many_subsystems_are_registered_at_once_all_or_none_and_survive_a_restar
     );
     let changed = pb::Registration { critical: true, ..all[3].clone() };
     let answer = register_all(&mut stage.client, vec![all[2].clone(), changed], None).await.unwrap();
-    assert_eq!((answer.created, answer.replaced), (vec![], vec!["s0003".to_owned()]));
+    assert_eq!((&answer.created[..], &answer.replaced[..]), (&[][..], &["s0003".to_owned()][..]));
+    let [pb::Replacement { subsystem: Some(now), previous: Some(before) }] = &answer.replacements[..] else {
+        panic!("{answer:?}")
+    };
+    let critical = |status: &pb::SubsystemStatus| status.registration.as_ref().unwrap().critical;
+    assert!(critical(now) && !critical(before), "{answer:?}");
 
     let client = &mut stage.client;
     let refused = register_all(client, one_more, None).await.unwrap_err();
@@ -308,6 +313,32 @@ async fn the_memory_of_registrations_loops_and_last_parts_is_bounded() {
     let registered_now = stage.client.status().await.unwrap().subsystem_count;
     let mut stage = stage.restarted().await;
     assert_eq!(registered_now, stage.client.status().await.unwrap().subsystem_count);
+}
+
+#[tokio::test]
+async fn the_last_part_of_a_subsystem_is_known_after_a_restart() {
+    let mut stage = Stage::new().await;
+    stage.register_all(&["often", "rarely", "never"]).await;
+    stage.register("skipped", |it| it.requires = vec!["nobody".into()]).await;
+    stage.register("talks", |it| it.record_output = true).await;
+    stage.fleet.run("rarely", Run::fail(Code::Internal));
+    stage.fleet.run("talks", Run::issues(2));
+    let mut cycles = Vec::new();
+    for names in [&["rarely", "skipped"][..], &["talks"], &["often"], &["often"]] {
+        let subsystems = names.iter().map(|&name| name.into()).collect();
+        cycles.push(stage.client.run_with(pb::RunCycleRequest { subsystems, ..Default::default() }).await.unwrap());
+    }
+    for restart in ["kill", "stop"] {
+        stage = if restart == "kill" { stage.killed().await } else { stage.restarted().await };
+        for (name, cycle) in [("rarely", 0), ("skipped", 0), ("talks", 1), ("often", 3)] {
+            let (cycle, found) = (&cycles[cycle], stage.client.subsystem(name).await.unwrap());
+            assert_eq!((found.last.as_ref(), found.last_cycle_id), (Some(part(cycle, name)), cycle.cycle_id), "{name}");
+        }
+        assert_eq!(stage.client.subsystem("never").await.unwrap().last, None);
+        // They were counted by the process that ran them.
+        let metrics = http::get(stage.service.admin(), "/metrics").await.text().await;
+        assert!(!metrics.contains("orchestrator_subsystem_up{"), "{metrics}");
+    }
 }
 
 #[tokio::test]

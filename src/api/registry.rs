@@ -97,14 +97,24 @@ impl Handlers {
         let (subsystems, lease) = read.map_err(invalid)?;
         let registered = call.orchestrator().register_all(subsystems, lease, &call.authority.registrar(), by).await;
         let registered = registered.map_err(|refusal| call.refused(refusal))?;
-        let mut answer = pb::RegisterSubsystemsResponse::default();
-        for Outcome { registered, change, .. } in registered {
-            let name = registered.member.subsystem.name.to_string();
-            match change {
-                Change::Created => answer.created.push(name),
-                Change::Replaced => answer.replaced.push(name),
-                Change::Renewed => {}
+        let names_of = |change| {
+            let outcomes = registered.iter().filter(move |outcome| outcome.change == change);
+            outcomes.map(|outcome| outcome.registered.member.subsystem.name.to_string()).collect()
+        };
+        let mut answer = pb::RegisterSubsystemsResponse {
+            created: names_of(Change::Created),
+            replaced: names_of(Change::Replaced),
+            replacements: Vec::new(),
+        };
+        let mut bytes = answer.encoded_len();
+        for outcome in registered.iter().filter(|outcome| outcome.change == Change::Replaced) {
+            let (subsystem, previous) = before_and_after(&call, outcome);
+            let replacement = pb::Replacement { subsystem, previous };
+            bytes += replacement.encoded_len() + response::AROUND;
+            if bytes > MAX_ANSWER {
+                break;
             }
+            answer.replacements.push(replacement);
         }
         Ok(answer)
     }

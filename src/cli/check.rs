@@ -49,7 +49,8 @@ impl Check {
         }
         let members = config.subsystems.iter().cloned();
         let members = members.map(|subsystem| Member::new(Arc::new(subsystem), false, Arc::default()));
-        let order = Plan::compile(members).map_err(|ring| wrong(ring.to_string()))?;
+        let expected = expected_elsewhere(&config);
+        let order = Plan::compile(members).map_err(|ring| wrong(ring.to_string()))?.lacking(expected);
         let plan_of_all = Some(api::plan(order.schedule(None, &RevokedOwners::default())));
         let response = pb::PlanCycleResponse { plan: plan_of_all, next_page_token: String::new() };
         self.format.show("PlanCycleResponse", &response, |response| {
@@ -72,12 +73,22 @@ impl Check {
         let subsystems = count(config.subsystems.len() as u64, "subsystem");
         facts.fact("declares", format!("{subsystems}, {}", count(config.loops.len() as u64, "loop")));
         // These names may be registered later, or be typing errors.
+        let expected: Vec<_> = expected_elsewhere(config).iter().map(ToString::to_string).collect();
+        if !expected.is_empty() {
+            facts.fact("expects", format!("{}, not declared here", names(&expected, NAMES)));
+        }
         let elsewhere = undeclared(config);
         if !elsewhere.is_empty() {
             facts.fact("not declared", names(&elsewhere, NAMES));
         }
         facts.finish(page)
     }
+}
+
+/// Expected names that are not declared, in order.
+fn expected_elsewhere(config: &Config) -> Vec<Name> {
+    let declared: HashSet<_> = config.subsystems.iter().map(|subsystem| &subsystem.name).collect();
+    config.registry.expected.iter().filter(|name| !declared.contains(name)).cloned().collect()
 }
 
 /// Names that subsystems wait for or read but that are not declared, with those subsystems.

@@ -252,7 +252,7 @@ pub(super) fn names(names: &[String], max: usize) -> String {
     let shown: Vec<_> = names.iter().take(max).map(|name| clean(name)).collect();
     match names.len().saturating_sub(max) {
         0 => shown.join(", "),
-        more => format!("{} and {more} more", shown.join(", ")),
+        more => format!("{} and {} more", shown.join(", "), grouped(more as u64)),
     }
 }
 
@@ -354,6 +354,17 @@ pub(super) fn time(time: Option<&prost_types::Timestamp>) -> String {
     }
 }
 
+/// As above, for times that are not in messages.
+pub(super) fn instant(at: Timestamp) -> String {
+    time(Some(&proto::timestamp(at)))
+}
+
+/// When something expires, or has expired.
+pub(super) fn expiry(at: Timestamp) -> String {
+    let expired = if at <= HOST.clock.now() { " (expired)" } else { "" };
+    format!("{}{expired}", instant(at))
+}
+
 /// A time relative to now: `5s ago`, `now`, `in 3m 20s`.
 pub(super) fn age(time: Option<&prost_types::Timestamp>) -> String {
     let Some(time) = time.and_then(timestamp) else { return "-".to_owned() };
@@ -378,7 +389,7 @@ pub(super) fn coarse(duration: Duration) -> Duration {
 
 /// A time for calculations; `None` if it is outside the range of the library.
 pub(super) fn timestamp(time: &prost_types::Timestamp) -> Option<Timestamp> {
-    Timestamp::new(time.seconds, time.nanos).ok()
+    proto::read_timestamp(*time)
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -400,9 +411,8 @@ pub(super) fn colour(state: &str) -> Option<AnsiColor> {
     match state {
         "SUCCEEDED" | "PASSED" | "CLOSED" => Some(AnsiColor::Green),
         "DEGRADED" | "SKIPPED" | "CANCELLED" | "HALF_OPEN" | "SUSPENDED" => Some(AnsiColor::Yellow),
-        "FAILED" | "TIMED_OUT" | "CIRCUIT_OPEN" | "INTERRUPTED" | "OPEN" | "OWNER_REVOKED" | "UNREADABLE" => {
-            Some(AnsiColor::Red)
-        }
+        "FAILED" | "TIMED_OUT" | "CIRCUIT_OPEN" | "INTERRUPTED" | "OPEN" | "OWNER_REVOKED" | "UNREADABLE"
+        | "MISSING" => Some(AnsiColor::Red),
         _ => None,
     }
 }

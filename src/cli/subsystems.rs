@@ -3,7 +3,10 @@
 mod changes;
 mod fields;
 
-use std::{collections::BTreeSet, path::PathBuf};
+use std::{
+    collections::{BTreeSet, HashSet},
+    path::PathBuf,
+};
 
 use clap::Subcommand;
 
@@ -43,8 +46,11 @@ enum Command {
     #[command(
         visible_alias = "ls",
         after_help = "\
+Subsystems that are expected (registry.expected), but not registered, come last, as MISSING.
+
 With --output json, one object: {\"subsystems\":[...]} with a SubsystemStatus each, written page by page; with \
-ndjson, a SubsystemStatus a line.
+ndjson, a SubsystemStatus a line. Both have registered subsystems only: `orchestrator status --output json` has the \
+missing ones.
 
 Examples:
   orchestrator subsystems list
@@ -133,8 +139,9 @@ if the registration had another value before; `orchestrator subsystems set` chan
 what has changed in a registration that is replaced. The subsystem takes part from the next cycle that starts, and \
 survives restarts of the service.
 
-With --file, all [[subsystems]] of the file are registered, up to 1,000 at once: all of these or none. Other tables of \
-the file are ignored, so that a configuration file can be used.
+With --file, all [[subsystems]] of the file are registered, up to 1,000 at once: all of these or none. The output has \
+the names of those that are new, changed and unchanged, and what has changed, as far as a person reads it. Other \
+tables of the file are ignored, so that a configuration file can be used.
 
 Examples:
   orchestrator subsystems register prices --endpoint http://127.0.0.1:50051
@@ -246,14 +253,8 @@ impl Command {
                 })?;
             }
             Self::Register(register) if register.file.is_some() => {
-                let registered = register_file(remote, client, *register).await?;
-                format.show("RegisterSubsystemsResponse", &registered.0, |answer| {
-                    let (all, new, changed) = (registered.1, answer.created.len(), answer.replaced.len());
-                    let unchanged = all - new - changed;
-                    let [new, changed, unchanged] = [new, changed, unchanged].map(|number| grouped(number as u64));
-                    let all = count(all as u64, "subsystem");
-                    format!("registered {all}: {new} new, {changed} changed, {unchanged} unchanged\n")
-                })?;
+                let (answer, all) = register_file(remote, client, *register).await?;
+                format.show("RegisterSubsystemsResponse", &answer, |answer| registered(answer, &all, format.page()))?;
             }
             Self::Register(register) => {
                 note_other_timeout(remote, &register.fields);
@@ -378,12 +379,12 @@ impl Set {
     }
 }
 
-/// Registers the subsystems of a file. Returns the changes, and the number of subsystems.
+/// Registers the subsystems of a file. Returns the changes, and the names of all of these subsystems.
 async fn register_file(
     remote: &Remote,
     client: &mut Client,
     Register { file, lease, .. }: Register,
-) -> Result<(pb::RegisterSubsystemsResponse, usize), Failure> {
+) -> Result<(pb::RegisterSubsystemsResponse, Vec<String>), Failure> {
     use prost::Message as _;
     /// Well below the service's default limit of requests.
     const MAX_BYTES: usize = 3 << 20;
@@ -415,8 +416,31 @@ async fn register_file(
         let answer = remote.quickly(client.register_subsystems(request)).await?.into_inner();
         registered.created.extend(answer.created);
         registered.replaced.extend(answer.replaced);
+        registered.replacements.extend(answer.replacements);
     }
-    Ok((registered, config.subsystems.len()))
+    Ok((registered, config.subsystems.iter().map(|subsystem| subsystem.name.to_string()).collect()))
+}
+
+/// The subsystems of a file, which are all registered now: the names of those that are new, changed and unchanged, and
+/// the changes.
+fn registered(answer: &pb::RegisterSubsystemsResponse, all: &[String], page: Page) -> String {
+    /// Most names of each kind, and most changed registrations, that are shown: more than a person reads.
+    const SHOWN: usize = 20;
+    let known: HashSet<_> = answer.created.iter().chain(&answer.replaced).collect();
+    let unchanged: Vec<_> = all.iter().filter(|name| !known.contains(name)).cloned().collect();
+    let kinds = [("new", &answer.created), ("changed", &answer.replaced), ("unchanged", &unchanged)];
+    let numbers = kinds.map(|(kind, of)| format!("{} {kind}", grouped(of.len() as u64)));
+    let summary = format!("registered {}: {}\n", count(all.len() as u64, "subsystem"), numbers.join(", "));
+    let mut facts = Facts::new();
+    for (kind, of) in kinds {
+        facts.fact(kind, names(of, SHOWN));
+    }
+    let replaced = answer.replacements.iter().filter_map(|it| it.subsystem.as_ref().zip(it.previous.as_ref()));
+    let changed = replaced
+        .take(SHOWN)
+        .map(|(now, previous)| format!("subsystem {} is changed\n{}", clean(&name(now)), changes(previous, now, page)));
+    let sections: Vec<_> = std::iter::once(summary + &facts.finish(page)).chain(changed).collect();
+    sections.join("\n")
 }
 
 /// Calls `take` with every page of the registry.
@@ -457,7 +481,17 @@ async fn list(remote: &Remote, client: &mut Client) -> Result<(), Failure> {
         Ok(())
     })
     .await?;
-    print(&table.or("no subsystems", remote.format.page()))
+    let request = pb::GetStatusRequest { omit_last_cycle: true, ..pb::GetStatusRequest::default() };
+    let status = remote.quickly(client.get_status(request)).await?.into_inner().status.unwrap_or_default();
+    for name in &status.missing {
+        table.row(row_of_missing(name));
+    }
+    print(&table.or("no subsystems", remote.format.page()))?;
+    let unnamed = u64::from(status.missing_count).saturating_sub(status.missing.len() as u64);
+    if unnamed > 0 {
+        note(&format!("missing as well: {}", count(unnamed, "more subsystem")));
+    }
+    Ok(())
 }
 
 /// The name of a subsystem.
@@ -492,6 +526,13 @@ pub(super) fn row(status: &pb::SubsystemStatus) -> [Cell; 7] {
         text(&registration.endpoint),
         text(last.map(why).unwrap_or_default()),
     ]
+}
+
+/// The row of a subsystem that is expected, but not registered.
+fn row_of_missing(name: &str) -> [Cell; 7] {
+    let dash = || text("-");
+    let why = "it is expected (registry.expected), but not registered";
+    [text(name), dash(), state("MISSING"), dash(), dash(), dash(), text(why)]
 }
 
 /// How long a part took; a dash if its subsystem was not called.
@@ -628,8 +669,12 @@ pub(super) fn facts(status: &pb::SubsystemStatus) -> Vec<(&'static str, String)>
     fact("etag", status.etag.clone());
     if let Some(last) = &status.last {
         let (cycle, state) = (status.last_cycle_id, subsystem_state(last.state()));
-        let (took, attempts, why) = (duration_of(last), count(last.attempts, "attempt"), why(last));
-        fact("last", format!("{state} in cycle {cycle}, {took}, {attempts}  {why}").trim().to_owned());
+        let attempts = match last.attempts {
+            0 => String::new(),
+            attempts => format!(", {}", count(attempts, "attempt")),
+        };
+        let took = if last.started_at.is_some() { format!(", {}", duration_of(last)) } else { String::new() };
+        fact("last", format!("{state} in cycle {cycle}{took}{attempts}  {}", why(last)).trim().to_owned());
     }
     if status.output_cycle_id != 0 {
         fact("latest output", format!("of cycle {}", status.output_cycle_id));

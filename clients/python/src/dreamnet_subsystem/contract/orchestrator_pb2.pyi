@@ -802,12 +802,22 @@ class RegisterSubsystemsRequest(_message.Message):
     def __init__(self, registrations: _Optional[_Iterable[_Union[Registration, _Mapping]]] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class RegisterSubsystemsResponse(_message.Message):
-    __slots__ = ("created", "replaced")
+    __slots__ = ("created", "replaced", "replacements")
     CREATED_FIELD_NUMBER: _ClassVar[int]
     REPLACED_FIELD_NUMBER: _ClassVar[int]
+    REPLACEMENTS_FIELD_NUMBER: _ClassVar[int]
     created: _containers.RepeatedScalarFieldContainer[str]
     replaced: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, created: _Optional[_Iterable[str]] = ..., replaced: _Optional[_Iterable[str]] = ...) -> None: ...
+    replacements: _containers.RepeatedCompositeFieldContainer[Replacement]
+    def __init__(self, created: _Optional[_Iterable[str]] = ..., replaced: _Optional[_Iterable[str]] = ..., replacements: _Optional[_Iterable[_Union[Replacement, _Mapping]]] = ...) -> None: ...
+
+class Replacement(_message.Message):
+    __slots__ = ("subsystem", "previous")
+    SUBSYSTEM_FIELD_NUMBER: _ClassVar[int]
+    PREVIOUS_FIELD_NUMBER: _ClassVar[int]
+    subsystem: SubsystemStatus
+    previous: SubsystemStatus
+    def __init__(self, subsystem: _Optional[_Union[SubsystemStatus, _Mapping]] = ..., previous: _Optional[_Union[SubsystemStatus, _Mapping]] = ...) -> None: ...
 
 class UnregisterSubsystemRequest(_message.Message):
     __slots__ = ("name",)
