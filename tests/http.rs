@@ -4,7 +4,7 @@
 
 mod common;
 
-use std::{net::SocketAddr, time::Duration};
+use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
 
 use common::{
     Stage,
@@ -109,6 +109,101 @@ async fn the_registry_is_changed() {
 }
 
 #[tokio::test]
+async fn the_log_and_its_proofs_are_read() {
+    let mut stage = Stage::new().await;
+    let admin = stage.service.admin();
+    stage.register_all(&["a"]).await;
+    stage.client.run().await.unwrap();
+    let of = async |path: &str| get(admin, &format!("/api/log/{path}")).await.json().await;
+    let proved = of("inclusion?cycleId=1").await;
+    assert!(proved["entry"].is_string() && proved["checkpoint"].is_string(), "{proved}");
+    let signed = of("checkpoint").await;
+    assert!(signed["checkpoint"].as_str().unwrap().contains(&format!("\n{}\n", proved["size"].as_str().unwrap())));
+    let extends = of("consistency?fromSize=1").await;
+    assert_eq!((&extends["size"], extends["hashes"].is_array()), (&proved["size"], true), "{extends}");
+
+    let entries = get(admin, "/api/log/entries").await;
+    assert_eq!((entries.status, entries.header("content-type")), (200, Some("application/x-ndjson")));
+    let entries = entries.text().await;
+    let lines: Vec<Value> = entries.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let size: usize = lines[0]["extent"]["size"].as_str().unwrap().parse().unwrap();
+    assert_eq!((lines.len(), size >= 3), (size + 1, true), "{entries}");
+    assert!(lines[1..].iter().any(|line| line["part"]["entry"] == proved["entry"]), "{entries}");
+    for (path, code, reason) in [
+        ("entries?size=1000", 400, "NOT_IN_LOG"),
+        ("entries?size=many", 400, "INVALID_FIELDS"),
+        ("consistency?fromSize=1000", 400, "NOT_IN_LOG"),
+        ("inclusion?cycleId=7", 404, "CYCLE_NOT_FOUND"),
+    ] {
+        let answer = get(admin, &format!("/api/log/{path}")).await;
+        assert_eq!((answer.status, &answer.json().await["error"]["reason"]), (code, &reason.into()), "{path}");
+    }
+}
+
+/// The names of the fields that are inside of a message.
+fn named(fields: &[String], inside: &str) -> BTreeSet<String> {
+    fields.iter().filter_map(|field| field.strip_prefix(inside)).map(str::to_owned).collect()
+}
+
+#[tokio::test]
+async fn the_document_requires_what_the_service_refuses_when_it_is_missing() {
+    let mut stage = Stage::new().await;
+    stage.register_all(&["a"]).await;
+    let admin = stage.service.admin();
+    let document = get(admin, "/api/openapi.json").await.json().await;
+    let required = |schema: &Value| -> BTreeSet<String> {
+        let names = schema["required"].as_array().into_iter().flatten();
+        names.map(|name| name.as_str().unwrap().to_owned()).collect()
+    };
+    // The fields that are missing in this body.
+    let missing = async |request: &str, body: &Value| -> Vec<String> {
+        let error = send_json(admin, request, &[], &body.to_string()).await.json().await["error"].clone();
+        let violations = error["fieldViolations"].as_array().cloned().unwrap_or_default();
+        violations.iter().map(|it| it["field"].as_str().unwrap().to_owned()).collect()
+    };
+    let schemas = &document["components"]["schemas"];
+    for (request, schema, inner) in [
+        ("POST /api/subsystems", "RegisterSubsystemRequest", "registration"),
+        ("POST /api/registrations", "RegisterSubsystemsRequest", "registrations"),
+        ("POST /api/loops", "StartIntervalLoopRequest", "loop"),
+    ] {
+        let schema = &schemas[schema];
+        let found = missing(request, &json!({})).await;
+        assert_eq!(required(schema), named(&found, ""), "{request}");
+        let property = &schema["properties"][inner];
+        let (body, property, path) = match &property["items"] {
+            Value::Null => (json!({ inner: {} }), property, format!("{inner}.")),
+            items => (json!({ inner: [{}] }), items, format!("{inner}[0].")),
+        };
+        let found = missing(request, &body).await;
+        assert_eq!(required(property), named(&found, &path), "{request}");
+        assert!(!required(schema).is_empty() && !required(property).is_empty(), "{request}");
+    }
+    // The name is in the path, and the mask says which other fields are read.
+    let update = &schemas["UpdateSubsystemRequest"];
+    assert_eq!((required(update), required(&update["properties"]["registration"])), Default::default());
+    assert_eq!(required(&schemas["RunCycleRequest"]), BTreeSet::new());
+    let body = |path: &str| &document["paths"][path]["post"]["requestBody"]["required"];
+    assert_eq!((body("/api/subsystems"), body("/api/cycles")), (&true.into(), &false.into()));
+}
+
+#[tokio::test]
+async fn errors_name_fields_as_json_does() {
+    let stage = Stage::new().await;
+    let registration = json!({
+        "name": "a", "endpoint": stage.fleet.endpoint(), "retry": { "maxAttempts": 99 }, "limits": { "max_issues": 9_999_999 },
+    });
+    let body = json!({ "registration": registration }).to_string();
+    let error =
+        send_json(stage.service.admin(), "POST /api/subsystems", &[], &body).await.json().await["error"].clone();
+    let fields: Vec<_> = error["fieldViolations"].as_array().unwrap().iter().map(|it| it["field"].clone()).collect();
+    assert_eq!(fields, ["registration.retry.maxAttempts", "registration.limits.maxIssues"], "{error}");
+    let message = error["message"].as_str().unwrap();
+    assert!(message.starts_with("registration.retry.maxAttempts is 99; "), "{message}");
+    assert!(message.contains("; registration.limits.maxIssues is 9999999; "), "{message}");
+}
+
+#[tokio::test]
 async fn loops_are_started_paused_resumed_and_stopped() {
     let stage = Stage::new().await;
     let admin = stage.service.admin();
@@ -146,9 +241,22 @@ async fn a_request_that_can_not_be_read_is_refused_by_what_is_wrong() {
         ("POST /api/cycles?async=maybe", "{}", "async is \"maybe\"; give true or false"),
         ("POST /api/cycles?asinc=true", "{}", "there is no asinc; give "),
         ("POST /api/cycles?async=true&async=true", "", "async is given more than once"),
-        ("POST /api/cycles/1/cancel", r#"{"cycleId": "2"}"#, "cycleId is given more than once"),
+        (
+            "POST /api/cycles/1/cancel",
+            r#"{"cycleId": "2"}"#,
+            "cycleId is \"1\" in the URL, and has another value in the body",
+        ),
+        (
+            "POST /api/cycles",
+            r#"{"parameters": {"a": 1, "a": 2}}"#,
+            "the key \"a\" is given more than once; give it once at line 1",
+        ),
         ("POST /api/cycles/first/cancel", "", "cycleId is \"first\"; give a whole number"),
-        ("PATCH /api/subsystems/a", r#"{"registration": {"name": "b"}}"#, "registration.name is given more than once"),
+        (
+            "PATCH /api/subsystems/a",
+            r#"{"registration": {"name": "b"}}"#,
+            "registration.name is \"a\" in the URL, and has another value in the body; leave it out of the body",
+        ),
     ] {
         let (status, code, message) = refused(send_json(admin, request, &[], body).await).await;
         assert_eq!((status, code.as_str()), (400, "INVALID_ARGUMENT"), "{request}: {message}");

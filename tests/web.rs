@@ -60,7 +60,7 @@ async fn errors_are_reported() {
         ("/api/cycles/none", 400, "INVALID_ARGUMENT", "none"),
         ("/api/cycles?size=5", 400, "INVALID_ARGUMENT", "there is no size; give pageSize, "),
         ("/api/cycles?states=FOO", 400, "INVALID_ARGUMENT", "give CYCLE_STATE_SUCCEEDED, "),
-        ("/api/cycles?pageSize=5000", 400, "INVALID_ARGUMENT", "page_size"),
+        ("/api/cycles?pageSize=5000", 400, "INVALID_ARGUMENT", "pageSize"),
         ("/api/cycles?pageSize=5&pageSize=6", 400, "INVALID_ARGUMENT", "pageSize is given more than once"),
         (
             "/api/cycles?finishedFrom=2026-01-01T00:00:00.5Z&finishedFrom=2027-01-01T00:00:00Z",

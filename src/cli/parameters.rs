@@ -5,7 +5,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::{Exit, Failure};
-use crate::model::Payload;
+use crate::{model::Payload, proto::json::check_keys};
 
 /// Parameters for subsystems.
 #[derive(Clone, Debug, clap::Args)]
@@ -60,6 +60,7 @@ fn object(text: &str) -> Result<Map<String, Value>, String> {
 /// Reads JSON. The library silently turns whole numbers beyond 64 bits into doubles, so they are refused here; smaller
 /// ones are checked later.
 fn unchanged<T: DeserializeOwned>(json: &str) -> Result<Result<T, String>, serde_json::Error> {
+    check_keys(json.as_bytes())?;
     let value = serde_json::from_str(json)?;
     let mut outside_of_texts = String::with_capacity(json.len());
     let (mut in_text, mut is_escaped) = (false, false);
@@ -93,5 +94,14 @@ mod tests {
             assert!(parameter(&format!("id={json}")).is_ok(), "{json}");
         }
         assert!(object("{\"id\": 99999999999999999999}").is_err());
+    }
+
+    #[test]
+    fn a_key_that_is_given_twice_is_refused() {
+        for refused in [object(r#"{"a": 1, "a": 2}"#).map(drop), parameter(r#"x={"a": 1, "a": 2}"#).map(drop)] {
+            let refused = refused.unwrap_err();
+            assert!(refused.contains("the key \"a\" is given more than once"), "{refused}");
+        }
+        assert!(object(r#"{"a": {"a": 1}, "b": [{"a": 1}, {"a": 2}]}"#).is_ok());
     }
 }

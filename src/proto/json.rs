@@ -2,10 +2,18 @@
 //!
 //! <https://protobuf.dev/programming-guides/json/>
 
-use std::collections::HashMap;
+use std::{
+    borrow::Cow,
+    collections::{HashMap, HashSet},
+    fmt,
+};
 
 use prost::{Message, Name};
 use prost_reflect::{DynamicMessage, FieldDescriptor, Kind, MessageDescriptor, SerializeOptions, Value as Content};
+use serde::{
+    Deserialize, Deserializer,
+    de::{Error as _, MapAccess, SeqAccess, Visitor},
+};
 use serde_json::Value;
 
 use super::{
@@ -51,6 +59,14 @@ pub enum JsonError {
     /// The field takes one value, and several were given.
     #[error("{0} is given more than once; give it once")]
     Twice(String),
+    /// The body has one value of the field, and the URL another one.
+    #[error("{field} is {in_url:?} in the URL, and has another value in the body; leave it out of the body")]
+    Differs {
+        /// The field.
+        field: String,
+        /// Its value in the URL.
+        in_url: String,
+    },
     /// The field takes a list, and too many entries were given.
     #[error("{0} is given more than {1} times, which is the most that are allowed")]
     TooMany(String, usize),
@@ -144,6 +160,7 @@ fn read<M: Name>(descriptor: &MessageDescriptor, text: &[u8]) -> Result<DynamicM
     if values(text) > MAX_VALUES {
         return Err(JsonError::TooManyValues);
     }
+    check_keys(text).map_err(|error| JsonError::Body(M::NAME, error.to_string()))?;
     let mut deserializer = serde_json::Deserializer::from_slice(text);
     let mut track = serde_path_to_error::Track::new();
     let tracked = serde_path_to_error::Deserializer::new(&mut deserializer, &mut track);
@@ -172,6 +189,72 @@ fn values(text: &[u8]) -> usize {
         }
     }
     values
+}
+
+/// Checks that no object in a JSON text has a key twice: readers would take one of the values, and not say which.
+///
+/// # Errors
+/// One has, and the error names the key and its place; or the text is not JSON.
+pub fn check_keys(text: &[u8]) -> Result<(), serde_json::Error> {
+    /// A value of which only the keys are looked at.
+    struct Keys;
+
+    impl<'de> Deserialize<'de> for Keys {
+        fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+            deserializer.deserialize_any(Self)
+        }
+    }
+
+    impl<'de> Visitor<'de> for Keys {
+        type Value = Self;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("JSON")
+        }
+
+        fn visit_unit<E>(self) -> Result<Self, E> {
+            Ok(self)
+        }
+
+        fn visit_bool<E>(self, _: bool) -> Result<Self, E> {
+            Ok(self)
+        }
+
+        fn visit_i64<E>(self, _: i64) -> Result<Self, E> {
+            Ok(self)
+        }
+
+        fn visit_u64<E>(self, _: u64) -> Result<Self, E> {
+            Ok(self)
+        }
+
+        fn visit_f64<E>(self, _: f64) -> Result<Self, E> {
+            Ok(self)
+        }
+
+        fn visit_str<E>(self, _: &str) -> Result<Self, E> {
+            Ok(self)
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self, A::Error> {
+            while list.next_element::<Self>()?.is_some() {}
+            Ok(self)
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut object: A) -> Result<Self, A::Error> {
+            let mut keys = HashSet::new();
+            while let Some(key) = object.next_key::<Cow<'de, str>>()? {
+                if keys.contains(&key) {
+                    return Err(A::Error::custom(format!("the key {key:?} is given more than once; give it once")));
+                }
+                keys.insert(key);
+                object.next_value::<Self>()?;
+            }
+            Ok(self)
+        }
+    }
+
+    serde_json::from_slice::<Keys>(text).map(drop)
 }
 
 /// The fields from the message to the one with this name.
@@ -206,9 +289,11 @@ fn parameter(
 ) -> Result<DynamicMessage, JsonError> {
     let [first, rest @ ..] = path else { return Err(JsonError::NoMessage(name)) };
     let field = rest.last().unwrap_or(first);
-    let is_first = others == 0 || field.is_list();
-    if !is_first || in_body(body, path).is_some_and(|value| !is_text(&value, &text)) {
+    if others > 0 && !field.is_list() {
         return Err(JsonError::Twice(name));
+    }
+    if in_body(body, path).is_some_and(|value| !is_text(&value, &text)) {
+        return Err(JsonError::Differs { field: name, in_url: text });
     }
     if field.is_list() && others >= bounds::max_entries(field.full_name()) {
         return Err(JsonError::TooMany(name, bounds::max_entries(field.full_name())));
@@ -341,9 +426,15 @@ mod tests {
             assert_eq!((registration.name.as_str(), registration.phase), ("a", 2));
         }
         let twice = update(r#"{"registration": {"name": "b"}}"#).unwrap_err().to_string();
-        assert_eq!(twice, "registration.name is given more than once; give it once");
+        assert_eq!(
+            twice,
+            "registration.name is \"a\" in the URL, and has another value in the body; leave it out of the body"
+        );
         let twice = run(r#"{"requestId": "x"}"#, &[("request_id", "y")]).unwrap_err().to_string();
-        assert_eq!(twice, "request_id is given more than once; give it once");
+        assert_eq!(
+            twice,
+            "request_id is \"y\" in the URL, and has another value in the body; leave it out of the body"
+        );
         for (text, words) in [
             ("{", "no RunCycleRequest in JSON: EOF"),
             ("{} {}", "trailing characters"),
@@ -351,6 +442,11 @@ mod tests {
             ("null", "expected a map"),
             (r#"{"subsytems": []}"#, "unrecognized field name 'subsytems'"),
             (r#"{"async": "yes"}"#, "expected a boolean"),
+            (r#"{"async": true, "async": false}"#, "the key \"async\" is given more than once"),
+            (
+                r#"{"parameters": {"a": [{"b": 1, "b": 1}]}}"#,
+                "the key \"b\" is given more than once; give it once at line 1",
+            ),
         ] {
             let refused = run(text, &[]).unwrap_err().to_string();
             assert!(refused.contains(words), "{text}: {refused}");

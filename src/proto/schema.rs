@@ -95,18 +95,44 @@ impl Schemas {
         Parameter { name: field.json_name().to_owned(), comment, schema: self.of_field(field) }
     }
 
-    /// A reference to the schema of the request of an RPC, in which no other fields are allowed, nor those of these
-    /// names.
-    pub fn request(&mut self, rpc: &Rpc, without: &[&str]) -> Value {
+    /// A reference to the schema of the request of an RPC, in which no other fields are allowed, nor those at the paths
+    /// `given`, such as `registration.name`. True if the request needs further fields.
+    pub fn request(&mut self, rpc: &Rpc, given: &[&str]) -> (Value, bool) {
         let message = rpc.method.input();
         let reference = self.of_message(&message);
+        let is_given = |name: &String| given.iter().any(|path| path.split('.').next() == Some(name));
+        let required: Vec<_> = self.required(&message).into_iter().filter(|name| !is_given(name)).collect();
+        let needs_more = !required.is_empty();
+        // A mask says which fields are read.
+        let is_masked = message.fields().any(|field| is_mask(&field.kind()));
+        let inner: Vec<_> = message
+            .fields()
+            .filter(|field| !is_masked && !field.is_map())
+            .filter_map(|field| Some((field.clone(), self.required(field.kind().as_message()?))))
+            .filter(|(_, required)| !required.is_empty())
+            .collect();
         if let Some(schema) = self.named.get_mut(&name_of(message.full_name())) {
             schema["additionalProperties"] = false.into();
+            if needs_more {
+                schema["required"] = required.into();
+            }
+            for (field, required) in inner {
+                let value = &mut schema["properties"][field.json_name()];
+                let value = if field.is_list() { &mut value["items"] } else { value };
+                value["required"] = required.into();
+            }
             if let Some(properties) = schema["properties"].as_object_mut() {
-                properties.retain(|name, _| !without.contains(&name.as_str()));
+                properties.retain(|name, _| !given.contains(&name.as_str()));
             }
         }
-        reference
+        (reference, needs_more)
+    }
+
+    /// The fields of a message without which a request is refused, as their comments say.
+    fn required(&self, message: &MessageDescriptor) -> Vec<String> {
+        let file = message.parent_file();
+        let fields = message.fields().filter(|field| self.comment(&file, field.path()).contains("Required."));
+        fields.map(|field| field.json_name().to_owned()).collect()
     }
 
     /// A reference to the schema of the response of an RPC.
@@ -210,6 +236,10 @@ impl Schemas {
     }
 }
 
+fn is_mask(kind: &Kind) -> bool {
+    kind.as_message().is_some_and(|message| message.full_name() == "google.protobuf.FieldMask")
+}
+
 /// The name of a schema: that of the message or enum, without its package. No name is in both packages.
 fn name_of(full_name: &str) -> String {
     let packages = ["dreamnet.orchestrator.v1.", "dreamnet.subsystem.v1."];
@@ -275,7 +305,7 @@ mod tests {
         let mut schemas = Schemas::new().unwrap();
         let run = schemas.rpc("RunCycle").unwrap();
         assert_eq!(run.service, "Orchestrator");
-        assert_eq!(schemas.request(&run, &[])["$ref"], "#/components/schemas/RunCycleRequest");
+        assert_eq!(schemas.request(&run, &[]).0["$ref"], "#/components/schemas/RunCycleRequest");
         schemas.response(&run);
         let named = schemas.into_named();
         let request = &named["RunCycleRequest"];

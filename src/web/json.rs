@@ -11,7 +11,7 @@ use axum::{
 use futures_util::{StreamExt, stream};
 use prost::{Message, Name};
 use tokio::{
-    sync::{Mutex, Semaphore, SemaphorePermit},
+    sync::{Mutex, OwnedSemaphorePermit, Semaphore, SemaphorePermit},
     time::{Instant, timeout_at},
 };
 use tonic::{Code, Request, Status};
@@ -25,7 +25,9 @@ use crate::{
     offload::offload_within,
     proto::{
         json::{self, JsonError},
-        orchestrator::v1::{self as pb, cycle_event::Event, orchestrator_server::Orchestrator as _},
+        orchestrator::v1::{
+            self as pb, cycle_event::Event, ledger_server::Ledger as _, orchestrator_server::Orchestrator as _,
+        },
     },
     tasks::joined,
 };
@@ -57,7 +59,7 @@ pub(super) struct Answers {
     memory: Memory,
     /// A part of that, for large answers that wait to become JSON, so that room is left for the text.
     waiting: Memory,
-    /// Limits streams of events.
+    /// Limits streams of events, and of the log.
     streams: Arc<Semaphore>,
     /// Limits large events that clients have not read yet, separately from answers.
     memory_for_events: Memory,
@@ -76,7 +78,7 @@ struct Named {
 }
 
 impl Answers {
-    /// Most connections with streams of events, which stay open: the rest are for short requests, above all of the
+    /// Most connections with streams, which stay open: the rest are for short requests, above all of the
     /// monitoring system.
     const MAX_STREAMS: usize = 192;
     /// More than there are processors, since some wait for the store.
@@ -113,6 +115,15 @@ impl Answers {
             large_events: semaphore(1),
             recorded: Arc::default(),
         }
+    }
+
+    /// A place for a stream, until it is dropped.
+    fn place_for_stream(&self) -> Result<OwnedSemaphorePermit, Status> {
+        let full = |_| {
+            let max = Self::MAX_STREAMS;
+            Status::resource_exhausted(format!("limit of {max} streams reached; try again later"))
+        };
+        self.streams.clone().try_acquire_owned().map_err(full)
     }
 
     /// Makes JSON. If it may take longer than a millisecond, it runs on a blocking thread, one at a time.
@@ -386,11 +397,7 @@ pub(super) async fn events(asked: Asked) -> Response {
         Err(error) => return refused(&invalid(&error)),
     };
     let events = async {
-        let Ok(permit) = answers.streams.clone().try_acquire_owned() else {
-            let max = Answers::MAX_STREAMS;
-            let message = format!("limit of {max} streams of events reached; try again later");
-            return Err(Status::resource_exhausted(message));
-        };
+        let permit = answers.place_for_stream()?;
         let events = answers.api.watch_cycles(caller.asks(request)).await?.into_inner();
         // The stream holds its permit until it ends.
         Ok(events.inspect(move |_| _ = &permit))
@@ -415,6 +422,42 @@ pub(super) async fn events(asked: Asked) -> Response {
     });
     let pieces = pieces.flat_map(|pieces| stream::iter(pieces).map(Ok::<_, Infallible>));
     ([(header::CONTENT_TYPE, if as_lines { LINES } else { SSE })], Body::from_stream(pieces)).into_response()
+}
+
+/// `ReadEntries`, as lines of JSON.
+pub(super) async fn entries(asked: Asked) -> Response {
+    let Asked { answers, caller, parameters, .. } = asked;
+    let request = match json::from_request(&[], parameters) {
+        Ok(request) => request,
+        Err(error) => return refused(&invalid(&error)),
+    };
+    let entries = async {
+        let permit = answers.place_for_stream()?;
+        let mut entries = answers.api.read_entries(caller.asks(request)).await?.into_inner();
+        // If it is refused, the answer has the code of that.
+        let first = entries.next().await.transpose()?;
+        let entries = stream::iter(first.map(Ok)).chain(entries);
+        // The stream holds its permit until it ends.
+        Ok(Box::pin(entries.inspect(move |_| _ = &permit)))
+    };
+    let entries = match entries.await {
+        Ok(entries) => entries,
+        // Another client may wait for this connection.
+        Err(status) => return (CLOSE, refused(&status)).into_response(),
+    };
+    let lines = stream::unfold(Some((answers, entries)), |open| async move {
+        let (answers, mut entries) = open?;
+        let text = match entries.next().await? {
+            Ok(entry) => encode(&answers, pb::ReadEntriesResponse::NAME, entry).await,
+            Err(status) => Err(status),
+        };
+        Some(match text {
+            Ok(text) => ([text, "\n".into()], Some((answers, entries))),
+            Err(status) => ([error_text(&status).1.into(), "\n".into()], None),
+        })
+    });
+    let pieces = lines.flat_map(|line| stream::iter(line).map(Ok::<_, Infallible>));
+    ([(header::CONTENT_TYPE, LINES)], Body::from_stream(pieces)).into_response()
 }
 
 type Watched = Result<pb::WatchCyclesResponse, Status>;
@@ -492,20 +535,51 @@ fn error_text(status: &Status) -> (StatusCode, String) {
 
 /// <https://google.aip.dev/193>
 fn error_with(code: StatusCode, status: &Status) -> String {
+    let mut message = status.message().to_owned();
+    let violations = status.get_details_bad_request().map(|invalid| {
+        let named = |FieldViolation { field, description, .. }| {
+            let name = name_in_json(&field);
+            // The message names the fields as well, each before its problem.
+            message = message.replacen(&format!("{field} "), &format!("{name} "), 1);
+            serde_json::json!({ "field": name, "description": description })
+        };
+        invalid.field_violations.into_iter().map(named).collect::<serde_json::Value>()
+    });
     let mut error = serde_json::json!({
         "code": code.as_u16(),
         "status": model::Code::from_number(status.code() as i32).name(),
-        "message": status.message(),
+        "message": message,
     });
     if let Some(info) = status.get_details_error_info() {
         error["reason"] = info.reason.into();
         error["metadata"] = serde_json::json!(info.metadata);
     }
-    if let Some(invalid) = status.get_details_bad_request() {
-        let named = |it: FieldViolation| serde_json::json!({ "field": it.field, "description": it.description });
-        error["fieldViolations"] = invalid.field_violations.into_iter().map(named).collect();
+    if let Some(violations) = violations {
+        error["fieldViolations"] = violations;
     }
     serde_json::json!({ "error": error }).to_string()
+}
+
+/// The path of a field in the names of JSON, such as `registration.retry.maxAttempts`. The keys of parameters are
+/// those of the caller.
+fn name_in_json(path: &str) -> String {
+    let (of_contract, rest) = match path.find("parameters.") {
+        Some(at) => path.split_at(at),
+        None => (path, ""),
+    };
+    let mut name = String::with_capacity(path.len());
+    let mut is_next = false;
+    for c in of_contract.chars() {
+        match c {
+            '_' => is_next = true,
+            c if is_next => {
+                name.extend(c.to_uppercase());
+                is_next = false;
+            }
+            c => name.push(c),
+        }
+    }
+    name + rest
 }
 
 /// The mapping of `google/rpc/code.proto`.

@@ -56,6 +56,13 @@ macro_rules! routes {
                 renamed: None,
                 answer: |asked| json::events(asked).boxed(),
             },
+            Route {
+                method: Method::Get,
+                path: ENTRIES,
+                rpc: "ReadEntries",
+                renamed: None,
+                answer: |asked| json::entries(asked).boxed(),
+            },
             $(Route {
                 method: Method::$method,
                 path: $path,
@@ -69,8 +76,10 @@ macro_rules! routes {
     };
 }
 
-/// The stream, which has media types of its own.
+/// The stream of events, which has media types of its own.
 pub(super) const EVENTS: &str = "/api/events";
+/// The log, which is streamed as lines of JSON.
+pub(super) const ENTRIES: &str = "/api/log/entries";
 
 routes! {
     Get "/api/status" GetStatus = get_status;
@@ -100,6 +109,10 @@ routes! {
     // One loop, or all of them.
     Post "/api/loops/pause" PauseIntervalLoops = pause_interval_loops;
     Post "/api/loops/resume" ResumeIntervalLoops = resume_interval_loops;
+
+    Get "/api/log/checkpoint" GetCheckpoint = get_checkpoint;
+    Get "/api/log/inclusion" GetInclusionProof = get_inclusion_proof;
+    Get "/api/log/consistency" GetConsistencyProof = get_consistency_proof;
 
     Get "/api/audit" ListAuditEvents = list_audit_events;
     Get "/api/whoami" WhoAmI = who_am_i;
