@@ -843,12 +843,21 @@ async fn all_subsystems_in_a_file_are_registered_at_once() {
     let many = (0..1500).map(|i| table(&format!("s{i}"), "after = [\"a\"]")).collect::<String>();
     let file = write(format!("[log]\nfilter = \"debug\"\n{}{}{many}", table("a", ""), table("b", "critical = true")));
     let said = cli.run(&format!("subsystems register --file {file}")).await.with(0);
-    assert_eq!(said, "registered 1,502 subsystems: 1,501 new, 0 changed, 1 unchanged\n");
+    assert_eq!(said.lines().next(), Some("registered 1,502 subsystems: 1,501 new, 0 changed, 1 unchanged"));
+    assert_eq!(row(&said, "new")[1..4], ["b,", "s0,", "s1,"]);
+    assert!(said.contains(" and 1,481 more\n") && !said.contains("s19"), "{said}");
+    assert_eq!(row(&said, "unchanged"), ["unchanged", "a"]);
     assert!(client.subsystem("b").await.unwrap().registration.unwrap().critical);
     assert_eq!(client.status().await.unwrap().subsystem_count, 1502);
     let file = write(table("a", "") + &table("b", ""));
+    let said = cli.run(&format!("subsystems register --file {file}")).await.with(0);
+    assert!(said.contains("\nsubsystem b is changed\n"), "{said}");
+    assert_eq!(
+        (row(&said, "changed"), row(&said, "critical")),
+        (vec!["changed", "b"], vec!["critical", "yes", "→", "no"])
+    );
     let said = cli.json(&format!("subsystems register --file {file} --lease 1h")).await;
-    assert_eq!(said, json!({ "replaced": ["a", "b"] }));
+    assert_eq!((&said["replaced"], said.get("created")), (&json!(["a", "b"]), None));
 
     let file = write(table("c", "after = [\"d\"]") + &table("d", "after = [\"c\"]"));
     let ring = cli.run(&format!("subsystems register --file {file}")).await.refused_with(2);
@@ -929,12 +938,12 @@ async fn for_a_misspelt_name_a_similar_one_is_suggested() {
 }
 
 #[tokio::test]
-async fn a_run_without_calls_is_distinguished_from_a_success() {
+async fn a_run_that_calls_nothing_succeeds_and_says_why() {
     let (_home, fleet, service, mut client) = house(&[]).await;
     let cli = Cli::of(&service);
     let why = async |line: &str| {
         let ran = cli.run(line).await;
-        assert_eq!(ran.code, 1, "{line}: {}", ran.stderr);
+        assert_eq!(ran.code, 0, "{line}: {}", ran.stderr);
         assert!(ran.stdout.contains("SUCCEEDED"), "{line}: the record is shown\n{}", ran.stdout);
         ran.stderr
     };
@@ -949,10 +958,105 @@ async fn a_run_without_calls_is_distinguished_from_a_success() {
     cli.run("subsystems suspend a").await.with(0);
     assert!(why("run").await.contains("a: it is suspended; b: it requires a"));
     cli.run("subsystems resume a").await.with(0);
-    assert_eq!(cli.run("run").await.code, 0);
+    let ran = cli.run("run --quiet").await;
+    assert_eq!((ran.code, ran.stderr.as_str()), (0, ""));
 
     // A plan of one has one level, whatever it waits for elsewhere.
     assert_eq!(cli.json("plan --subsystem b").await["plan"]["levels"], 1);
+}
+
+#[tokio::test]
+async fn an_expected_subsystem_that_is_missing_is_shown_wherever_its_cycle_is() {
+    let fleet = Fleet::start().await;
+    let config = "[registry]\nexpected = [\"a\", \"b\", \"gone\"]\n";
+    let home = Home::new().with_config(config);
+    let service = home.serve().await;
+    let mut client = service.client().await;
+    for name in ["a", "b"] {
+        client.register(registration(name, fleet.endpoint())).await.unwrap();
+    }
+    let cli = Cli::of(&service);
+    let listed = cli.run("subsystems list").await.with(0);
+    assert_eq!(row(&listed, "gone")[..3], ["gone", "-", "MISSING"]);
+    assert_eq!(row(&listed, "a")[2], "READY");
+    assert_eq!(cli.json("subsystems list").await["subsystems"].as_array().unwrap().len(), 2);
+
+    let ran = cli.run("run").await;
+    assert!(ran.stderr.contains("cycle 1  started      3 subsystems, manual"), "{}", ran.stderr);
+    let line = ran.stderr.lines().find(|line| line.contains("  gone")).unwrap();
+    assert!(line.contains("SKIPPED") && line.ends_with("it is expected, but it is not registered"), "{line}");
+    assert_eq!(row(&ran.with(10), "gone")[..2], ["gone", "SKIPPED"]);
+
+    let path = home.path("check.toml");
+    let table = format!("[[subsystems]]\nname = \"a\"\nendpoint = \"{}\"\n", fleet.endpoint());
+    std::fs::write(&path, format!("{config}{table}")).unwrap();
+    let shown = ended(orchestrator().arg("check").arg("--config").arg(&path)).await.with(0);
+    assert_eq!(row(&shown, "expects")[1..].join(" "), "b, gone, not declared here");
+    assert!(shown.lines().any(|line| line.contains("gone") && line.ends_with("not registered")), "{shown}");
+}
+
+#[tokio::test]
+async fn an_interrupted_cycle_is_shown_with_what_is_not_known_of_it() {
+    let (home, fleet, service, client) = house(&["a"]).await;
+    fleet.run("a", Run::Hang);
+    let mut client = client;
+    client.admit().await.unwrap();
+    fleet.until_run("a", 1).await;
+    service.kill().await;
+    let service = home.serve().await;
+    let cli = Cli::of(&service);
+    let status = cli.run("status").await.with(0);
+    let last = status.lines().find(|line| line.starts_with("last")).unwrap();
+    assert!(
+        last.contains("cycle 1 INTERRUPTED, found ") && last.contains("manual, its parts are not known: "),
+        "{last}"
+    );
+    let listed = cli.run("cycles list").await.with(0);
+    assert_eq!(row(&listed, "1")[1], "INTERRUPTED");
+    assert_eq!(row(&listed, "1").iter().filter(|cell| **cell == "unknown").count(), 2, "{listed}");
+    let shown = cli.run("cycles show 1").await.with(0);
+    assert_eq!(
+        (row(&shown, "duration"), row(&shown, "succeeded")),
+        (vec!["duration", "unknown"], vec!["succeeded", "unknown"])
+    );
+}
+
+#[tokio::test]
+async fn attempts_are_counted_from_the_first_call() {
+    let (_home, fleet, service, mut client) = house(&[]).await;
+    client.register(registration("nowhere", "http://127.0.0.1:1")).await.unwrap();
+    let retry = pb::RetryPolicy { max_attempts: 2, initial_backoff: ms(1), ..Default::default() };
+    client.register(pb::Registration { retry: Some(retry), ..registration("again", fleet.endpoint()) }).await.unwrap();
+    fleet.run("again", Run::fail(Code::Unavailable));
+    let cli = Cli::of(&service);
+    let ran = cli.run("run").await;
+    assert!(
+        ran.stderr.lines().any(|line| line.contains("RUNNING") && line.ends_with("again  attempt 2")),
+        "{}",
+        ran.stderr
+    );
+    let failed = |line: &&str| line.contains("FAILED") && line.contains("again  after 2 attempts  UNAVAILABLE");
+    assert!(ran.stderr.lines().any(|line| failed(&line)), "{}", ran.stderr);
+    let shown = ran.with(11);
+    // It has failed in `Initialize`.
+    let cells = row(&shown, "nowhere");
+    assert!(cells.contains(&"-") && !cells.contains(&"0"), "{shown}");
+    let of_one = cli.run("subsystems show nowhere").await.with(0);
+    let last = of_one.lines().find(|line| line.starts_with("last")).unwrap();
+    assert!(last.contains("FAILED in cycle 1") && !last.contains("attempt"), "{last}");
+}
+
+#[tokio::test]
+async fn an_empty_variable_of_the_environment_counts_as_unset() {
+    let (_home, _fleet, service, _client) = house(&["a"]).await;
+    let mut command = Cli::of(&service).command("subsystems list");
+    for variable in ["CREDENTIALS", "CA_FILE", "CERT_FILE", "KEY_FILE", "TIMEOUT", "OUTPUT", "CONFIG"] {
+        command.env(format!("ORCHESTRATOR_{variable}"), "");
+    }
+    assert_eq!(row(&ended(&mut command).await.with(0), "a")[2], "READY");
+    let mut check = orchestrator();
+    check.arg("check").env("ORCHESTRATOR_CONFIG", "").env("ORCHESTRATOR_SERVER_LISTEN", "");
+    assert!(ended(&mut check).await.with(0).contains("127.0.0.1:7700"));
 }
 
 #[tokio::test]

@@ -1483,7 +1483,7 @@ async fn retention_removes_nothing_in_the_place_of_what_is_missing() {
     database(&path).execute_batch("UPDATE cycles SET revision = 3 WHERE cycle_id = 3").unwrap();
     assert_eq!(count("cycles"), 4);
     let (code, said) = verify_with(&path, &["--key-file", home.path("o.db.key").to_str().unwrap()]);
-    assert!(code == Some(0) && said.contains("2 entries were missing when a new log began"), "{code:?}: {said}");
+    assert!(code == Some(0) && said.contains("missing when a new log began: 2 entries"), "{code:?}: {said}");
     for _ in 0..2 {
         let service = home.serve().await;
         let waited = async {

@@ -73,7 +73,7 @@ pub(super) fn verify(path: &Path, key: &VerifyingKey, since: Option<&Path>) -> R
         said.push(format!("retention has removed {}", count(removed, "entry")));
     }
     if missing > 0 {
-        said.push(format!("{} were missing when a new log began", count(missing, "entry")));
+        said.push(format!("missing when a new log began: {}", count(missing, "entry")));
     }
     said.extend(since.map(|since| format!("it extends the earlier log of {}", count(since, "entry"))));
     print(&said.iter().map(|line| clean(line) + "\n").collect::<String>())?;

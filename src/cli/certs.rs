@@ -21,7 +21,7 @@ use x509_parser::{certificate::X509Certificate, extensions::GeneralName, pem::pa
 
 use super::{
     Exit, Failure, HOST,
-    output::{length, note, print},
+    output::{expiry, instant, length, note, print},
     table::{Page, Table, left, long, text},
 };
 use crate::{
@@ -301,8 +301,7 @@ fn issue(authority: &Authority, to: &Path, owner: &Owner, valid_for: SignedDurat
         write(&to.join(name), text)?;
     }
     let until = HOST.clock.now().saturating_add(valid_for).unwrap_or(Timestamp::MAX);
-    let until = until.round(jiff::Unit::Second).unwrap_or(until);
-    note(&format!("{}: cert:{} until {until}", to.display(), owner.identity));
+    note(&format!("{}: cert:{} until {}", to.display(), owner.identity, instant(until)));
     Ok(())
 }
 
@@ -336,11 +335,9 @@ fn renew(dir: &Path, names: &[Name], within: SignedDuration) -> Result<(), Failu
 
 fn list(dir: &Path) -> Result<String, Failure> {
     let mut table = Table::new([left("NAME"), left("IDENTITY"), long("HOSTS").whole(), left("EXPIRES")]);
-    let now = HOST.clock.now();
     for (name, Issued { owner, expires_at, .. }) in all(dir)? {
         let hosts = if owner.hosts.is_empty() { "-".to_owned() } else { owner.hosts.join(" ") };
-        let expires = if expires_at <= now { format!("{expires_at} (expired)") } else { expires_at.to_string() };
-        table.row([text(name), text(format!("cert:{}", owner.identity)), text(hosts), text(expires)]);
+        table.row([text(name), text(format!("cert:{}", owner.identity)), text(hosts), text(expiry(expires_at))]);
     }
     Ok(table.or("no certificates", Page::of_stdout(false)))
 }

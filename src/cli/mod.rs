@@ -37,6 +37,8 @@ mod watch;
 mod whoami;
 
 use std::{
+    env,
+    ffi::OsStr,
     fs::File,
     future::{Future, ready},
     io,
@@ -45,7 +47,7 @@ use std::{
     time::Duration,
 };
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use futures_util::future::BoxFuture;
 use tokio::{
     runtime, select,
@@ -68,7 +70,7 @@ static HOST: LazyLock<Host> = LazyLock::new(Host::system);
     after_help = "\
 Exit codes of all commands except serve, health and conformance, whose help lists theirs:
   0    done; for run: the cycle SUCCEEDED
-  1    the service refused or failed; for run: no subsystem was called
+  1    the service refused or failed
   2    wrong usage, an invalid value or a wrong configuration
   3    checkpoint, export and watch --pin: what the service says does not verify
   4    the service can't be reached, or did not answer within --timeout
@@ -149,7 +151,10 @@ impl Cli {
     /// completions, the process exits here.
     pub fn read() -> Self {
         completions::answer();
-        Self::try_parse().unwrap_or_else(|error| Self::without_environment(error).exit())
+        let matches = without_empty_variables(Self::command()).try_get_matches();
+        let read = matches
+            .and_then(|matches| Self::from_arg_matches(&matches).map_err(|error| error.format(&mut Self::command())));
+        read.unwrap_or_else(|error| Self::without_environment(error).exit())
     }
 
     /// The error without the environment: clap lists options that the environment sets as required parts of the usage.
@@ -262,6 +267,15 @@ const FILES: usize = 24;
 
 fn has_files() -> io::Result<()> {
     (0..FILES).map(|_| File::open("/dev/null")).collect::<io::Result<Vec<_>>>().map(drop)
+}
+
+/// The same command and its subcommands, without values from empty variables of the environment: these count as unset.
+fn without_empty_variables(command: clap::Command) -> clap::Command {
+    let is_empty = |name: &OsStr| env::var_os(name).is_some_and(|value| value.is_empty());
+    let without = |argument: clap::Arg| {
+        if argument.get_env().is_some_and(is_empty) { argument.env(None::<&str>) } else { argument }
+    };
+    command.mut_args(without).mut_subcommands(without_empty_variables)
 }
 
 /// The same command and its subcommands, without values from the environment.

@@ -581,7 +581,7 @@ fn tls_remedy(why: &str) -> Option<&'static str> {
 
 /// True if the environment sets the timeout.
 pub(super) fn has_timeout_by_environment() -> bool {
-    std::env::var_os("ORCHESTRATOR_TIMEOUT").is_some()
+    std::env::var_os("ORCHESTRATOR_TIMEOUT").is_some_and(|timeout| !timeout.is_empty())
 }
 
 /// True if the status is not an answer of the service: there is no connection to it, or it was lost.

@@ -14,8 +14,8 @@ use self::figures::{CycleFigures, SubsystemFigures, Tally, compare};
 use super::{
     Exit, Failure, HOST, known,
     output::{
-        Breadth, coarse, count, escape_json, grouped, is_error_terminal, milliseconds, note, parse_positive,
-        parse_time, print, sections, short, telemetry, time, timestamp, trigger,
+        Breadth, coarse, count, escape_json, grouped, instant, is_error_terminal, milliseconds, note, parse_positive,
+        parse_time, print, sections, short, telemetry, timestamp, trigger,
     },
     remote::{Client, Remote},
     subsystems,
@@ -188,7 +188,7 @@ impl Report {
                 if complete_since > period.since { "this period" } else { "the period before, for the trend" };
             note(&format!(
                 "the history begins at {}: older cycles are no longer retained, so only a part of {of_what} is counted",
-                said(complete_since)
+                instant(complete_since)
             ));
         }
         print(&match self.remote.format.output {
@@ -209,10 +209,14 @@ impl Report {
         let since = read("--since", &self.since)?;
         let until = self.until.as_ref().map_or(Ok(now), |until| read("--until", until))?;
         if since >= now {
-            return Err(wrong(format!("--since is {}, which is not in the past", said(since))));
+            return Err(wrong(format!("--since is {}, which is not in the past", instant(since))));
         }
         if since >= until {
-            return Err(wrong(format!("--until is {}, which is not after --since, {}", said(until), said(since))));
+            return Err(wrong(format!(
+                "--until is {}, which is not after --since, {}",
+                instant(until),
+                instant(since)
+            )));
         }
         let previous_since = since.checked_sub(until.duration_since(since)).unwrap_or(Timestamp::MIN);
         Ok(Period { previous_since, since, until })
@@ -314,7 +318,7 @@ impl Report {
         let is_there = |name: &&&str| figures.subsystems.iter().any(|it| it.name.as_str() == **name);
         if let Some(name) = wanted.iter().find(|name| !is_there(name)) {
             let of_loop = self.loop_name.as_ref().map_or_else(String::new, |name| format!(" of loop {name}"));
-            let (since, until) = (said(figures.since), said(figures.until));
+            let (since, until) = (instant(figures.since), instant(figures.until));
             let message = format!("{name} took part in no cycle{of_loop} that finished from {since} to {until}");
             return Err(Failure::new(Exit::Refused, message));
         }
@@ -384,10 +388,6 @@ fn finished_at(cycle: &pb::CycleTelemetry) -> Option<Timestamp> {
     cycle.finished_at.as_ref().and_then(timestamp)
 }
 
-fn said(at: Timestamp) -> String {
-    time(Some(&proto::timestamp(at)))
-}
-
 // ---------------------------------------------------------------------------------------------------------------
 // Progress
 
@@ -418,7 +418,7 @@ impl Progress {
                 Err(_) => bar,
             }
         });
-        bar.set_message(format!("{}, back to {}", count(self.cycles, "cycle"), said(at)));
+        bar.set_message(format!("{}, back to {}", count(self.cycles, "cycle"), instant(at)));
         bar.set_position(seconds(self.period.until.duration_since(at)));
         Ok(())
     }
@@ -453,7 +453,7 @@ impl Figures {
         let cycles = &self.cycles;
         let length = short(coarse(self.until.duration_since(self.since).unsigned_abs()));
         let mut facts = Facts::new();
-        facts.fact("period", format!("{} to {} ({length})", said(self.since), said(self.until)));
+        facts.fact("period", format!("{} to {} ({length})", instant(self.since), instant(self.until)));
         let by_state = counts([
             (cycles.succeeded, "SUCCEEDED"),
             (cycles.degraded, "DEGRADED"),

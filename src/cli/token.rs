@@ -11,7 +11,7 @@ use jiff::Timestamp;
 
 use super::{
     Exit, Failure, HOST,
-    output::{length, note, print},
+    output::{expiry, instant, length, note, print},
     table::{Page, Table, left, text},
 };
 use crate::{
@@ -127,7 +127,7 @@ fn create(path: &Path, name: Name, expires: Expiry, to: Option<&Path>) -> Result
         file::create_private(to, &format!("{secret}\n")).map_err(|error| written(to, &error))?;
     }
     store(path, &all)?;
-    let until = expires_at.map_or_else(|| "does not expire".to_owned(), |at| format!("expires at {at}"));
+    let until = expires_at.map_or_else(|| "does not expire".to_owned(), |at| format!("expires at {}", instant(at)));
     note(&format!("token {id} of token:{name} {until}; its SHA-256 is in {}", path.display()));
     match to {
         Some(to) => note(&format!("the token itself is in {}", to.display())),
@@ -142,13 +142,8 @@ fn tokens(path: &Path) -> Result<Vec<Token>, Failure> {
 
 fn list(tokens: &[Token]) -> String {
     let mut table = Table::new([left("ID"), left("IDENTITY"), left("EXPIRES")]);
-    let now = HOST.clock.now();
     for Token { id, name, expires_at, .. } in tokens {
-        let expires = match expires_at {
-            None => "never".to_owned(),
-            Some(at) if *at <= now => format!("{at} (expired)"),
-            Some(at) => at.to_string(),
-        };
+        let expires = expires_at.map_or_else(|| "never".to_owned(), expiry);
         table.row([text(id.to_string()), text(format!("token:{name}")), text(expires)]);
     }
     table.or("no tokens", Page::of_stdout(false))

@@ -110,7 +110,7 @@ pub(super) fn findings(db: &Path, checkpoint: &Checkpoint, verified: &Verified) 
         lines.push(format!("retention removed {others} of the later entries as well"));
     }
     if missing > 0 {
-        lines.push(format!("{} were missing when a new log began", count(missing, "entry")));
+        lines.push(format!("missing when a new log began: {}", count(missing, "entry")));
     }
     if unlogged > 0 {
         lines.push(format!("older than the log, and not proved: {}", count(unlogged, "record")));
