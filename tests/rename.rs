@@ -116,6 +116,7 @@ async fn a_subsystem_keeps_everything_under_its_new_name_also_after_a_kill() {
         let now = stage.client.subsystem("new").await.unwrap();
         assert_eq!(now.former_names, ["old"], "{end}");
         assert_eq!((&now.output, now.output_cycle_id), (&before.output, 1), "{end}");
+        assert_eq!((now.last.unwrap().state(), now.last_cycle_id), (SubsystemState::Succeeded, 1), "{end}");
         let expected = pb::Registration { name: "new".into(), ..before.registration.clone().unwrap() };
         assert_eq!(now.registration.unwrap(), expected, "{end}");
         let reader = stage.client.subsystem("reader").await.unwrap().registration.unwrap();

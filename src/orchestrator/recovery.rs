@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    iter,
     sync::{Arc, Mutex},
 };
 
@@ -373,31 +374,40 @@ impl State {
 ///
 /// # Errors
 /// The store can't be read.
-async fn restore_last_parts(
+async fn restore_last_parts<'e>(
     store: &dyn Store,
     contents: &Contents,
-    entries: &[Registered],
+    entries: &'e [Registered],
     memory: &Memory,
 ) -> Result<(), StoreError> {
     /// Read in a few milliseconds, so that a start takes about as long as without them: the last cycle of a large
     /// fleet, or many cycles of a small one, whose loops may have different intervals.
     const NEWEST: PageLimits = PageLimits { records: 250, bytes: 3 << 20 };
-    let mut left: BTreeMap<_, _> = entries.iter().map(|entry| (entry.name(), &entry.member.standing)).collect();
-    if left.is_empty() {
+    if entries.is_empty() {
         return Ok(());
     }
+    let of_entry = |entry: &'e Registered| {
+        let Registered { former_names, .. } = entry;
+        iter::once(entry.name()).chain(&**former_names).map(move |name| (name, entry))
+    };
+    let by_name: BTreeMap<_, _> = entries.iter().flat_map(of_entry).collect();
+    let mut restored = BTreeSet::new();
     let page = store.cycles_before(contents.last_revision.next(), Filter::default(), NEWEST).await?;
     for record in page.records.into_iter().flatten() {
         let Ok(Some((started_at, parts))) = record::parts(&record) else { continue };
         for part in parts {
             // It was registered since.
             let is_other = matches!(part.state, SubsystemState::Skipped(SkipReason::NotRegistered, _));
-            if !is_other && let Some(standing) = left.remove(&part.name) {
+            if !is_other
+                && let Some(entry) = by_name.get(&part.name)
+                && restored.insert(entry.name())
+            {
                 let Record { cycle_id, finished_at, .. } = record;
+                let standing = &entry.member.standing;
                 standing.restore(LastPart { cycle_id, started_at, finished_at, report: Arc::new(part) }, memory);
             }
         }
-        if left.is_empty() {
+        if restored.len() == entries.len() {
             break;
         }
     }
