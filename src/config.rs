@@ -39,7 +39,8 @@ use crate::{
     memory::Shares,
     model::{
         BreakerPolicy, BreakerSpec, CatchUp, CycleState, Endpoint, Identity, IntervalLoop, LimitsSpec, LoopSpec, Name,
-        OverlapPolicy, RetryPolicy, RetrySpec, Subsystem, SubsystemSpec, TlsSpec, Violations, text::clean,
+        OverlapPolicy, RetryPolicy, RetrySpec, Served, ServedSpec, Subsystem, SubsystemSpec, TlsSpec, Violations,
+        is_orchestrator_id, text::clean,
     },
     ports::{EventRule, Retention, RetentionRule},
     store::StoreUrl,
@@ -90,6 +91,8 @@ pub struct Config {
     pub former_names: BTreeMap<Name, Arc<[Name]>>,
     /// Declared loops, each name once.
     pub loops: Vec<IntervalLoop>,
+    /// The names under which this orchestrator is served as a subsystem, each once. At most [`Served::MAX`].
+    pub serves: Vec<Served>,
 }
 
 /// The gRPC server.
@@ -476,6 +479,7 @@ impl Config {
         });
         changed.extend(changed_entries("subsystem", &subsystems[0], &subsystems[1], |(it, _)| &it.name));
         changed.extend(changed_entries("loop", &self.loops, &new.loops, |it| &it.name));
+        changed.extend(changed_entries("served name", &self.serves, &new.serves, |it| &it.name));
         if self.access.grants != new.access.grants {
             changed.push("access.grants".to_owned());
         }
@@ -551,6 +555,8 @@ impl Config {
         }
         let kind = Kind { of: "loop", list: "loops", max: config.registry.max_loops, limit: "registry.max_loops" };
         config.loops = entries(read, kind, loop_spec, IntervalLoop::from_spec, |it| &it.name);
+        let kind = Kind { of: "served name", list: "serves", max: Served::MAX, limit: "a configuration" };
+        config.serves = entries(read, kind, served_spec, Served::from_spec, |it| &it.name);
         // Refused entries are left out of the list, so positions in it would be wrong: the order is checked only
         // without problems.
         if read.is_content() {
@@ -623,6 +629,7 @@ impl Default for Config {
             subsystems: Vec::new(),
             former_names: BTreeMap::new(),
             loops: Vec::new(),
+            serves: Vec::new(),
         }
     }
 }
@@ -734,8 +741,11 @@ fn refuse_limits_out_of_reach(read: &mut Reader<'_>, config: &Config) {
 }
 
 fn orchestrator_id(text: &str) -> Result<String, String> {
-    let fits = (1..=128).contains(&text.len()) && text.chars().all(|c| c.is_ascii_graphic());
-    if fits { Ok(text.to_owned()) } else { Err("give 1 to 128 letters, digits and signs, without spaces".into()) }
+    if is_orchestrator_id(text) {
+        Ok(text.to_owned())
+    } else {
+        Err("give 1 to 128 letters, digits and signs, without spaces".into())
+    }
 }
 
 fn path(text: &str) -> Result<PathBuf, String> {
@@ -1083,6 +1093,14 @@ fn loop_spec(read: &mut Reader<'_>) -> LoopSpec {
         parameters: read.payload("parameters"),
         deadline: read.signed_duration("deadline", IntervalLoop::DEADLINES),
         record_outputs: read.flag("record_outputs").unwrap_or_default(),
+    }
+}
+
+fn served_spec(read: &mut Reader<'_>) -> ServedSpec {
+    ServedSpec {
+        name: read.text("name").unwrap_or_default(),
+        subsystems: read.texts("subsystems"),
+        parameters: read.payload("parameters"),
     }
 }
 

@@ -4,7 +4,7 @@
 //! the change is committed, and in the same order. Each use case is in the file of what it changes or reads:
 //!
 //! - the path of a cycle: `admission` admits it, `line` decides when it may run, `conductor` runs it, `writing` records
-//!   it;
+//!   it, `attended` ends one that a parent no longer waits for;
 //! - its inputs: `registry` and its changes in `registration`, the order in `planning`, `loops` and their ticks;
 //! - reads: `status`, `history`, `watch` (the stream) with `live` (progress), `snapshots`, `figures` (for metrics),
 //!   `checkpoints` and proofs of the log;
@@ -12,6 +12,7 @@
 //!   nothing.
 
 mod admission;
+mod attended;
 mod audit;
 mod checkpoints;
 mod conductor;
@@ -52,8 +53,8 @@ use tokio_util::{
 };
 
 use self::{
-    admission::Admitted, checkpoints::Checkpoints, figures::Watchers, history::Recent, line::Line, live::Live,
-    registry::Registry, writing::ToWrite,
+    admission::Admitted, attended::Attended, checkpoints::Checkpoints, figures::Watchers, history::Recent, line::Line,
+    live::Live, registry::Registry, writing::ToWrite,
 };
 use crate::{
     clock::Clock,
@@ -67,6 +68,7 @@ use crate::{
 
 pub use self::{
     admission::Ticket,
+    attended::AttendedTicket,
     audit::{Sum, Sums},
     checkpoints::{Logged, Proved, Published},
     figures::{Counts, Figures, Passes},
@@ -123,6 +125,7 @@ struct Shared {
     queue_changed: Notify,
     loops_changed: Notify,
     leases_changed: Notify,
+    attended_changed: Notify,
     newest: latest::Sender<Revision>,
     live: Live,
     checkpoints: Checkpoints,
@@ -143,6 +146,8 @@ struct State {
     live: BTreeMap<CycleId, Arc<Admitted>>,
     /// Those cycles by the keys of their requests.
     requests: HashMap<RequestKey, Arc<Admitted>>,
+    /// The parents' cycles among them.
+    attended: Attended,
     /// Cycles that were cancelled before their turn, and are to be recorded.
     cancelled: VecDeque<Arc<Admitted>>,
     last_admitted: CycleId,

@@ -6,7 +6,11 @@
 mod audit;
 mod parts;
 
-use std::{collections::BTreeSet, ops::Range};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+    sync::Arc,
+};
 
 use bytes::Bytes;
 use jiff::Timestamp;
@@ -15,8 +19,9 @@ use prost::Message;
 use crate::{
     ledger::{Control, LogBegan, LogBeganReason, RecordsPruned},
     model::{
-        CycleRequest, CycleState, FinishedCycle, Identity, Issue, Name, Payload, Revision, Severity, SkipReason,
-        SpanContext, SubsystemReport, SubsystemState, Trigger, excerpt,
+        CallPath, CycleId, CycleRequest, CycleState, FinishedCycle, Freshness, Identity, Issue, Name, Output,
+        ParentCycle, Payload, Revision, Severity, SkipReason, SpanContext, SubsystemReport, SubsystemState, Trigger,
+        excerpt,
     },
     ports::{Checks, Record},
     proto::{duration, orchestrator::v1 as pb, read_duration, subsystem::v1 as pbs, timestamp},
@@ -97,6 +102,11 @@ struct Waiting {
     traceparent: Option<String>,
     #[prost(string, optional, tag = "3")]
     tracestate: Option<String>,
+    /// The path of its calls, and its inputs, if a parent started it.
+    #[prost(string, optional, tag = "4")]
+    path: Option<String>,
+    #[prost(btree_map = "string, message", tag = "5")]
+    inputs: BTreeMap<String, pbs::Input>,
 }
 
 /// Encodes the request of a waiting cycle, to run it in another process, without its due time, `request_id` and
@@ -114,6 +124,8 @@ pub fn encode_request(request: &CycleRequest) -> Bytes {
         request: Some(message),
         traceparent: trace.map(ToString::to_string),
         tracestate: trace.and_then(|trace| trace.state.as_deref()).map(str::to_owned),
+        path: request.path.as_ref().map(ToString::to_string),
+        inputs: request.inputs.iter().map(|(name, output)| (name.to_string(), input(output))).collect(),
     };
     waiting.encode_to_vec().into()
 }
@@ -123,20 +135,53 @@ pub fn encode_request(request: &CycleRequest) -> Bytes {
 /// # Errors
 /// The problem.
 pub fn decode_request(bytes: Bytes) -> Result<CycleRequest, String> {
-    let Waiting { request, traceparent, tracestate } = Waiting::decode(bytes).map_err(|error| error.to_string())?;
+    let Waiting { request, traceparent, tracestate, path, inputs } =
+        Waiting::decode(bytes).map_err(|error| error.to_string())?;
     let message = request.ok_or("it has no request")?;
     let names: Result<Vec<_>, _> = message.subsystems.iter().map(|name| Name::parse(name)).collect();
     let names = names.map_err(|error| error.to_string())?;
     let parameters = Payload::check(message.parameters).map_err(|error| error.to_string())?;
     let deadline = message.deadline.map(|it| read_duration(it).ok_or("its deadline is not a duration")).transpose()?;
+    let path = path.map(|path| CallPath::parse(&path)).transpose().map_err(|error| error.to_string())?;
     Ok(CycleRequest {
         subset: (!names.is_empty()).then(|| names.into()),
         parameters,
         deadline,
         record_outputs: message.record_outputs,
         trace: traceparent.and_then(|traceparent| SpanContext::parse(&traceparent, tracestate.as_deref())),
+        path,
+        inputs: Arc::new(read_inputs(inputs)?),
         ..CycleRequest::over_all(Trigger::Manual, Timestamp::UNIX_EPOCH)
     })
+}
+
+/// An input as the contract has it.
+fn input((output, freshness): &(Output, Freshness)) -> pbs::Input {
+    let freshness = match freshness {
+        Freshness::Fresh => pbs::Freshness::Fresh,
+        Freshness::Stale => pbs::Freshness::Stale,
+    };
+    pbs::Input { output: output.payload.as_bytes().clone(), freshness: freshness.into(), cycle_id: output.cycle_id.0 }
+}
+
+/// The inputs of a request, without absent ones.
+///
+/// # Errors
+/// The problem, which reads well after "the request": a name or an output is malformed.
+pub fn read_inputs(inputs: BTreeMap<String, pbs::Input>) -> Result<BTreeMap<Name, (Output, Freshness)>, String> {
+    let mut read = BTreeMap::new();
+    for (name, input) in inputs {
+        let freshness = match input.freshness() {
+            pbs::Freshness::Fresh => Freshness::Fresh,
+            pbs::Freshness::Stale => Freshness::Stale,
+            pbs::Freshness::Absent | pbs::Freshness::Unspecified => continue,
+        };
+        let of_name = Name::parse(&name).map_err(|error| format!("has an input that has no valid name: {error}"))?;
+        let payload =
+            Payload::check(input.output).map_err(|malformed| format!("has an input {name} that {malformed}"))?;
+        read.insert(of_name, (Output { cycle_id: CycleId(input.cycle_id), payload }, freshness));
+    }
+    Ok(read)
 }
 
 /// Encodes the entry of the log that says which records were removed.
@@ -209,6 +254,7 @@ pub fn check(record: &Record) -> Result<(), String> {
         ("state", telemetry.state == i32::from(cycle_state(record.state))),
         ("trigger", telemetry.trigger == i32::from(trigger(&record.trigger))),
         ("loop", telemetry.r#loop == name),
+        ("parent", telemetry.parent == record.trigger.parent().map(parent)),
         ("request_id", telemetry.request_id == record.request_id.as_deref().unwrap_or_default()),
         ("triggered_by", telemetry.triggered_by == identity(record.triggered_by.as_ref())),
         ("finished_at", telemetry.finished_at == Some(timestamp(record.finished_at))),
@@ -284,6 +330,18 @@ fn telemetry(cycle: &FinishedCycle) -> pb::CycleTelemetry {
         truncated: false,
         trace_id: trace_id.map(|trace_id| trace_id.to_string()).unwrap_or_default(),
         triggered_by: identity(triggered_by.as_ref()),
+        parent: trigger.parent().map(parent),
+    }
+}
+
+/// The cycle of a parent as the contract has it.
+fn parent(parent: &ParentCycle) -> pb::ParentCycle {
+    let ParentCycle { orchestrator_id, subsystem, epoch, cycle_id } = parent;
+    pb::ParentCycle {
+        orchestrator_id: orchestrator_id.to_string(),
+        subsystem: subsystem.to_string(),
+        epoch: epoch.0,
+        cycle_id: cycle_id.0,
     }
 }
 
@@ -356,6 +414,7 @@ pub fn trigger(trigger: &Trigger) -> pb::Trigger {
         Trigger::Unknown => pb::Trigger::Unspecified,
         Trigger::Manual => pb::Trigger::Manual,
         Trigger::Loop(_) => pb::Trigger::Loop,
+        Trigger::Parent(_) => pb::Trigger::Parent,
     }
 }
 
@@ -453,10 +512,10 @@ struct BriefPart {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeMap, sync::Arc, time::Duration};
+    use std::time::Duration;
 
     use super::*;
-    use crate::model::{Code, CycleId, Epoch, TraceId};
+    use crate::model::{Code, Epoch, TraceId};
 
     fn report(name: &str, state: SubsystemState) -> SubsystemReport {
         let output = serde_json::json!({ "text": "x".repeat(1000) });
@@ -559,8 +618,10 @@ mod tests {
             assert_eq!(skipped(reason), word);
         }
         let of_loop = Trigger::Loop(Name::parse("l").unwrap());
-        let triggers = [Trigger::Unknown, Trigger::Manual, of_loop].map(|it| trigger(&it));
-        assert_eq!(triggers, [pb::Trigger::Unspecified, pb::Trigger::Manual, pb::Trigger::Loop]);
+        let of_parent = Trigger::Parent(ParentCycle::parse("hub/eu/1/2").unwrap());
+        let triggers = [Trigger::Unknown, Trigger::Manual, of_loop, of_parent].map(|it| trigger(&it));
+        let words = [pb::Trigger::Unspecified, pb::Trigger::Manual, pb::Trigger::Loop, pb::Trigger::Parent];
+        assert_eq!(triggers, words);
         for state in CycleState::ALL {
             assert_eq!(cycle_state(state).as_str_name(), format!("CYCLE_STATE_{}", state.name()));
         }
@@ -586,6 +647,11 @@ mod tests {
         ] {
             assert_eq!(check(&changed), Err(format!("its column {column} is not that of its bytes")));
         }
+        let of_parent = |text| Trigger::Parent(ParentCycle::parse(text).unwrap());
+        let record = encode(&FinishedCycle { trigger: of_parent("hub/eu/1/2"), ..cycle() }, usize::MAX).at(Revision(9));
+        assert_eq!(check(&record), Ok(()));
+        let changed = Record { trigger: of_parent("hub/eu/1/3"), ..record };
+        assert_eq!(check(&changed), Err("its column parent is not that of its bytes".into()));
     }
 
     #[test]
@@ -638,12 +704,16 @@ mod tests {
     #[test]
     fn a_waiting_request_is_read_as_it_was_written() {
         let parameters = serde_json::json!({ "a": [1, { "b": null }] });
+        let output = Output { cycle_id: CycleId(5), payload: Payload::default() };
+        let given = |(name, freshness)| (Name::parse(name).unwrap(), (output.clone(), freshness));
         let request = CycleRequest {
             subset: Some(["a", "b"].iter().map(|name| Name::parse(name).unwrap()).collect()),
             parameters: Payload::from_json(parameters.as_object().unwrap()).unwrap(),
             deadline: Some(Duration::from_millis(1500)),
             record_outputs: true,
             trace: SpanContext::parse("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", Some("x=1")),
+            path: Some(CallPath::parse("hub eu").unwrap()),
+            inputs: Arc::new([("x", Freshness::Fresh), ("y", Freshness::Stale)].map(given).into()),
             ..CycleRequest::over_all(Trigger::Manual, Timestamp::UNIX_EPOCH)
         };
         let read = decode_request(encode_request(&request)).unwrap();

@@ -46,6 +46,8 @@ const SERVICE: &str = "dreamnet.orchestrator.v1.Orchestrator";
 /// The service that shows callers their identity.
 const ACCESS: &str = "dreamnet.orchestrator.v1.Access";
 const LEDGER: &str = "dreamnet.orchestrator.v1.Ledger";
+/// The service for parents. Reflection describes it if the configuration serves a name at the start.
+const SUBSYSTEM: &str = "dreamnet.subsystem.v1.Subsystem";
 
 const GRPC_SERVER: Task = Task { name: "the gRPC server", purpose: "answers callers" };
 const ADMIN_SERVER: Task = Task { name: "the admin server", purpose: "serves the dashboard and the metrics" };
@@ -220,7 +222,8 @@ impl Service {
             exporting.start_infallible(EXPORTER, sender.run(stop_exporting.clone()));
             (exporter, spans) = (Some(made.clone()), made);
         }
-        let reflection = listen::reflection(&[SERVICE, ACCESS, LEDGER])?;
+        let for_parents = if config.serves.is_empty() { &[][..] } else { &[SUBSYSTEM] };
+        let reflection = listen::reflection(&[&[SERVICE, ACCESS, LEDGER], for_parents].concat())?;
         let clock = host.clock;
         let (settings, declared) = (settings(config), declared(config));
         // The last step that may fail. It begins the new epoch: until then nothing is taken over.
@@ -239,6 +242,7 @@ impl Service {
         }
         let requests = memory.requests.clone();
         let api = Api::new(orchestrator.clone(), policy, clock, requests, config.reach(), is_insecure);
+        api.serve_as(config.serves.clone());
         let of_reflection = api.clone();
         let reflection = reflection.behind(move |request| {
             let peer = request.extensions().get::<Peer>().cloned().unwrap_or_default();
@@ -329,6 +333,7 @@ impl Service {
         self.api.apply(policy);
         self.dialer.revoke(config.access.revoked.clone());
         self.orchestrator.reload(settings(config), declared(config)).await?;
+        self.api.serve_as(config.serves.clone());
         self.drain_grace = config.server.drain_grace;
         warn_of_limits(config, &self.memory);
         if let Some(exporter) = &self.exporter {

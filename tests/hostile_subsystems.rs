@@ -871,6 +871,7 @@ async fn a_call_of_hours_works_without_pings() {
         inputs: Vec::new(),
         timeout: Duration::from_hours(24),
         trace: None,
+        path: None,
     };
     let error = dialer.run_cycle(callee, call).await.unwrap_err();
     assert_eq!(error.to_string(), "NOT_FOUND: ");
@@ -989,6 +990,7 @@ async fn answers_to_many_cancelled_calls_do_not_end_the_connection() {
         inputs: Vec::new(),
         timeout: Duration::from_mins(1),
         trace: None,
+        path: None,
     };
     let calls = futures_util::future::join_all((0..CALLS).map(|_| dialer.run_cycle(callee, call())));
     let all_begun = async { begun.acquire_many(CALLS.try_into().unwrap()).await.unwrap().forget() };

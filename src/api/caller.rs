@@ -3,6 +3,7 @@
 use std::sync::Weak;
 
 use jiff::Timestamp;
+use tokio::time::Instant;
 use tonic::{Request, codegen::http::HeaderMap};
 
 use super::request;
@@ -39,6 +40,8 @@ pub struct Caller {
     pub(super) way: Way,
     /// The other side of its connection, which may be a proxy.
     pub(super) peer: Peer,
+    /// When the headers of its request arrived.
+    pub(super) arrived: Instant,
     /// The span in which it asks.
     pub(super) trace: Option<SpanContext>,
     /// What its request presents to prove its identity.
@@ -50,7 +53,8 @@ pub struct Caller {
 impl Caller {
     /// The caller of a request with these headers.
     pub(crate) fn of(way: Way, peer: Peer, headers: &HeaderMap) -> Self {
-        Self { way, peer, trace: request::trace(headers), presented: credential(headers), session: None }
+        let (trace, presented) = (request::trace(headers), credential(headers));
+        Self { way, peer, arrived: Instant::now(), trace, presented, session: None }
     }
 
     /// The same caller, in this session.

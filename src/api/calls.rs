@@ -1,8 +1,11 @@
 //! Counts calls: each once, at its end, by its RPC and by the code of its answer.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    array,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use tokio::time::Instant;
@@ -19,7 +22,7 @@ use crate::{
 };
 
 /// Number of ended calls.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct CallCounts {
     ended: [OfWay; Way::ALL.len()],
     would_be_denied: [OfWay; Way::ALL.len()],
@@ -29,6 +32,14 @@ type OfWay = [[AtomicU64; CODES]; Rpc::ALL.len()];
 
 /// From OK to UNAUTHENTICATED.
 const CODES: usize = 17;
+
+impl Default for CallCounts {
+    /// None yet.
+    fn default() -> Self {
+        let of_way = |_| array::from_fn(|_| array::from_fn(|_| AtomicU64::new(0)));
+        Self { ended: array::from_fn(of_way), would_be_denied: array::from_fn(of_way) }
+    }
+}
 
 impl CallCounts {
     fn count(&self, way: Way, rpc: Rpc, code: Code) {

@@ -121,6 +121,22 @@ pub(super) fn status(refusal: impl Into<Refusal>) -> Status {
     with_reason(code, message, reason, metadata)
 }
 
+/// A status of the contract of subsystems, which has plain codes.
+pub(super) fn plain(code: Code, message: &str) -> Status {
+    Status::new(code, shortened(message.to_owned(), MAX_MESSAGE))
+}
+
+/// The same status for a parent, which retries UNAVAILABLE only: a full line or memory is that for now.
+pub(super) fn retryable(status: Status) -> Status {
+    match status.code() {
+        Code::ResourceExhausted => {
+            let details = bytes::Bytes::copy_from_slice(status.details());
+            Status::with_details(Code::Unavailable, status.message(), details)
+        }
+        _ => status,
+    }
+}
+
 /// The status of a request with malformed fields, each named.
 fn invalid(violations: Violations) -> Status {
     let message = shortened(violations.to_string(), MAX_MESSAGE);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tokio::sync::Semaphore;
 use tonic::Status;
 
-use super::error::status;
+use super::{error::status, served::ServedNames};
 use crate::{
     access::Reach, clock::Clock, model::Violations, offload::offload_within, orchestrator::Refusal, tasks::joined,
 };
@@ -23,6 +23,8 @@ pub(super) struct Handlers {
     pub(super) clock: Clock,
     /// True if other machines may be able to use the service without any right.
     pub(super) is_insecure: bool,
+    /// The names under which this orchestrator is served as a subsystem.
+    pub(super) served: Arc<ServedNames>,
     /// Where subsystems may be dialed.
     pub(super) reach: Arc<Reach>,
     /// Limits requests for all snapshots, which have any size until the answer is assembled.
@@ -34,7 +36,7 @@ pub(super) struct Handlers {
 impl Handlers {
     pub(super) fn new(clock: Clock, is_insecure: bool, reach: Reach) -> Self {
         let [asking_all, turn] = [MAX_ASKING_ALL, 1].map(|places| Arc::new(Semaphore::new(places)));
-        Self { clock, is_insecure, reach: Arc::new(reach), asking_all, turn }
+        Self { clock, is_insecure, served: Arc::default(), reach: Arc::new(reach), asking_all, turn }
     }
 
     /// Runs work over this many subsystems: with many it may take milliseconds, and runs on a blocking thread.

@@ -1,4 +1,4 @@
-//! The `dreamnet.orchestrator.v1.Orchestrator` service. Each call enters by the `gate`, and its handler parses it,
+//! The services of `dreamnet.orchestrator.v1`, and that of a subsystem for parents (`served`). Each call enters by the `gate`, and its handler parses it,
 //! calls the orchestrator and converts the answer.
 
 mod caller;
@@ -15,6 +15,7 @@ mod request;
 mod response;
 mod rpc;
 mod rules;
+mod served;
 mod status;
 mod streaming;
 mod update;
@@ -52,6 +53,7 @@ use crate::{
         ledger_server::LedgerServer,
         orchestrator_server::{Orchestrator as Service, OrchestratorServer},
     },
+    proto::subsystem::v1::subsystem_server::SubsystemServer,
 };
 
 /// Adds the services with these RPCs to others; a request has at most this many bytes.
@@ -61,8 +63,10 @@ pub(crate) fn services(api: Api, max_request_bytes: usize, others: Services) -> 
         api: api.clone(),
         max_request_bytes,
     };
+    let subsystem = SubsystemServer::new(api.clone()).max_decoding_message_size(max_request_bytes);
     others
         .and(Called { service: orchestrator, api: api.clone() })
+        .and(Called { service: subsystem, api: api.clone() })
         .and(Called { service: AccessServer::new(api.clone()), api: api.clone() })
         .and(Called { service: LedgerServer::new(api.clone()), api })
 }

@@ -15,13 +15,13 @@ use crate::{
     access::Reach,
     model::{
         BreakerSpec, CatchUp, CycleId, CycleRequest, CycleState, EventKind, Identity, LimitsSpec, LoopChoice, LoopSpec,
-        LoopStart, Name, OverlapPolicy, Payload, RetrySpec, Revision, SpanContext, Subsystem, SubsystemSpec, TlsSpec,
-        Trigger, Violations,
+        LoopStart, Name, OverlapPolicy, ParentCycle, Payload, RetrySpec, Revision, Served, SpanContext, Subsystem,
+        SubsystemSpec, TlsSpec, Trigger, Violations,
     },
     orchestrator::{From as WatchFrom, Logged, PruneLimit, WatchFilter},
     ports::{EventFilter, Filter, TriggerKind},
-    proto::{bounds::MAX_REGISTRATIONS, orchestrator::v1 as pb, read_timestamp},
-    record::PartFilter,
+    proto::{bounds::MAX_REGISTRATIONS, orchestrator::v1 as pb, read_timestamp, subsystem::v1 as pbs},
+    record::{self, PartFilter},
 };
 
 /// The caller's span. As W3C Trace Context requires, a malformed or repeated header is ignored, and the parts of
@@ -67,9 +67,42 @@ pub(super) fn cycle(
         deadline,
         record_outputs,
         trace,
+        inputs: Arc::default(),
+        path: None,
         cause: None,
     };
     bad.into_result(request)
+}
+
+/// The cycle that a parent's cycle asks for, of what is served under the name that it calls.
+///
+/// # Errors
+/// The problem, which reads well after "the request".
+pub(super) fn of_parent(
+    request: pbs::RunCycleRequest,
+    parent: ParentCycle,
+    served: &Served,
+    now: Timestamp,
+) -> Result<CycleRequest, String> {
+    /// Those of a registration and of a cycle together.
+    const MAX_PARAMETERS: usize = 2 * Subsystem::MAX_PARAMETERS;
+    let pbs::RunCycleRequest { scheduled_at, parameters, inputs, .. } = request;
+    if parameters.len() > MAX_PARAMETERS {
+        let bytes = parameters.len();
+        return Err(format!("has parameters of {bytes} bytes; the limit is {MAX_PARAMETERS} bytes"));
+    }
+    let parameters =
+        Payload::check(parameters).map_err(|malformed| format!("has parameters that are malformed: it {malformed}"))?;
+    let mut bad = Violations::default();
+    let scheduled_at = scheduled_at.map_or(Some(now), |time| timestamp(&mut bad, "scheduled_at", time));
+    let scheduled_at = scheduled_at.ok_or("has a field scheduled_at that is out of range")?;
+    Ok(CycleRequest {
+        request_id: Some(parent.to_string()),
+        subset: served.subset.clone(),
+        parameters: served.parameters.overlaid(&parameters),
+        inputs: Arc::new(record::read_inputs(inputs)?),
+        ..CycleRequest::over_all(Trigger::Parent(parent), scheduled_at)
+    })
 }
 
 /// The subset of a request; empty means all.
@@ -414,6 +447,7 @@ pub(super) fn list(request: pb::ListCyclesRequest) -> Result<List, Violations> {
         Ok(pb::Trigger::Unspecified) => None,
         Ok(pb::Trigger::Manual) => Some(TriggerKind::Manual),
         Ok(pb::Trigger::Loop) => Some(TriggerKind::Loop),
+        Ok(pb::Trigger::Parent) => Some(TriggerKind::Parent),
         Err(_) => {
             bad.add("trigger", format!("is {trigger}, which is not a Trigger"));
             None

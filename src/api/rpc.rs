@@ -2,11 +2,14 @@
 
 use prost::Message;
 
-use super::rules::Concerns;
+use super::{rules::Concerns, served};
 use crate::{
     model::CycleRequest,
     proto::{bounds::MAX_FIELDS, orchestrator::v1 as pb},
 };
+
+/// The path of the service that subsystems implement.
+const SUBSYSTEM: &str = "/dreamnet.subsystem.v1.Subsystem";
 
 /// A message that callers ask with.
 pub(super) trait Asks: Concerns + Message + Default {
@@ -15,8 +18,10 @@ pub(super) trait Asks: Concerns + Message + Default {
 }
 
 macro_rules! rpcs {
-    ($($rpc:ident: $module:ident::$request:ident,)+) => {
-        /// The calls that a caller can make, by their names in the contract.
+    (@name $rpc:ident) => { stringify!($rpc) };
+    (@name $rpc:ident $name:literal) => { $name };
+    ($($rpc:ident $(as $name:literal)?: $module:ident::$request:ident,)+) => {
+        /// The calls that a caller can make, by their names in the contract; those of the service `Subsystem` after its name.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub(super) enum Rpc { $($rpc,)+ }
 
@@ -24,14 +29,23 @@ macro_rules! rpcs {
             pub(super) const ALL: &[Self] = &[$(Self::$rpc),+];
 
             pub(super) fn name(self) -> &'static str {
-                match self { $(Self::$rpc => stringify!($rpc),)+ }
+                match self { $(Self::$rpc => rpcs!(@name $rpc $($name)?),)+ }
             }
 
-            /// The method of this name in the contract.
+            /// The RPC of this name.
             pub(super) fn of_name(name: &str) -> Option<Self> {
                 match name {
-                    $(stringify!($rpc) => Some(Self::$rpc),)+
+                    $(rpcs!(@name $rpc $($name)?) => Some(Self::$rpc),)+
                     _ => None,
+                }
+            }
+
+            /// The RPC of a gRPC call with this path, `/SERVICE/METHOD`.
+            pub(super) fn of_path(path: &str) -> Option<Self> {
+                let (service, method) = path.rsplit_once('/')?;
+                match service {
+                    SUBSYSTEM => Self::of_name(&format!("Subsystem.{method}")),
+                    _ => Self::of_name(method),
                 }
             }
 
@@ -85,6 +99,10 @@ rpcs! {
     GetConsistencyProof: pb::GetConsistencyProofRequest,
     ReadEntries: pb::ReadEntriesRequest,
     ListAuditEvents: pb::ListAuditEventsRequest,
+    // An orchestrator as a subsystem of others.
+    Initialize as "Subsystem.Initialize": served::Initialize,
+    RunForParent as "Subsystem.RunCycle": served::RunCycle,
+    StatusForParent as "Subsystem.GetStatus": served::GetStatus,
     // Not in the contract: requests at the admin address, of monitoring and of browsers.
     Metrics: self::Scrape,
     Login: self::LogIn,
@@ -113,8 +131,22 @@ mod tests {
         let ours = files.iter().filter(|file| file.package() == "dreamnet.orchestrator.v1");
         let methods = ours.flat_map(|file| &file.service).flat_map(|service| &service.method);
         let methods: BTreeSet<_> = methods.map(|method| (method.name(), method.input_type().to_owned())).collect();
-        let of_contract = Rpc::ALL.iter().filter(|rpc| !matches!(rpc, Rpc::Metrics | Rpc::Login));
+        let is_ours = |rpc: &&Rpc| !matches!(rpc, Rpc::Metrics | Rpc::Login) && !rpc.name().contains('.');
+        let of_contract = Rpc::ALL.iter().filter(is_ours);
         let entries = of_contract.map(|rpc| (rpc.name(), format!(".dreamnet.orchestrator.v1.{}", rpc.request())));
         assert_eq!(entries.collect::<BTreeSet<_>>(), methods);
+    }
+
+    #[test]
+    fn every_method_of_a_subsystem_has_its_entry_under_the_name_of_the_service() {
+        let files = FileDescriptorSet::decode(proto::DESCRIPTORS).unwrap().file;
+        let services = files.iter().flat_map(|file| &file.service).filter(|service| service.name() == "Subsystem");
+        let methods: Vec<_> = services.flat_map(|service| &service.method).map(|method| method.name()).collect();
+        for method in &methods {
+            let rpc = Rpc::of_path(&format!("{SUBSYSTEM}/{method}")).unwrap();
+            assert_eq!(rpc.name(), format!("Subsystem.{method}"));
+        }
+        assert_eq!(Rpc::ALL.iter().filter(|rpc| rpc.name().contains('.')).count(), methods.len());
+        assert_eq!(Rpc::of_path("/dreamnet.orchestrator.v1.Orchestrator/RunCycle"), Some(Rpc::RunCycle));
     }
 }

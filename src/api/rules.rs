@@ -3,11 +3,14 @@
 
 use crate::{
     access::{Registering, Role, Targets},
-    model::{Limits, Subsystem},
+    model::{Limits, Name, Served, Subsystem},
     proto::{self, bounds::MAX_REGISTRATIONS, orchestrator::v1 as pb},
 };
 
-use super::rpc::{LogIn, Rpc, Scrape};
+use super::{
+    rpc::{LogIn, Rpc, Scrape},
+    served::OfParent,
+};
 
 /// The callers that may make a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +38,7 @@ impl Rpc {
     pub(super) fn changes(self) -> bool {
         match self {
             Self::RunCycle
+            | Self::RunForParent
             | Self::CancelCycle
             | Self::PruneCycles
             | Self::RegisterSubsystem
@@ -63,6 +67,9 @@ impl Rpc {
             | Self::GetConsistencyProof
             | Self::ReadEntries
             | Self::ListAuditEvents
+            // It changes only what this process knows of its parents.
+            | Self::Initialize
+            | Self::StatusForParent
             | Self::Metrics
             | Self::Login => false,
         }
@@ -85,9 +92,13 @@ impl Rpc {
             | Self::ListCycles
             | Self::PlanCycle
             | Self::ListSubsystems
-            | Self::ListIntervalLoops => READERS,
+            | Self::ListIntervalLoops
+            | Self::StatusForParent => READERS,
             Self::ListAuditEvents | Self::ReadEntries => Rule::Roles(&[Role::Auditor, Role::Admin]),
+            // A parent needs the same right as another caller that runs a cycle of the same subsystems.
             Self::RunCycle
+            | Self::Initialize
+            | Self::RunForParent
             | Self::CancelCycle
             | Self::SuspendSubsystem
             | Self::ResumeSubsystem
@@ -157,6 +168,20 @@ pub(super) fn registering(registration: &pb::Registration) -> Registering<'_> {
 impl Concerns for pb::RunCycleRequest {
     fn targets(&self) -> Targets<'_> {
         subset(&self.subsystems)
+    }
+}
+
+/// What is served under the name that a parent calls, which the configuration says. A name that is not served concerns
+/// nothing.
+impl<Q> Concerns for OfParent<Q> {
+    fn targets(&self) -> Targets<'_> {
+        match self.served.as_deref() {
+            None => Targets::default(),
+            Some(Served { subset: None, .. }) => Targets::ALL,
+            Some(Served { subset: Some(names), .. }) => {
+                Targets { subsystems: names.iter().map(Name::as_str).collect(), ..Targets::default() }
+            }
+        }
     }
 }
 

@@ -70,7 +70,7 @@ where
     fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
         let peer = request.extensions_mut().remove::<Peer>().unwrap_or_default();
         let caller = Caller::of(Way::Grpc, peer, request.headers());
-        let rpc = request.uri().path().rsplit('/').next().and_then(Rpc::of_name);
+        let rpc = Rpc::of_path(request.uri().path());
         let gate = self.api.gate.clone();
         let begun = match gate.begin(&caller, rpc) {
             Ok(begun) => begun,

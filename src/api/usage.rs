@@ -93,6 +93,9 @@ impl Rpc {
             | Self::ResumeIntervalLoops => Load::Change,
             // Cycles may follow each other as fast as they end: each leaves a record, beside its event.
             Self::RunCycle
+            | Self::Initialize
+            | Self::RunForParent
+            | Self::StatusForParent
             | Self::GetStatus
             | Self::PlanCycle
             | Self::GetSubsystem

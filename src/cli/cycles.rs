@@ -128,7 +128,7 @@ struct Show {
     details: bool,
 }
 
-const TRIGGERS: &[pb::Trigger] = &[pb::Trigger::Manual, pb::Trigger::Loop];
+const TRIGGERS: &[pb::Trigger] = &[pb::Trigger::Manual, pb::Trigger::Loop, pb::Trigger::Parent];
 
 fn trigger_word(trigger: pb::Trigger) -> &'static str {
     word(trigger.as_str_name(), "TRIGGER_")
@@ -332,6 +332,7 @@ pub(super) fn facts(cycle: &pb::CycleTelemetry) -> Vec<(&'static str, String)> {
         (STATE, cycle_state(cycle.state()).to_owned()),
         ("error", cycle.error.clone()),
         ("trigger", trigger(cycle.trigger(), &cycle.r#loop)),
+        ("parent", cycle.parent.as_ref().map(parent).unwrap_or_default()),
         ("triggered by", cycle.triggered_by.clone()),
         ("request id", cycle.request_id.clone()),
         ("trace", cycle.trace_id.clone()),
@@ -343,6 +344,12 @@ pub(super) fn facts(cycle: &pb::CycleTelemetry) -> Vec<(&'static str, String)> {
         ("epoch, revision", format!("{}, {}", cycle.epoch, cycle.revision)),
         ("truncated", if cycle.truncated { truncated.to_owned() } else { String::new() }),
     ]
+}
+
+/// The cycle of a parent, in words.
+fn parent(parent: &pb::ParentCycle) -> String {
+    let pb::ParentCycle { orchestrator_id, subsystem, epoch, cycle_id } = parent;
+    format!("cycle {cycle_id} of {}, epoch {epoch}, as its subsystem {}", clean(orchestrator_id), clean(subsystem))
 }
 
 fn parts(cycle: &pb::CycleTelemetry) -> Table {

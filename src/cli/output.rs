@@ -291,6 +291,7 @@ pub(super) fn trigger(trigger: pb::Trigger, name: &str) -> String {
         pb::Trigger::Unspecified => "unknown".to_owned(),
         pb::Trigger::Manual => "manual".to_owned(),
         pb::Trigger::Loop => format!("loop {}", clean(name)),
+        pb::Trigger::Parent => "parent".to_owned(),
     }
 }
 

@@ -689,7 +689,7 @@ fn every_key_is_of_a_setting_or_of_a_list() {
     for key in known(Config::from_reader) {
         let is_of = |setting: &Setting| key == setting.key || key.starts_with(&format!("{}.", setting.key));
         assert!(
-            SETTINGS.iter().any(is_of) || ["access.grants", "subsystems", "loops"].contains(&key.as_str()),
+            SETTINGS.iter().any(is_of) || ["access.grants", "subsystems", "loops", "serves"].contains(&key.as_str()),
             "{key}"
         );
     }
@@ -698,11 +698,12 @@ fn every_key_is_of_a_setting_or_of_a_list() {
 #[test]
 fn a_reload_names_new_declarations() {
     let running = read("[[loops]]\nname = \"l\"\ninterval = \"1s\"\n").unwrap();
-    let new = read("[[subsystems]]\nname = \"A\"\nendpoint = \"http://h:1\"\n").unwrap();
+    let new = "[[subsystems]]\nname = \"A\"\nendpoint = \"http://h:1\"\n[[serves]]\nname = \"eu\"\n";
+    let new = read(new).unwrap();
     let Reload { config, needs_restart, changed } = running.reload(new.clone());
     assert_eq!(config, new);
     assert_eq!(needs_restart, [""; 0]);
-    assert_eq!(changed, ["subsystem A added", "loop l removed"]);
+    assert_eq!(changed, ["subsystem A added", "loop l removed", "served name eu added"]);
 }
 
 #[test]
@@ -770,13 +771,19 @@ fn the_reference_shows_the_defaults() {
         ..LoopSpec::default()
     };
     assert_eq!(whole.loops, [IntervalLoop::from_spec(&minimal).unwrap()]);
+    let minimal = ServedSpec { name: "example".into(), ..ServedSpec::default() };
+    assert_eq!(whole.serves, [Served::from_spec(&minimal).unwrap()]);
 }
 
 #[test]
 fn the_reference_lists_every_key_once_with_a_comment() {
     let mut keys: BTreeSet<_> = known(Config::from_reader);
-    let lists =
-        [("access.grants", known(grant_spec)), ("subsystems", known(declared_spec)), ("loops", known(loop_spec))];
+    let lists = [
+        ("access.grants", known(grant_spec)),
+        ("subsystems", known(declared_spec)),
+        ("loops", known(loop_spec)),
+        ("serves", known(served_spec)),
+    ];
     for (list, of_entries) in lists {
         keys.remove(list);
         keys.extend(of_entries.into_iter().map(|key| format!("{list}.{key}")));

@@ -44,7 +44,7 @@ use crate::{
     access::{Reach, Revoked},
     clock::Clock,
     memory::{Held, Memory},
-    model::{Endpoint, Identity, Limits, Name, SpanContext, Subsystem, excerpt},
+    model::{CallPath, Endpoint, Identity, Limits, Name, SpanContext, Subsystem, excerpt},
     offload::offload_within,
     ports::{CallError, Callee, InitializeCall, Left, Reply, RunCall, Snapshot, Subsystems},
     proto::framing::framed,
@@ -175,10 +175,10 @@ impl Dialer {
         to: &Subsystem,
         path: &'static str,
         timeout: Duration,
-        trace: Option<SpanContext>,
+        (trace, through): (Option<SpanContext>, Option<CallPath>),
         message: Bytes,
     ) -> Call {
-        Call { path, timeout, trace, message, max_answer: to.limits.max_message_bytes as usize }
+        Call { path, timeout, trace, through, message, max_answer: to.limits.max_message_bytes as usize }
     }
 
     /// Runs `work` on a blocking thread if it is for many bytes.
@@ -197,7 +197,7 @@ impl Subsystems for Dialer {
         Box::pin(async move {
             let message = framed(&request::initialize(to.subsystem, &call));
             let path = "/dreamnet.subsystem.v1.Subsystem/Initialize";
-            let call = Self::described(to.subsystem, path, call.timeout, call.trace, message);
+            let call = Self::described(to.subsystem, path, call.timeout, (call.trace, call.path), message);
             // It is empty.
             self.call(to, call, |_, _| Ok(())).await.map(|_| ())
         })
@@ -205,11 +205,11 @@ impl Subsystems for Dialer {
 
     fn run_cycle<'a>(&'a self, to: Callee<'a>, call: RunCall) -> BoxFuture<'a, Result<Reply, CallError>> {
         Box::pin(async move {
-            let (timeout, trace) = (call.timeout, call.trace.clone());
+            let (timeout, caused_by) = (call.timeout, (call.trace.clone(), call.path.clone()));
             let request = request::run_cycle(to.subsystem, call);
             let message = self.offload(request.encoded_len(), move || framed(&request)).await?;
             let path = "/dreamnet.subsystem.v1.Subsystem/RunCycle";
-            let call = Self::described(to.subsystem, path, timeout, trace, message);
+            let call = Self::described(to.subsystem, path, timeout, caused_by, message);
             let (answer, mut held) = self.call(to, call, decode::answer).await?;
             held.resize(decode::size(&answer)).map_err(|full| unary::no_room(&full))?;
             Ok(Reply { answer, held })
@@ -220,7 +220,7 @@ impl Subsystems for Dialer {
         Box::pin(async move {
             let request = crate::proto::subsystem::v1::GetStatusRequest { subsystem: of.subsystem.name.to_string() };
             let path = "/dreamnet.subsystem.v1.Subsystem/GetStatus";
-            let call = Self::described(of.subsystem, path, timeout, None, framed(&request));
+            let call = Self::described(of.subsystem, path, timeout, (None, None), framed(&request));
             let (status, mut held) = self.call(of, call, decode::status).await?;
             // Fewer than before, so it fits.
             let _ = held.resize(status.len());

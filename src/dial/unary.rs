@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     memory::{Full, Held},
-    model::SpanContext,
+    model::{CallPath, SpanContext},
     ports::CallError,
     proto::{
         framing::Prefix,
@@ -35,6 +35,8 @@ pub struct Call {
     pub timeout: Duration,
     /// The parent of the peer's spans.
     pub trace: Option<SpanContext>,
+    /// The orchestrators through which the call has come.
+    pub through: Option<CallPath>,
     /// The message, framed by [`framing`](crate::proto::framing).
     pub message: Bytes,
     /// Most bytes of the message in the answer.
@@ -177,6 +179,9 @@ fn head(call: &Call, to: Uri) -> Request<()> {
         if let Some(state) = trace.state.as_deref() {
             insert("tracestate", state.to_owned());
         }
+    }
+    if let Some(path) = &call.through {
+        insert("orchestrator-path", path.to_string());
     }
     request
 }

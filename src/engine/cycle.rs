@@ -42,7 +42,9 @@ use super::{
 };
 use crate::{
     memory::{Held, Memory},
-    model::{Code, CycleId, CycleRequest, Epoch, FinishedCycle, Input, SkipReason, SubsystemState, excerpt},
+    model::{
+        Code, CycleId, CycleRequest, Epoch, FinishedCycle, Freshness, Input, Name, SkipReason, SubsystemState, excerpt,
+    },
     ports::{CallError, Reply, RunCall, Spans, Subsystems},
     random::Random,
 };
@@ -199,6 +201,7 @@ impl Engine {
                 inputs,
                 timeout: Duration::ZERO,
                 trace: None,
+                path: cycle.request.path.clone(),
             },
             orchestrator_id: &self.orchestrator_id,
             deadline,
@@ -354,7 +357,12 @@ impl<'a> Run<'a> {
 
     /// The part of a subsystem that is in this cycle, but not registered.
     fn not_registered(&self) -> SubsystemState {
-        let why = if self.cycle.request.subset.is_some() { "its loop names it" } else { "it is expected" };
+        let CycleRequest { subset, trigger, .. } = &self.cycle.request;
+        let why = match (subset, trigger) {
+            (None, _) => "it is expected",
+            (Some(_), Trigger::Parent(_)) => "the configuration serves it to a parent",
+            (Some(_), _) => "its loop names it",
+        };
         SubsystemState::Skipped(SkipReason::NotRegistered, format!("{why}, but it is not registered"))
     }
 
@@ -396,7 +404,9 @@ impl<'a> Run<'a> {
             return Some(SubsystemState::Skipped(SkipReason::OwnerRevoked, message));
         }
         let plan = &self.plan;
-        let (reason, name) = plan.unmet_requirement(position, |required| self.fate(required))?;
+        let given = &self.cycle.request.inputs;
+        let is_given = |name: &Name| matches!(given.get(name), Some((_, Freshness::Fresh)));
+        let (reason, name) = plan.unmet_requirement(position, |required| self.fate(required), is_given)?;
         let what = match reason {
             SkipReason::RequirementMissing => "is not registered",
             SkipReason::RequirementLeftOut => match plan.positions.get(name) {

@@ -291,12 +291,14 @@ impl Plan {
         (Some(positions), unregistered)
     }
 
-    /// Why the subsystem at `position` can't run, given the results of those before it. A failed requirement takes
-    /// precedence over one that was left out.
+    /// Why the subsystem at `position` can't run, given the results of those before it, and whether the parent of the
+    /// cycle gives the output of a name that is not registered. A failed requirement takes precedence over one that was
+    /// left out.
     pub(super) fn unmet_requirement(
         &self,
         position: usize,
         fate: impl Fn(usize) -> Fate,
+        is_given: impl Fn(&Name) -> bool,
     ) -> Option<(SkipReason, &Name)> {
         let step = &self.steps[position];
         let mut left_out = None;
@@ -304,6 +306,7 @@ impl Plan {
             let fate = match required {
                 Named::Step(position) => fate(*position),
                 Named::LeftOut(_) => Fate::LeftOut,
+                Named::Nowhere if is_given(name) => Fate::Succeeded,
                 Named::Nowhere => return Some((SkipReason::RequirementMissing, name)),
             };
             match fate {
@@ -348,7 +351,7 @@ impl Plan {
             } else if revoked.owner_of(&step.member).is_some() {
                 Some((SkipReason::OwnerRevoked, None))
             } else {
-                let unmet = self.unmet_requirement(position, |earlier| fates[earlier]);
+                let unmet = self.unmet_requirement(position, |earlier| fates[earlier], |_| false);
                 unmet.map(|(reason, name)| (reason, Some(name.clone())))
             };
             let duration = step.member.standing.mean_duration().unwrap_or_default();

@@ -96,6 +96,7 @@ impl Calls<'_> {
                 epoch: self.run.epoch,
                 timeout: self.deadline - Instant::now(),
                 trace: span.context(),
+                path: self.run.path.clone(),
             };
             let initialized = self.subsystems.initialize(self.member.callee(), call).await;
             span.end(&initialized);

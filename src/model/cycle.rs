@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::{Cause, Code, Identity, Issue, Name, OverlapPolicy, Payload, SpanContext, TraceId};
+use super::{
+    CallPath, Cause, Code, Freshness, Identity, Issue, Name, Output, OverlapPolicy, ParentCycle, Payload, SpanContext,
+    TraceId,
+};
 
 macro_rules! counter {
     ($(#[$doc:meta])* $name:ident) => {
@@ -60,6 +63,8 @@ pub enum Trigger {
     Manual,
     /// A tick of this loop.
     Loop(Name),
+    /// This cycle of another orchestrator, in which this one is a subsystem.
+    Parent(ParentCycle),
 }
 
 impl Trigger {
@@ -68,7 +73,16 @@ impl Trigger {
     pub fn loop_name(&self) -> Option<&Name> {
         match self {
             Self::Loop(name) => Some(name),
-            Self::Unknown | Self::Manual => None,
+            Self::Unknown | Self::Manual | Self::Parent(_) => None,
+        }
+    }
+
+    /// The cycle of a parent, if one started it.
+    #[must_use]
+    pub fn parent(&self) -> Option<&ParentCycle> {
+        match self {
+            Self::Parent(parent) => Some(parent),
+            Self::Unknown | Self::Manual | Self::Loop(_) => None,
         }
     }
 
@@ -79,6 +93,7 @@ impl Trigger {
             Self::Unknown => "UNKNOWN",
             Self::Manual => "MANUAL",
             Self::Loop(_) => "LOOP",
+            Self::Parent(_) => "PARENT",
         }
     }
 }
@@ -115,6 +130,11 @@ pub struct CycleRequest {
     pub record_outputs: bool,
     /// The span of the caller.
     pub trace: Option<SpanContext>,
+    /// The inputs of its parent, by name: they are inputs of subsystems that name them and find no subsystem of that name
+    /// registered here.
+    pub inputs: Arc<BTreeMap<Name, (Output, Freshness)>>,
+    /// The path of its calls, if a parent started it.
+    pub path: Option<CallPath>,
     /// The call that asks for it, for its audit event; `None` if it is a tick of a loop.
     pub cause: Option<Arc<Cause>>,
 }
@@ -139,6 +159,8 @@ impl CycleRequest {
             deadline: None,
             record_outputs: false,
             trace: None,
+            inputs: Arc::default(),
+            path: None,
             cause: None,
         }
     }
@@ -147,10 +169,12 @@ impl CycleRequest {
     /// the registry.
     pub fn footprint(&self) -> usize {
         const PLACE: usize = size_of::<Name>() + size_of::<CycleId>();
+        const INPUT: usize = size_of::<(Name, Output, Freshness)>();
         let names = self.subset.as_ref().map_or(0, |subset| subset.len() * PLACE);
         let request_id = self.request_id.as_ref().map_or(0, String::len);
         let caller = self.triggered_by.as_ref().map_or(0, Identity::footprint);
-        size_of::<Self>() + names + request_id + caller + self.parameters.len()
+        let inputs = self.inputs.iter().map(|(name, (output, _))| INPUT + name.as_str().len() + output.payload.len());
+        size_of::<Self>() + names + request_id + caller + self.parameters.len() + inputs.sum::<usize>()
     }
 
     /// The key by which it finds its cycle, if it is idempotent.
@@ -422,8 +446,9 @@ mod tests {
     #[test]
     fn each_trigger_and_each_state_has_one_word() {
         let of_loop = Trigger::Loop(Name::parse("l").unwrap());
-        let words = [Trigger::Unknown, Trigger::Manual, of_loop].map(|trigger| trigger.name());
-        assert_eq!(words, ["UNKNOWN", "MANUAL", "LOOP"]);
+        let of_parent = Trigger::Parent(ParentCycle::parse("hub/eu/1/2").unwrap());
+        let words = [Trigger::Unknown, Trigger::Manual, of_loop, of_parent].map(|trigger| trigger.name());
+        assert_eq!(words, ["UNKNOWN", "MANUAL", "LOOP", "PARENT"]);
         for state in CycleState::ALL {
             assert_eq!(state.name().to_lowercase(), state.key());
         }

@@ -8,6 +8,7 @@ mod cycle;
 mod histogram;
 mod identity;
 mod name;
+mod parent;
 mod payload;
 mod schedule;
 mod subsystem;
@@ -27,6 +28,7 @@ pub use histogram::Histogram;
 pub(crate) use identity::IdentityKind;
 pub use identity::{Identity, IdentityError};
 pub use name::{Name, NameError, nearest};
+pub use parent::{CallPath, ParentCycle, PathError, Served, ServedSpec, is_orchestrator_id};
 pub use payload::Payload;
 pub use schedule::{
     CatchUp, IntervalLoop, LoopChoice, LoopSpec, LoopStart, LoopState, OverlapPolicy, TickCounts, TickDisposition,

@@ -109,10 +109,7 @@ impl IntervalLoop {
             bad.add("interval", IntervalLoop::NO_INTERVAL);
         }
         let interval = bad.duration("interval", spec.interval, YEAR, Self::INTERVALS);
-        if spec.subsystems.len() > CycleRequest::MAX_SUBSET {
-            bad.add("subsystems", format!("are {}; the limit is {}", spec.subsystems.len(), CycleRequest::MAX_SUBSET));
-        }
-        let subset = bad.names("subsystems", &spec.subsystems);
+        let subset = bad.subset("subsystems", &spec.subsystems, CycleRequest::MAX_SUBSET);
         let deadline = spec.deadline.map(|deadline| bad.duration("deadline", Some(deadline), MS, Self::DEADLINES));
         let this = Self {
             name: bad.name("name", &spec.name),
@@ -127,7 +124,7 @@ impl IntervalLoop {
                 Duration::from_mins(1),
                 Self::SHIFTS,
             ),
-            subset: (!subset.is_empty()).then(|| subset.into()),
+            subset,
             parameters: bad.payload("parameters", &spec.parameters, Subsystem::MAX_PARAMETERS),
             deadline,
             record_outputs: spec.record_outputs,

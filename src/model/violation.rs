@@ -1,6 +1,6 @@
 //! The problems of an input, field by field.
 
-use std::{collections::HashSet, fmt, ops::RangeInclusive, time::Duration};
+use std::{collections::HashSet, fmt, ops::RangeInclusive, sync::Arc, time::Duration};
 
 use jiff::SignedDuration;
 
@@ -72,6 +72,15 @@ impl Violations {
             names.push(name);
         }
         names
+    }
+
+    /// Parses the names of a subset, at most `max`; no names mean all, which is `None`.
+    pub(super) fn subset(&mut self, field: &str, values: &[String], max: usize) -> Option<Arc<[Name]>> {
+        if values.len() > max {
+            self.add(field, format!("are {}; the limit is {max}", values.len()));
+        }
+        let names = self.names(field, values);
+        (!names.is_empty()).then(|| names.into())
     }
 
     /// Checks that a duration is in a range.

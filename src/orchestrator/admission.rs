@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     NotCancelled, NotRecorded, Orchestrator, Refusal, Shared, State,
+    attended::Ended,
     line::{Locks, max_running},
     refusal::NotAdmitted,
 };
@@ -31,8 +32,10 @@ pub(super) struct Admitted {
     pub(super) cancel: CancellationToken,
     /// True if the event of the call that started it is written with its admission; else it is written with its record.
     is_async: bool,
-    /// The first call that cancels it.
+    /// The first call that cancels it, or the service itself.
     cancelled_by: OnceLock<Cause>,
+    /// Why the service itself cancels it.
+    ended: OnceLock<Ended>,
     /// True once the event of that call is written with its record.
     cancel_is_written: AtomicBool,
     /// True if its caller has received its id and does not wait: the next process runs it if this one does not.
@@ -49,7 +52,7 @@ pub(super) struct Begun {
 }
 
 /// A handle to wait for a cycle.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Ticket {
     /// Its id.
     pub cycle_id: CycleId,
@@ -89,6 +92,7 @@ impl Admitted {
             cancel: CancellationToken::new(),
             is_async,
             cancelled_by: OnceLock::new(),
+            ended: OnceLock::new(),
             cancel_is_written: AtomicBool::new(false),
             is_promised: AtomicBool::new(is_async),
             done: watch::Sender::new(None),
@@ -151,11 +155,24 @@ impl Admitted {
         self.done.send_if_modified(|done| done.take_if(|done| done.is_err()).is_some());
     }
 
+    /// Records why the service itself cancels it, for its event and its record, unless a caller has cancelled it.
+    pub(super) fn end(&self, why: Ended) {
+        if self.cancelled_by.set(Cause::of_service(why.action())).is_ok() {
+            // Nothing else sets it.
+            let _ = self.ended.set(why);
+        }
+    }
+
+    /// Why the service itself has cancelled it, if it has.
+    pub(super) fn ended(&self) -> Option<Ended> {
+        self.ended.get().copied()
+    }
+
     /// Its stored form while it waits.
     pub(super) fn to_waiting(&self) -> OpenCycle {
         // The next process decides the ticks of a loop again.
-        let is_manual = self.request.trigger == Trigger::Manual;
-        let stage = Stage::Waiting(is_manual.then(|| record::encode_request(&self.request)));
+        let is_asked_for = matches!(self.request.trigger, Trigger::Manual | Trigger::Parent(_));
+        let stage = Stage::Waiting(is_asked_for.then(|| record::encode_request(&self.request)));
         self.to_open(stage, self.request.trace.as_ref().map(|trace| trace.trace_id))
     }
 
@@ -255,6 +272,9 @@ impl State {
             self.requests.insert(key, admitted.clone());
         }
         self.line.enter(admitted.cycle_id, self.locks_of(&admitted.request));
+        if admitted.request.trigger.parent().is_some() {
+            self.attended.enter(&admitted);
+        }
         self.live.insert(admitted.cycle_id, admitted);
     }
 
@@ -339,7 +359,8 @@ impl Shared {
         let max_queued = self.settings().max_queued;
         let mut room = self.room_of(&request)?;
         let key = request.key();
-        let mut is_checked = request.subset.is_none();
+        // The configuration names those of a parent's cycle. As with a loop, one that is not registered is recorded.
+        let mut is_checked = request.subset.is_none() || request.trigger.parent().is_some();
         loop {
             // Cycles that are recorded from now on are found without the store.
             let newest = self.state().last_revision;

@@ -142,15 +142,24 @@ impl Shared {
             cycle_id: admitted.cycle_id,
             request: admitted.request.clone(),
             started_at: begun.at,
-            deadline: admitted.request.deadline.unwrap_or(self.settings().cycle_deadline),
+            deadline: self.time_of(admitted),
             plan: plan.clone(),
             trace,
         };
         let live = Arc::new(LiveCycle::new(admitted.cycle_id, admitted.request.clone(), begun.at, plan.clone()));
         let progress = self.live.start(live.clone());
-        let ran = self.engine.run(&cycle, &admitted.cancel, &progress).await;
+        let mut ran = self.engine.run(&cycle, &admitted.cancel, &progress).await;
         drop(progress);
+        if let (CycleState::Cancelled, Some(ended)) = (ran.finished.state, admitted.ended()) {
+            ran.finished.error = ended.explain(&ran.finished.error);
+        }
         self.record(admitted, ran, Some((plan, live)), cycle.trace).await
+    }
+
+    /// The time that a cycle has from now on. A parent's has less the longer it has waited.
+    fn time_of(&self, admitted: &Admitted) -> Duration {
+        let left = self.state().attended.time_left(admitted.cycle_id);
+        left.or(admitted.request.deadline).unwrap_or(self.settings().cycle_deadline)
     }
 
     /// Notes the start of a cycle, which survives the death of this process, before any subsystem is called. `None` if
@@ -170,6 +179,7 @@ impl Shared {
 
     /// Records a cycle that was cancelled before it began.
     async fn record_unbegun(&self, admitted: &Arc<Admitted>, trace: Trace) -> Result<(), StoreError> {
+        const WAITED: &str = "cancelled while it waited";
         let request = &admitted.request;
         let finished = FinishedCycle {
             cycle_id: admitted.cycle_id,
@@ -183,7 +193,7 @@ impl Shared {
             finished_at: self.clock.now(),
             duration: Duration::ZERO,
             state: CycleState::Cancelled,
-            error: "cancelled while it waited".into(),
+            error: admitted.ended().map_or(WAITED.to_owned(), |ended| ended.explain(WAITED)),
             critical_path: Vec::new(),
             subsystems: Vec::new(),
         };
@@ -368,6 +378,7 @@ impl ToWrite for Recording {
         let cycle_id = self.admitted.cycle_id;
         state.line.leave(cycle_id);
         state.live.remove(&cycle_id);
+        state.attended.leave(cycle_id);
         if self.cancelled.is_some() {
             self.admitted.cancel_is_written();
         }

@@ -17,6 +17,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use super::{
     Declared, Orchestrator, OrchestratorTasks, Published, Refusal, Settings, Shared, State, Sums,
     admission::Admitted,
+    attended::Attended,
     checkpoints::Checkpoints,
     figures::{Counts, Watchers},
     line::Line,
@@ -95,6 +96,7 @@ impl Orchestrator {
             line: Line::default(),
             live: BTreeMap::new(),
             requests: HashMap::new(),
+            attended: Attended::default(),
             cancelled: VecDeque::new(),
             last_admitted: contents.last_cycle_id,
             noted: contents.last_cycle_id,
@@ -300,6 +302,7 @@ impl Orchestrator {
             queue_changed: Notify::new(),
             loops_changed: Notify::new(),
             leases_changed: Notify::new(),
+            attended_changed: Notify::new(),
             watchers: Watchers::default(),
             store_has_ended: CancellationToken::new(),
             closed: CancellationToken::new(),
@@ -420,6 +423,7 @@ fn waits_again(open: &OpenCycle) -> Option<CycleRequest> {
     match record::decode_request(request.clone()) {
         Ok(request) => Some(CycleRequest {
             scheduled_at: open.scheduled_at,
+            trigger: open.trigger.clone(),
             request_id: open.request_id.clone(),
             triggered_by: open.triggered_by.clone(),
             cause: cause_of(open).map(Arc::new),

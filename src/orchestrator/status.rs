@@ -90,6 +90,11 @@ pub enum NotReady {
 pub struct StoreEnded;
 
 impl Orchestrator {
+    /// The configured id.
+    pub fn id(&self) -> &Arc<str> {
+        &self.0.engine.orchestrator_id
+    }
+
     /// Why the store can't be written, if so.
     pub fn store_error(&self) -> Option<StoreError> {
         self.0.state().store_error.borrow().clone()

@@ -17,6 +17,10 @@ const WRITER: Task = Task { name: "the writer", purpose: "commits changes to the
 const LOOPS: Task = Task { name: "the timer of loops", purpose: "starts the cycles of loops when their ticks are due" };
 const LEASES: Task =
     Task { name: "the timer of leases", purpose: "unregisters subsystems whose lease was not renewed" };
+const ATTENDED: Task = Task {
+    name: "the timer of parents' cycles",
+    purpose: "ends cycles of parents that no call waits for, or whose deadline passes before their turn",
+};
 const RETENTION: Task =
     Task { name: "the retention of the history", purpose: "removes records beyond the limits of retention" };
 const CHECKPOINTS: Task =
@@ -101,6 +105,7 @@ impl OrchestratorTasks {
         others.start_infallible(WRITER, shared.clone().write_changes(asked));
         others.start_infallible(LOOPS, shared.clone().fire_ticks());
         others.start_infallible(LEASES, shared.clone().expire_leases());
+        others.start_infallible(ATTENDED, shared.clone().end_unattended());
         others.start_infallible(RETENTION, shared.clone().prune());
         others.start_infallible(CHECKPOINTS, shared.clone().publish_checkpoints());
         others.start_infallible(AUDIT, shared.clone().write_sums());

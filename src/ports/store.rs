@@ -496,13 +496,14 @@ impl Filter {
     }
 }
 
-/// A [`Trigger`] without its loop.
+/// A [`Trigger`] without its loop or its parent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[allow(missing_docs, reason = "the variants are those of `Trigger`")]
 pub enum TriggerKind {
     Unknown,
     Manual,
     Loop,
+    Parent,
 }
 
 impl TriggerKind {
@@ -513,6 +514,7 @@ impl TriggerKind {
             Trigger::Unknown => Self::Unknown,
             Trigger::Manual => Self::Manual,
             Trigger::Loop(_) => Self::Loop,
+            Trigger::Parent(_) => Self::Parent,
         }
     }
 }

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 
 use crate::{
     memory::Held,
-    model::{Answer, Code, CycleId, Endpoint, Epoch, Identity, Input, Name, Payload, SpanContext, Subsystem},
+    model::{Answer, CallPath, Code, CycleId, Endpoint, Epoch, Identity, Input, Name, Payload, SpanContext, Subsystem},
 };
 
 /// Calls of subsystems. Hides the transport.
@@ -58,6 +58,8 @@ pub struct InitializeCall {
     pub timeout: Duration,
     /// The parent of its spans.
     pub trace: Option<SpanContext>,
+    /// The path of the cycle, if a parent started it.
+    pub path: Option<CallPath>,
 }
 
 /// The data of a `RunCycle` call.
@@ -79,6 +81,8 @@ pub struct RunCall {
     pub timeout: Duration,
     /// The parent of its spans.
     pub trace: Option<SpanContext>,
+    /// The path of the cycle, if a parent started it.
+    pub path: Option<CallPath>,
 }
 
 /// The answer of a subsystem, with its memory.

@@ -240,8 +240,12 @@ fn without_head(text: &str) -> &str {
 // The metrics
 
 fn of_process_and_cycles(figures: &Figures) -> Vec<MetricFamily> {
-    const TRIGGERS: [(&str, TriggerKind); 3] =
-        [("manual", TriggerKind::Manual), ("loop", TriggerKind::Loop), ("unknown", TriggerKind::Unknown)];
+    const TRIGGERS: [(&str, TriggerKind); 4] = [
+        ("manual", TriggerKind::Manual),
+        ("loop", TriggerKind::Loop),
+        ("parent", TriggerKind::Parent),
+        ("unknown", TriggerKind::Unknown),
+    ];
     let cycles = CycleState::ALL.into_iter().flat_map(|state| {
         let counted = move |(trigger, kind)| (state, trigger, figures.counts.cycles(state, kind));
         TRIGGERS.into_iter().map(counted)

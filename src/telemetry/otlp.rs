@@ -241,6 +241,7 @@ fn describe(work: Work) -> Described {
                 KeyValue::new("orchestrator.cycle.trigger", trigger.name()),
             ];
             attributes.extend(trigger.loop_name().map(|name| KeyValue::new("orchestrator.loop", name.to_string())));
+            attributes.extend(trigger.parent().map(|parent| KeyValue::new("orchestrator.parent", parent.to_string())));
             let status = if state == CycleState::Succeeded { Status::Unset } else { Status::error(error) };
             Described { name: "cycle", kind: SpanKind::Internal, attributes, status }
         }

@@ -164,6 +164,8 @@ pub struct Call {
     pub timeout: Option<Duration>,
     /// `traceparent` and `tracestate`, if they were sent.
     pub trace: [Option<String>; 2],
+    /// `orchestrator-path`, if it was sent.
+    pub path: Option<String>,
     /// The orchestrator's id; empty where the RPC has none.
     pub orchestrator_id: String,
     /// When the cycle was due, if the RPC contains it.
@@ -536,12 +538,13 @@ impl Subsystem for FakeService {
         &self,
         request: Request<pb::InitializeRequest>,
     ) -> Result<Response<pb::InitializeResponse>, Status> {
-        let (timeout, trace) = (timeout_of(&request), trace_of(&request));
+        let (timeout, trace, path) = (timeout_of(&request), trace_of(&request), path_of(&request));
         let request = request.into_inner();
         let mut ongoing = self.begin(Call {
             epoch: request.epoch,
             timeout,
             trace,
+            path,
             orchestrator_id: request.orchestrator_id,
             parameters: from_struct(&request.parameters),
             ..Call::of(Method::Initialize, &request.subsystem)
@@ -558,7 +561,7 @@ impl Subsystem for FakeService {
         let certificate = shown.and_then(|chain| Some(chain.first()?.to_vec()));
         let plain = || request.extensions().get::<CancellationToken>();
         let connection = over_tls.map(TlsConnectInfo::get_ref).or_else(plain).cloned().unwrap_or_default();
-        let (timeout, trace) = (timeout_of(&request), trace_of(&request));
+        let (timeout, trace, path) = (timeout_of(&request), trace_of(&request), path_of(&request));
         let request = request.into_inner();
         let inputs = request.inputs.iter().map(|(name, input)| (name.clone(), SeenInput::of(input))).collect();
         let mut ongoing = self.begin(Call {
@@ -567,6 +570,7 @@ impl Subsystem for FakeService {
             attempt: request.attempt,
             timeout,
             trace,
+            path,
             scheduled_at: request.scheduled_at,
             parameters: from_struct(&request.parameters),
             inputs,
@@ -600,6 +604,7 @@ impl Call {
             attempt: 0,
             timeout: None,
             trace: [None, None],
+            path: None,
             orchestrator_id: String::new(),
             scheduled_at: None,
             parameters: json!({}),
@@ -629,6 +634,11 @@ fn timeout_of<T>(request: &Request<T>) -> Option<Duration> {
 /// The headers of W3C Trace Context.
 fn trace_of<T>(request: &Request<T>) -> [Option<String>; 2] {
     ["traceparent", "tracestate"].map(|header| Some(request.metadata().get(header)?.to_str().unwrap().to_owned()))
+}
+
+/// The orchestrators through which a call has come.
+fn path_of<T>(request: &Request<T>) -> Option<String> {
+    Some(request.metadata().get("orchestrator-path")?.to_str().unwrap().to_owned())
 }
 
 impl End {

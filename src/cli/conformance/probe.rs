@@ -156,7 +156,7 @@ impl Probe {
         message: Bytes,
         deadline: Duration,
     ) -> Result<T, CallError> {
-        let call = Call { path, timeout: deadline, trace: None, message, max_answer: MAX_ANSWER };
+        let call = Call { path, timeout: deadline, trace: None, through: None, message, max_answer: MAX_ANSWER };
         let Ok(answer) = tokio::time::timeout(self.timeout, client.call(&call)).await else {
             let message = format!("no answer within {:?}", self.timeout);
             return Err(CallError::new(Code::DeadlineExceeded, message));

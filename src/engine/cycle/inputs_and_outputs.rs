@@ -58,7 +58,7 @@ impl Run<'_> {
                     _ => stale(&self.plan.steps[*position].member.standing),
                 },
                 Named::LeftOut(standing) => stale(standing),
-                Named::Nowhere => None,
+                Named::Nowhere => self.cycle.request.inputs.get(name).cloned(),
             };
             Input { name: name.clone(), output }
         });

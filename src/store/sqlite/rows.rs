@@ -7,7 +7,7 @@ use rusqlite::{Connection, Row, RowIndex, types::ValueRef};
 use super::log;
 use crate::{
     ledger::Entry,
-    model::{CycleId, CycleState, Epoch, EventKind, Identity, Name, Revision, TraceId, Trigger},
+    model::{CycleId, CycleState, Epoch, EventKind, Identity, Name, ParentCycle, Revision, TraceId, Trigger},
     ports::{AuditEntry, Check, Found, OpenCycle, Record, Stage, TriggerKind, Unreadable},
 };
 
@@ -163,6 +163,7 @@ pub(super) fn trigger_number(trigger: &Trigger) -> i64 {
         TriggerKind::Unknown => 0,
         TriggerKind::Manual => 1,
         TriggerKind::Loop => 2,
+        TriggerKind::Parent => 3,
     }
 }
 
@@ -171,8 +172,15 @@ fn trigger(row: &Row<'_>) -> rusqlite::Result<Trigger> {
         0 => Ok(Trigger::Unknown),
         1 => Ok(Trigger::Manual),
         2 => Ok(Trigger::Loop(name(row, "loop")?)),
+        3 => parent(row).map(Trigger::Parent),
         number => Err(wrong(row, "trigger", Unknown(number))),
     }
+}
+
+/// The cycle of a parent, which is the `request_id` of the cycle that it started.
+fn parent(row: &Row<'_>) -> rusqlite::Result<ParentCycle> {
+    let request_id: String = row.get("request_id")?;
+    ParentCycle::parse(&request_id).ok_or_else(|| wrong(row, "request_id", NotOfAParent))
 }
 
 /// A number that is not negative, as all are that this software writes.
@@ -246,3 +254,7 @@ pub(super) fn wrong(
 #[derive(Debug, thiserror::Error)]
 #[error("{0} has no meaning")]
 struct Unknown(i64);
+
+#[derive(Debug, thiserror::Error)]
+#[error("it is not that of a parent's cycle")]
+struct NotOfAParent;

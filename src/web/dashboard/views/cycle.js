@@ -43,6 +43,10 @@ export function neighbours(id, link, scope) {
     next);
 }
 
+/** The cycle of another orchestrator, in which this one is a subsystem. */
+const parentCycle = ({ orchestratorId, subsystem, epoch, cycleId }) =>
+  `Cycle ${cycleId} of ${visible(orchestratorId, 128)}, epoch ${epoch}, as its subsystem ${visible(subsystem)}`;
+
 async function show(place, record, scope) {
   const parts = partsOf(record);
   const failed = parts.filter(hasFailed);
@@ -58,6 +62,7 @@ async function show(place, record, scope) {
     ["Subsystems", isInterrupted ? "not known" : count(parts.length)],
     ["Epoch", record.epoch],
     ["Revision", record.revision],
+    record.parent && ["Parent", parentCycle(record.parent)],
     record.triggeredBy && ["Triggered by", visible(record.triggeredBy, 300)],
     record.requestId && ["Request id", visible(record.requestId, 128)],
   ].filter(Boolean);

@@ -47,7 +47,7 @@ export function mount(main, route, scope) {
     const subsystem = h("input", { type: "search", id: "subsystem", value: filter.subsystem, placeholder: "Full name", autocomplete: "off", spellcheck: "false" });
     return h("form", { class: "filters", onsubmit: (event) => { event.preventDefault(); subsystem.dispatchEvent(new Event("change")); } },
       choice("state", "State", CYCLE_STATES),
-      choice("trigger", "Trigger", ["MANUAL", "LOOP"]),
+      choice("trigger", "Trigger", ["MANUAL", "LOOP", "PARENT"]),
       field("loop", "Loop", loops),
       field("subsystem", "Subsystem", subsystem));
   }
