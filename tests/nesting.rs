@@ -4,7 +4,7 @@
 
 mod common;
 
-use std::time::Duration;
+use std::{process::Stdio, time::Duration};
 
 use common::{
     Stage, command,
@@ -21,7 +21,11 @@ use orchestrator_core::proto::{
 };
 use prost::Message;
 use serde_json::{Value, json};
-use tokio::task::JoinHandle;
+use tokio::{
+    io::{AsyncBufReadExt, BufReader, Lines},
+    process::{Child, ChildStdout, Command},
+    task::JoinHandle,
+};
 use tonic::{
     Code, Request, Status,
     transport::{Channel, Endpoint},
@@ -235,9 +239,10 @@ async fn orchestrators_that_call_each_other_in_a_ring_are_refused_at_once() {
     assert_eq!(one.client.status().await.unwrap().total_cycles, 1);
 
     // Itself, and another one with its id.
-    one.client.register(to("other", &one)).await.unwrap();
-    let cycle = patiently("the ring to be refused", one.client.run_with(long)).await.unwrap();
-    assert!(part(&cycle, "other").error_message.contains("in a ring: one one; remove"), "{cycle:?}");
+    one.client.register(to("one", &one)).await.unwrap();
+    let of_itself = pb::RunCycleRequest { subsystems: vec!["one".into()], ..long };
+    let cycle = patiently("the ring to be refused", one.client.run_with(of_itself)).await.unwrap();
+    assert!(part(&cycle, "one").error_message.contains("in a ring: one one; remove"), "{cycle:?}");
 }
 
 #[tokio::test]
@@ -297,7 +302,7 @@ async fn a_cycle_that_had_begun_when_the_child_died_is_not_run_again() {
     let call = by_test.begin(1);
     child.fleet.until_run("a", 1).await;
     let child = child.killed().await;
-    assert_eq!(answered(call).await.unwrap_err().code(), Code::Unavailable);
+    answered(call).await.unwrap_err();
     // It knows no parent any more, and asks to be initialized.
     let mut by_test = Parent::of(&child.service).await;
     assert_eq!(by_test.run(1).await.unwrap_err().code(), Code::FailedPrecondition);
@@ -345,7 +350,8 @@ async fn a_cycle_that_only_waited_when_the_child_ended_runs_in_the_next_process_
             assert!(service.ended().await.success());
             Stage::again(fleet, home).await
         };
-        assert_eq!(answered(call).await.unwrap_err().code(), Code::Unavailable, "{kills}");
+        let refused = answered(call).await.unwrap_err();
+        assert!(kills || refused.code() == Code::Unavailable, "{refused}");
         child.fleet.run("busy", Run::Echo);
         let mut parent = Parent::initialized(&child.service).await;
         let output = parent.ask(request).await.unwrap();
@@ -491,8 +497,7 @@ name = "world"
     assert_eq!((&status["orchestrator_id"], &status["subsystems"]), (&json!("child"), &json!(2)));
 
     let channel = Endpoint::from_shared(endpoint(&child.service)).unwrap().connect().await.unwrap();
-    let filter =
-        pb::ListAuditEventsRequest { rpc: "Subsystem.RunCycle".into(), denied: Some(false), ..Default::default() };
+    let filter = pb::ListAuditEventsRequest { rpc: "Subsystem.RunCycle".into(), ..Default::default() };
     let events = LedgerClient::new(channel).list_audit_events(with(&admin, filter)).await.unwrap().into_inner().events;
     let [event] = &events[..] else { panic!("{events:?}") };
     let event = AuditEvent::decode(event.event.clone()).unwrap();
@@ -538,4 +543,59 @@ async fn an_orchestrator_passes_the_strict_check_of_the_contract_of_a_subsystem(
     let others: Vec<_> = checks.iter().filter(|check| check["outcome"] != "PASSED").collect();
     assert_eq!((code, others), (0, vec![]), "{report:#}");
     assert_eq!(checks.len(), 22);
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// The example
+
+/// A region of the example, on a free port.
+struct Region {
+    process: Child,
+    address: String,
+    _lines: Lines<BufReader<ChildStdout>>,
+}
+
+impl Region {
+    async fn start(name: &str) -> Self {
+        let mut process = Command::new(env!("CARGO_BIN_EXE_orchestrator"))
+            .args(["demo", "--serve-as", name, "--listen", "127.0.0.1:0", "--interval", "1h"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();
+        let line = patiently("the region to listen", lines.next_line()).await.unwrap().unwrap();
+        let address = line.strip_prefix("listening on ").unwrap().to_owned();
+        Self { process, address, _lines: lines }
+    }
+}
+
+#[tokio::test]
+async fn the_example_is_a_parent_with_three_regions() {
+    let mut config = include_str!("../examples/regions/parent.toml").to_owned();
+    let script = include_str!("../examples/regions/run");
+    let mut regions = Vec::new();
+    for (name, port) in [("eu", "7711"), ("us", "7712"), ("asia", "7713")] {
+        assert!(script.contains(&format!(" {name}:{port}")), "{name} has another port in the script");
+        let region = Region::start(name).await;
+        let address = format!("127.0.0.1:{port}");
+        assert!(config.contains(&address));
+        config = config.replace(&address, &region.address);
+        regions.push((name, region));
+    }
+    let home = Home::new().with_config(&config);
+    let parent = home.serve().await;
+    let mut client = parent.client().await;
+    let cycle = client.run().await.unwrap();
+    for (name, region) in &mut regions {
+        let summary = part(&cycle, name);
+        assert_eq!(summary.state(), SubsystemState::Succeeded, "{summary:?}");
+        let latest = client.subsystem(name).await.unwrap();
+        assert_eq!(from_struct(&latest.output)["subsystems"], 28);
+        let list = ["cycles", "list", "--trigger", "parent", "--address", &region.address];
+        let (code, text) = command::orchestrator(None, &list).await;
+        assert!(code == 0 && text.contains(" parent "), "{text}");
+        region.process.kill().await.unwrap();
+    }
 }

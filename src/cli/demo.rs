@@ -31,7 +31,7 @@ use super::{
 use crate::{
     api::{interval_loop, registration},
     config::{Config, LogFormat, LogSettings},
-    model::{Begin, IntervalLoop, Subsystem},
+    model::{Begin, IntervalLoop, Name, Payload, Served, Subsystem},
     proto::orchestrator::v1::{self as pb, cycle_event::Event},
     serve::{self, Service, StartError},
     store::StoreUrl,
@@ -75,6 +75,9 @@ pub(super) struct Demo {
     /// Seed of the simulated failures: the same seed gives the same failures
     #[arg(long, value_name = "NUMBER", default_value_t = 23)]
     seed: u64,
+    /// Be a subsystem of another orchestrator under this name, which is also the id of this one
+    #[arg(long, value_name = "NAME", value_parser = Name::parse)]
+    serve_as: Option<Name>,
     /// Stop after this number of cycles
     #[arg(long, value_name = "NUMBER", value_parser = parse_positive::<u64>)]
     cycles: Option<u64>,
@@ -155,6 +158,10 @@ impl Demo {
         config.store.url = self.store.clone();
         if let Some(listen) = self.listen {
             config.server.listen = listen;
+        }
+        if let Some(name) = &self.serve_as {
+            config.orchestrator_id = name.to_string();
+            config.serves = vec![Served { name: name.clone(), subset: None, parameters: Payload::default() }];
         }
         // A demo stops at once, without waiting for its cycle.
         config.server.drain_grace = Duration::ZERO;
