@@ -1,5 +1,5 @@
-//! The services of `dreamnet.orchestrator.v1`, and that of a subsystem for parents (`served`). Each call enters by the `gate`, and its handler parses it,
-//! calls the orchestrator and converts the answer.
+//! The services of `dreamnet.orchestrator.v1`, and that of a subsystem for parents (`served`). Each call enters by the
+//! `gate`, and its handler parses it, calls the orchestrator and converts the answer.
 
 mod caller;
 mod calls;

@@ -21,7 +21,7 @@ macro_rules! rpcs {
     (@name $rpc:ident) => { stringify!($rpc) };
     (@name $rpc:ident $name:literal) => { $name };
     ($($rpc:ident $(as $name:literal)?: $module:ident::$request:ident,)+) => {
-        /// The calls that a caller can make, by their names in the contract; those of the service `Subsystem` after its name.
+        /// The calls that a caller can make, by their names in the contract. Those of parents are `Subsystem.METHOD`.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub(super) enum Rpc { $($rpc,)+ }
 

@@ -396,3 +396,54 @@ fn payload(object: &Value) -> Result<bytes::Bytes, Status> {
     let payload = Payload::from_json(object.as_object().unwrap_or(&nothing));
     payload.map(|payload| payload.as_bytes().clone()).map_err(|malformed| plain(Code::Internal, &malformed.to_string()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Revision;
+
+    fn record(state: CycleState, telemetry: &pb::CycleTelemetry) -> Record {
+        Record {
+            cycle_id: CycleId(3),
+            revision: Revision(3),
+            epoch: Epoch(1),
+            state,
+            trigger: crate::model::Trigger::Manual,
+            request_id: None,
+            triggered_by: None,
+            finished_at: jiff::Timestamp::UNIX_EPOCH,
+            bytes: telemetry.encode_to_vec().into(),
+        }
+    }
+
+    #[test]
+    fn the_answer_about_a_large_cycle_has_the_longest_durations_and_fits_into_the_limits_of_an_output() {
+        let part = |i: u32| pb::SubsystemTelemetry {
+            name: format!("s{i:0>62}"),
+            state: pb::SubsystemState::Succeeded.into(),
+            started_at: Some(prost_types::Timestamp::default()),
+            duration_ms: f64::from(i),
+            ..pb::SubsystemTelemetry::default()
+        };
+        let subsystems = (0..20_000).map(part).collect();
+        let telemetry = pb::CycleTelemetry { subsystems, error: "e".repeat(5_000), ..Default::default() };
+        let answer = answer(&record(CycleState::Degraded, &telemetry)).unwrap();
+        assert!(answer.output.len() < 64 << 10, "{} bytes", answer.output.len());
+        let output = Payload::check(answer.output).unwrap().to_json();
+        let durations = output["durations_ms"].as_object().unwrap();
+        assert_eq!((durations.len(), &output["succeeded"]), (MAX_DURATIONS, &json!(20_000)));
+        assert!(durations.values().all(|duration| duration.as_f64() >= Some(19_744.0)));
+        assert_eq!(answer.issues[0].message.len(), 4 << 10);
+    }
+
+    #[test]
+    fn a_cycle_that_has_not_succeeded_is_a_failure_with_a_short_message() {
+        let telemetry = pb::CycleTelemetry { error: "e".repeat(5_000), ..Default::default() };
+        for state in [CycleState::Failed, CycleState::Cancelled, CycleState::Interrupted] {
+            let status = answer(&record(state, &telemetry)).unwrap_err();
+            assert_eq!(status.code(), Code::Internal);
+            assert!(status.message().starts_with(&format!("cycle 3 here was {}: eee", state.name())));
+            assert!(status.message().len() < 1 << 10);
+        }
+    }
+}

@@ -130,7 +130,7 @@ pub struct CycleRequest {
     pub record_outputs: bool,
     /// The span of the caller.
     pub trace: Option<SpanContext>,
-    /// The inputs of its parent, by name: they are inputs of subsystems that name them and find no subsystem of that name
+    /// The inputs of its parent, by name: a subsystem that names one gets it, unless a subsystem of that name is
     /// registered here.
     pub inputs: Arc<BTreeMap<Name, (Output, Freshness)>>,
     /// The path of its calls, if a parent started it.

@@ -1,5 +1,5 @@
-//! Cycles of parents: each ends when no call of the parent has waited for it for a while, and has a deadline that counts
-//! from the call, whether it waits or runs.
+//! Cycles of parents: each ends when no call of the parent has waited for it for a while, and has a deadline that
+//! counts from the call, whether it waits or runs.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 

@@ -28,6 +28,7 @@ class Trigger(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TRIGGER_UNSPECIFIED: _ClassVar[Trigger]
     TRIGGER_MANUAL: _ClassVar[Trigger]
     TRIGGER_LOOP: _ClassVar[Trigger]
+    TRIGGER_PARENT: _ClassVar[Trigger]
 
 class SubsystemState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -96,6 +97,7 @@ CYCLE_STATE_INTERRUPTED: CycleState
 TRIGGER_UNSPECIFIED: Trigger
 TRIGGER_MANUAL: Trigger
 TRIGGER_LOOP: Trigger
+TRIGGER_PARENT: Trigger
 SUBSYSTEM_STATE_UNSPECIFIED: SubsystemState
 SUBSYSTEM_STATE_SUCCEEDED: SubsystemState
 SUBSYSTEM_STATE_FAILED: SubsystemState
@@ -287,7 +289,7 @@ class SubsystemTelemetry(_message.Message):
     def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[SubsystemState, str]] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., finished_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., duration_ms: _Optional[float] = ..., queued_ms: _Optional[float] = ..., attempts: _Optional[int] = ..., error_code: _Optional[str] = ..., error_message: _Optional[str] = ..., issues: _Optional[_Iterable[_Union[_subsystem_pb2.Issue, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., output: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., skip_reason: _Optional[_Union[SkipReason, str]] = ..., output_sha256: _Optional[bytes] = ...) -> None: ...
 
 class CycleTelemetry(_message.Message):
-    __slots__ = ("cycle_id", "started_at", "finished_at", "duration_ms", "error", "state", "trigger", "loop", "scheduled_at", "epoch", "critical_path", "subsystems", "request_id", "revision", "truncated", "trace_id", "triggered_by")
+    __slots__ = ("cycle_id", "started_at", "finished_at", "duration_ms", "error", "state", "trigger", "loop", "scheduled_at", "epoch", "critical_path", "subsystems", "request_id", "revision", "truncated", "trace_id", "triggered_by", "parent")
     CYCLE_ID_FIELD_NUMBER: _ClassVar[int]
     STARTED_AT_FIELD_NUMBER: _ClassVar[int]
     FINISHED_AT_FIELD_NUMBER: _ClassVar[int]
@@ -305,6 +307,7 @@ class CycleTelemetry(_message.Message):
     TRUNCATED_FIELD_NUMBER: _ClassVar[int]
     TRACE_ID_FIELD_NUMBER: _ClassVar[int]
     TRIGGERED_BY_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
     cycle_id: int
     started_at: _timestamp_pb2.Timestamp
     finished_at: _timestamp_pb2.Timestamp
@@ -322,7 +325,20 @@ class CycleTelemetry(_message.Message):
     truncated: bool
     trace_id: str
     triggered_by: str
-    def __init__(self, cycle_id: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., finished_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., duration_ms: _Optional[float] = ..., error: _Optional[str] = ..., state: _Optional[_Union[CycleState, str]] = ..., trigger: _Optional[_Union[Trigger, str]] = ..., loop: _Optional[str] = ..., scheduled_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., epoch: _Optional[int] = ..., critical_path: _Optional[_Iterable[str]] = ..., subsystems: _Optional[_Iterable[_Union[SubsystemTelemetry, _Mapping]]] = ..., request_id: _Optional[str] = ..., revision: _Optional[int] = ..., truncated: bool = ..., trace_id: _Optional[str] = ..., triggered_by: _Optional[str] = ...) -> None: ...
+    parent: ParentCycle
+    def __init__(self, cycle_id: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., finished_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., duration_ms: _Optional[float] = ..., error: _Optional[str] = ..., state: _Optional[_Union[CycleState, str]] = ..., trigger: _Optional[_Union[Trigger, str]] = ..., loop: _Optional[str] = ..., scheduled_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., epoch: _Optional[int] = ..., critical_path: _Optional[_Iterable[str]] = ..., subsystems: _Optional[_Iterable[_Union[SubsystemTelemetry, _Mapping]]] = ..., request_id: _Optional[str] = ..., revision: _Optional[int] = ..., truncated: bool = ..., trace_id: _Optional[str] = ..., triggered_by: _Optional[str] = ..., parent: _Optional[_Union[ParentCycle, _Mapping]] = ...) -> None: ...
+
+class ParentCycle(_message.Message):
+    __slots__ = ("orchestrator_id", "subsystem", "epoch", "cycle_id")
+    ORCHESTRATOR_ID_FIELD_NUMBER: _ClassVar[int]
+    SUBSYSTEM_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    CYCLE_ID_FIELD_NUMBER: _ClassVar[int]
+    orchestrator_id: str
+    subsystem: str
+    epoch: int
+    cycle_id: int
+    def __init__(self, orchestrator_id: _Optional[str] = ..., subsystem: _Optional[str] = ..., epoch: _Optional[int] = ..., cycle_id: _Optional[int] = ...) -> None: ...
 
 class SubsystemProgress(_message.Message):
     __slots__ = ("name", "state", "elapsed_ms", "attempts", "error_code", "error_message")
