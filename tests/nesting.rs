@@ -91,6 +91,13 @@ fn run(cycle_id: u64) -> pbs::RunCycleRequest {
     pbs::RunCycleRequest { subsystem: "eu".into(), cycle_id, epoch: EPOCH, attempt: 1, ..Default::default() }
 }
 
+/// A request with this credential.
+fn with<T>(bearer: &str, message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.metadata_mut().insert("authorization", bearer.parse().unwrap());
+    request
+}
+
 /// Waits for the answer of a begun call.
 async fn answered(call: JoinHandle<Result<Value, Status>>) -> Result<Value, Status> {
     patiently("the answer", call).await.unwrap()
@@ -488,11 +495,6 @@ name = "world"
     let home = home.with_config(&text);
     let mut child = Stage::at(home).await;
     let as_caller = |name: &str| format!("Bearer {}", tokens[name].1);
-    fn with<T>(bearer: &str, message: T) -> Request<T> {
-        let mut request = Request::new(message);
-        request.metadata_mut().insert("authorization", bearer.parse().unwrap());
-        request
-    }
     let admin = as_caller("admin");
     for name in ["a", "b"] {
         let registration = Some(registration(name, child.fleet.endpoint()));

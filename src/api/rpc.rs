@@ -120,7 +120,7 @@ pub struct LogIn {}
 mod tests {
     use std::collections::BTreeSet;
 
-    use prost_types::FileDescriptorSet;
+    use prost_types::{FileDescriptorSet, MethodDescriptorProto};
 
     use super::*;
     use crate::proto;
@@ -141,7 +141,7 @@ mod tests {
     fn every_method_of_a_subsystem_has_its_entry_under_the_name_of_the_service() {
         let files = FileDescriptorSet::decode(proto::DESCRIPTORS).unwrap().file;
         let services = files.iter().flat_map(|file| &file.service).filter(|service| service.name() == "Subsystem");
-        let methods: Vec<_> = services.flat_map(|service| &service.method).map(|method| method.name()).collect();
+        let methods: Vec<_> = services.flat_map(|service| &service.method).map(MethodDescriptorProto::name).collect();
         for method in &methods {
             let rpc = Rpc::of_path(&format!("{SUBSYSTEM}/{method}")).unwrap();
             assert_eq!(rpc.name(), format!("Subsystem.{method}"));

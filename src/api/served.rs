@@ -4,6 +4,7 @@
 use std::{
     cmp::Reverse,
     collections::BTreeMap,
+    future::ready,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -46,7 +47,7 @@ const TO_ANSWER: Duration = Duration::from_millis(100);
 const MAX_DEADLINE: Duration = Duration::from_hours(24);
 /// Most subsystems in an answer: those that took longest.
 const MAX_DURATIONS: usize = 256;
-/// Bytes of a subsystem in a record, at least.
+/// Bytes of a subsystem in a record, and of an input, at least.
 const PART: usize = 64;
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -244,7 +245,7 @@ fn path(metadata: &MetadataMap) -> Option<Result<CallPath, PathError>> {
 #[tonic::async_trait]
 impl Subsystem for Api {
     async fn initialize(&self, request: Request<pbs::InitializeRequest>) -> Answer<pbs::InitializeResponse> {
-        self.answer_parent(request, |message| &message.subsystem, |call| self.handlers.initialize(call)).await
+        self.answer_parent(request, |message| &message.subsystem, |call| ready(self.handlers.initialize(call))).await
     }
 
     async fn run_cycle(&self, request: Request<pbs::RunCycleRequest>) -> Answer<pbs::RunCycleResponse> {
@@ -252,12 +253,12 @@ impl Subsystem for Api {
     }
 
     async fn get_status(&self, request: Request<pbs::GetStatusRequest>) -> Answer<pbs::GetStatusResponse> {
-        self.answer_parent(request, |message| &message.subsystem, |call| self.handlers.status_for_parent(call)).await
+        self.answer_parent(request, |message| &message.subsystem, |call| ready(status_for_parent(call))).await
     }
 }
 
 impl Handlers {
-    async fn initialize(&self, mut call: Entered<Initialize>) -> Result<pbs::InitializeResponse, Status> {
+    fn initialize(&self, mut call: Entered<Initialize>) -> Result<pbs::InitializeResponse, Status> {
         let request = call.take_request();
         let pbs::InitializeRequest { subsystem, orchestrator_id, epoch, .. } = &request.message;
         let served = request.served(subsystem)?;
@@ -278,68 +279,71 @@ impl Handlers {
     async fn run_for_parent(&self, mut call: Entered<RunCycle>) -> Result<pbs::RunCycleResponse, Status> {
         let (trace, triggered_by) = (call.caller.trace.clone(), call.authority.identity().cloned());
         let (request, by) = call.take_change();
-        let inputs = request.message.inputs.len();
         let served = request.served(&request.message.subsystem)?;
         let epoch = Epoch(request.message.epoch);
         let Parent { orchestrator_id, .. } = self.served.parent(&served.name, epoch)?;
         let path = request.path(&orchestrator_id, call.orchestrator().id())?;
-        let left = request.due.map(|due| due.saturating_duration_since(Instant::now()));
-        if left.is_some_and(|left| left <= TO_ANSWER) {
-            let message = format!(
-                "no time is left for a cycle: {TO_ANSWER:?} of the timeout are kept for the answer; give the \
-                 registration a longer timeout"
-            );
-            return Err(plain(Code::DeadlineExceeded, &message));
-        }
+        let deadline = request.due.map(time_for_cycle).transpose()?;
         let (now, message) = (self.clock.now(), request.message);
         let (subsystem, cycle_id) = (served.name.clone(), CycleId(message.cycle_id));
         let parent = ParentCycle { orchestrator_id, subsystem, epoch, cycle_id };
+        let size = message.encoded_len();
         let read = move || request::of_parent(message, parent, &served, now);
-        let read = self.offload(inputs, read).await?;
+        let read = self.offload(size / PART, read).await?;
         let request = read.map_err(|problem| plain(Code::InvalidArgument, &format!("the request {problem}")))?;
-        let request = CycleRequest {
-            triggered_by,
-            deadline: left.map(|left| (left - TO_ANSWER).min(MAX_DEADLINE)),
-            trace,
-            path: Some(path),
-            cause: Some(Arc::new(by)),
-            ..request
-        };
+        let request =
+            CycleRequest { triggered_by, deadline, trace, path: Some(path), cause: Some(Arc::new(by)), ..request };
         let ticket = call.orchestrator().run_for_parent(request).await.map_err(status)?;
         // The rest of the request belongs to the cycle.
         call.forget_request();
         let record = ticket.recorded().await.map_err(status)?;
         self.offload(record.bytes.len() / PART, move || answer(&record)).await?
     }
+}
 
-    async fn status_for_parent(&self, mut call: Entered<GetStatus>) -> Result<pbs::GetStatusResponse, Status> {
-        let request = call.take_request();
-        request.served(&request.message.subsystem)?;
-        let OrchestratorStatus {
-            orchestrator_id,
-            epoch,
-            total_cycles,
-            last,
-            running,
-            queued,
-            subsystem_count,
-            missing_count,
-            ..
-        } = call.orchestrator().status();
-        let last = last.map(|record| json!({ "cycle_id": record.cycle_id.0, "state": record.state.name() }));
-        let status = json!({
-            "orchestrator_id": &*orchestrator_id,
-            "version": env!("CARGO_PKG_VERSION"),
-            "epoch": epoch.0,
-            "subsystems": subsystem_count,
-            "missing_subsystems": missing_count,
-            "total_cycles": total_cycles,
-            "running_cycles": running.len(),
-            "waiting_cycles": queued,
-            "last_cycle": last,
-        });
-        Ok(pbs::GetStatusResponse { status: payload(&status)? })
-    }
+fn status_for_parent(mut call: Entered<GetStatus>) -> Result<pbs::GetStatusResponse, Status> {
+    let request = call.take_request();
+    request.served(&request.message.subsystem)?;
+    let OrchestratorStatus {
+        orchestrator_id,
+        epoch,
+        total_cycles,
+        last,
+        running,
+        queued,
+        subsystem_count,
+        missing_count,
+        ..
+    } = call.orchestrator().status();
+    let last = last.map(|record| json!({ "cycle_id": record.cycle_id.0, "state": record.state.name() }));
+    let status = json!({
+        "orchestrator_id": &*orchestrator_id,
+        "version": env!("CARGO_PKG_VERSION"),
+        "epoch": epoch.0,
+        "subsystems": subsystem_count,
+        "missing_subsystems": missing_count,
+        "total_cycles": total_cycles,
+        "running_cycles": running.len(),
+        "waiting_cycles": queued,
+        "last_cycle": last,
+    });
+    Ok(pbs::GetStatusResponse { status: payload(&status)? })
+}
+
+/// The time of a cycle that is to be answered before `due`.
+///
+/// # Errors
+/// There is none: DEADLINE_EXCEEDED.
+fn time_for_cycle(due: Instant) -> Result<Duration, Status> {
+    let left = due.saturating_duration_since(Instant::now());
+    let left = left.checked_sub(TO_ANSWER).filter(|left| !left.is_zero());
+    left.map(|left| left.min(MAX_DEADLINE)).ok_or_else(|| {
+        let message = format!(
+            "no time is left for a cycle: {TO_ANSWER:?} of the timeout are kept for the answer; give the registration a \
+             longer timeout"
+        );
+        plain(Code::DeadlineExceeded, &message)
+    })
 }
 
 // ---------------------------------------------------------------------------------------------------------------
