@@ -217,6 +217,9 @@ async fn a_name_has_the_subsystems_that_the_configuration_says_also_after_a_relo
     assert_eq!(parent.initialize("hub", EPOCH).await.unwrap_err().code(), Code::Unimplemented);
     std::fs::write(child.home.path("orchestrator.toml"), subset).unwrap();
     child.home.logged("served name eu added", 1).await;
+    let path = child.home.path("orchestrator.toml").display().to_string();
+    let (code, text) = command::orchestrator(None, &["check", "--config", &path]).await;
+    assert!(code == 0 && text.lines().any(|line| line.starts_with("is served as") && line.ends_with("eu")), "{text}");
     parent.initialize("hub", EPOCH).await.unwrap();
     let output = parent.run(1).await.unwrap();
     assert_eq!((&output["state"], &output["skipped"]), (&json!("DEGRADED"), &json!(1)));

@@ -72,6 +72,10 @@ impl Check {
         facts.fact("store", config.store.url.to_string());
         let subsystems = count(config.subsystems.len() as u64, "subsystem");
         facts.fact("declares", format!("{subsystems}, {}", count(config.loops.len() as u64, "loop")));
+        if !config.serves.is_empty() {
+            let served: Vec<_> = config.serves.iter().map(|served| served.name.to_string()).collect();
+            facts.fact("is served as", names(&served, NAMES));
+        }
         // These names may be registered later, or be typing errors.
         let expected: Vec<_> = expected_elsewhere(config).iter().map(ToString::to_string).collect();
         if !expected.is_empty() {

@@ -48,7 +48,7 @@ fn error(record: &Record) -> String {
 #[tokio::test(start_paused = true)]
 async fn a_cycle_that_no_call_waits_for_is_cancelled_after_five_seconds() {
     let (orchestrator, _tasks) = stage().await;
-    let request = || CycleRequest { deadline: Some(Duration::from_secs(3600)), ..of_parent(1, of_all()) };
+    let request = || CycleRequest { deadline: Some(Duration::from_hours(1)), ..of_parent(1, of_all()) };
     let (first, second) =
         (orchestrator.run_for_parent(request()).await.unwrap(), orchestrator.run_for_parent(request()).await.unwrap());
     sleep(Duration::from_secs(1)).await;
@@ -59,7 +59,7 @@ async fn a_cycle_that_no_call_waits_for_is_cancelled_after_five_seconds() {
     // A call that comes back in time joins.
     sleep(Duration::from_millis(4900)).await;
     let third = orchestrator.run_for_parent(request()).await.unwrap();
-    sleep(Duration::from_millis(2000)).await;
+    sleep(Duration::from_secs(2)).await;
     drop(third);
     let left = Instant::now();
     let record = recorded(&orchestrator, 1).await;
