@@ -43,7 +43,8 @@ use super::{
 use crate::{
     memory::{Held, Memory},
     model::{
-        Code, CycleId, CycleRequest, Epoch, FinishedCycle, Freshness, Input, Name, SkipReason, SubsystemState, excerpt,
+        Code, CycleId, CycleRequest, Epoch, FinishedCycle, Freshness, Input, Name, SkipReason, SubsystemState, Trigger,
+        excerpt,
     },
     ports::{CallError, Reply, RunCall, Spans, Subsystems},
     random::Random,
@@ -357,7 +358,7 @@ impl<'a> Run<'a> {
 
     /// The part of a subsystem that is in this cycle, but not registered.
     fn not_registered(&self) -> SubsystemState {
-        let CycleRequest { subset, trigger, .. } = &self.cycle.request;
+        let CycleRequest { subset, trigger, .. } = &*self.cycle.request;
         let why = match (subset, trigger) {
             (None, _) => "it is expected",
             (Some(_), Trigger::Parent(_)) => "the configuration serves it to a parent",

@@ -10,8 +10,7 @@ use crate::{
     engine::{LastPart, Part, member::Turn, plan::chain},
     ledger::Hash,
     model::{
-        CycleState, FinishedCycle, Name, Output, SkipReason, SubsystemReport, SubsystemState, Trigger, excerpt,
-        text::clean,
+        CycleState, FinishedCycle, Name, Output, SkipReason, SubsystemReport, SubsystemState, excerpt, text::clean,
     },
 };
 
