@@ -67,7 +67,7 @@ pub const AFTER_GRACE: Duration = LAST_WRITE.saturating_add(LAST_ANSWERS);
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// The address can't be listened on.
-    #[error("can't listen on {0}: {1}; is another process using it?")]
+    #[error("can't listen on {0}: {1}; is another process using it? Give another address with --listen")]
     Listen(SocketAddr, io::Error),
     /// The path of the socket can't be listened on.
     #[error("can't listen on server.listen_unix {path}: {error}", path = .0.display(), error = .1)]

@@ -109,7 +109,8 @@ fn not_taken_over() -> StoreError {
 pub enum OpenError {
     /// Another process has it open.
     #[error(
-        "{store} is in use by another process{}; stop that process first, or name another store",
+        "{store} is in use by another process{}; stop that process first, or name another store, such as a copy that \
+         `orchestrator backup` makes",
         .by.map_or_else(String::new, |pid| format!(" (pid {pid})"))
     )]
     InUse {
