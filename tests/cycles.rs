@@ -896,6 +896,9 @@ async fn one_request_id_is_one_cycle_while_it_runs_when_it_has_finished_and_afte
     let too_long = stage.client.run_with(request(&"x".repeat(129))).await.unwrap_err();
     assert_eq!(reason(&too_long), invalid(["request_id"]));
     stage.client.run_with(request(&"x".repeat(128))).await.unwrap();
+    // Nobody takes the id of a cycle that a parent may start.
+    let of_parent = stage.client.run_with(request("hub/eu/1764374400000/17")).await.unwrap_err();
+    assert_eq!(reason(&of_parent), invalid(["request_id"]));
 }
 
 #[tokio::test]

@@ -416,6 +416,10 @@ async fn a_later_epoch_of_a_parent_ends_the_cycles_of_earlier_ones() {
     let ended = answered(call).await.unwrap_err();
     assert_eq!(ended.code(), Code::Internal);
     assert!(ended.message().contains("was CANCELLED: cancelled, since a later epoch of its parent"), "{ended}");
+    // Nor can another parent begin the same epoch: its calls could not be told from these.
+    let other = later.initialize("other", EPOCH + 1).await.unwrap_err();
+    assert_eq!(other.code(), Code::Aborted);
+    assert!(other.message().contains("hub has called in epoch 8; give each parent a name of its own"), "{other}");
     for refused in [parent.run(2).await.map(|_| ()), parent.initialize("hub", EPOCH).await] {
         let refused = refused.unwrap_err();
         assert_eq!(refused.code(), Code::Aborted);

@@ -49,6 +49,11 @@ role = "operator"
 subsystems = ["*"]
 loops = ["*"]
 [[access.grants]]
+who = ["token:shared"]
+role = "operator"
+subsystems = ["shared-*"]
+loops = ["*"]
+[[access.grants]]
 who = ["token:admin"]
 role = "admin"
 "#;
@@ -73,7 +78,7 @@ impl Stage {
         let fleet = Authority::new("fleet");
         fleet.service().write(&home.path(""), "service");
         fleet.write(home.path("clients.pem"));
-        let names = ["a", "b", "monitor", "viewer", "auditor", "operator", "admin"];
+        let names = ["a", "b", "monitor", "viewer", "auditor", "operator", "shared", "admin"];
         let tokens = write_tokens(&home.path("tokens.toml"), &names);
         let path = home.path("orchestrator.toml").display().to_string();
         let home = home.with_args(["--config".to_owned(), path]);
@@ -260,6 +265,44 @@ async fn a_new_name_needs_a_grant_for_both_names_and_keeps_the_owner() {
     // By its grant, the owner can't give it a name that it could not have registered.
     let a = stage.caller("token:a").await;
     assert_eq!(denied(a.rename("beyond", "shared-1").await), of("subsystem beyond"));
+}
+
+#[tokio::test]
+async fn a_former_name_gives_no_right_to_the_present_one() {
+    let stage = Stage::new("enforce").await;
+    let (a, admin) = (stage.caller("token:a").await, stage.caller("token:admin").await);
+    let operator = stage.caller("token:shared").await;
+    a.register("shared-1").await.unwrap();
+    a.register("a").await.unwrap();
+    admin.rename("shared-1", "vault").await.unwrap();
+    let reading = |name: &'static str| {
+        move |request: &mut pb::RegisterSubsystemRequest| {
+            request.registration.as_mut().unwrap().reads = vec![name.to_owned()];
+        }
+    };
+    for name in ["vault", "shared-1"] {
+        let rpc = |rpc: &str| (rpc.to_owned(), "input vault of subsystem a".to_owned());
+        assert_eq!(denied(a.register_with("a", reading(name)).await), rpc("RegisterSubsystem"), "{name}");
+        let updated = a.update("a", "reads", |it| it.reads = vec![name.into()]).await;
+        assert_eq!(denied(updated), rpc("UpdateSubsystem"), "{name}");
+        let of = |rpc: &str| (rpc.to_owned(), "subsystem vault".to_owned());
+        let subsystems = vec![name.to_owned()];
+        let interval = Some(prost_types::Duration { seconds: 3600, nanos: 0 });
+        let settings =
+            pb::IntervalLoop { name: "l".into(), interval, subsystems: subsystems.clone(), ..Default::default() };
+        let request = operator.asks(pb::StartIntervalLoopRequest { r#loop: Some(settings) });
+        assert_eq!(
+            denied(operator.client.clone().start_interval_loop(request).await),
+            of("StartIntervalLoop"),
+            "{name}"
+        );
+        let request = operator.asks(pb::PlanCycleRequest { subsystems, ..Default::default() });
+        assert_eq!(denied(operator.client.clone().plan_cycle(request).await), of("PlanCycle"), "{name}");
+    }
+    // Nor does it take one away.
+    admin.rename("vault", "shared-2").await.unwrap();
+    a.register_with("a", reading("vault")).await.unwrap();
+    assert_eq!(a.get("a").await.unwrap().registration.unwrap().reads, ["shared-2"]);
 }
 
 #[tokio::test]

@@ -1,7 +1,7 @@
-use std::{fmt, ops::RangeInclusive, time::Duration};
+use std::{collections::BTreeMap, fmt, ops::RangeInclusive, time::Duration};
 
 use super::{Role, pattern::Glob};
-use crate::model::{Endpoint, Limits};
+use crate::model::{Endpoint, Limits, Name};
 
 /// The rights of an identity: the sum of those of its grants. None without a grant.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -65,6 +65,19 @@ pub struct Registering<'a> {
     pub limits: Limits,
     /// The server that must answer, if it says so.
     pub peer: &'a str,
+}
+
+impl<'a> Targets<'a> {
+    /// The same, where a former name of a subsystem means the present one: among the inputs of registrations, and among
+    /// the subsystems of a request.
+    #[must_use]
+    pub fn by_present_names(mut self, renamed: &'a BTreeMap<Name, Name>) -> Self {
+        let inputs = self.registrations.iter_mut().flat_map(|registration| &mut registration.inputs);
+        for name in inputs.chain(&mut self.subsystems) {
+            *name = renamed.get(*name).map_or(*name, Name::as_str);
+        }
+        self
+    }
 }
 
 impl Targets<'_> {

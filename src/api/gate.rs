@@ -220,7 +220,9 @@ impl Gate {
             None => self.begin_rpc(&caller, Q::RPC)?,
         };
         self.has_arrived(&begun, &caller, Q::RPC.name())?;
-        let judged = self.judge.check(&caller, Q::RPC, &self.calls, || request.targets())?;
+        let renamed = if Q::RPC.takes_former_names() { self.orchestrator.renamed() } else { Arc::default() };
+        let targets = || request.targets().by_present_names(&renamed);
+        let judged = self.judge.check(&caller, Q::RPC, &self.calls, targets)?;
         if Q::RPC.changes() && self.orchestrator.is_read_only() {
             return Err(status(Refusal::ReadOnly));
         }

@@ -1,6 +1,6 @@
 //! The registry: registering, unregistering, suspending and resuming subsystems, their leases, and looking at them.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use prost::Message;
 use tokio::task::yield_now;
@@ -46,12 +46,13 @@ impl Handlers {
         let update = Update::new(values, update_mask).map_err(invalid)?;
         let (reach, authority, digests) =
             (self.reach.clone(), call.authority.clone(), call.orchestrator().digests().clone());
-        let revise = move |subsystem: &Subsystem| {
+        let revise = move |subsystem: &Subsystem, renamed: &BTreeMap<Name, Name>| {
             check_etag(&digests, subsystem, &etag)?;
-            let registration = update.apply(subsystem);
+            let revised = request::registration(update.apply(subsystem), &reach)?;
+            let revised = revised.with_present_names(|name| renamed.get(name).cloned()).unwrap_or(revised);
             let not_covered = |target| Refusal::NotCovered { name: subsystem.name.clone(), target };
-            authority.covers(&registration).map_err(not_covered)?;
-            Ok(request::registration(registration, &reach)?)
+            authority.covers(&response::registration(&revised)).map_err(not_covered)?;
+            Ok(revised)
         };
         let outcome = call.orchestrator().update(&name, revise, &call.authority.registrar(), by).await;
         let outcome = outcome.map_err(|refusal| call.refused(refusal))?;

@@ -50,6 +50,9 @@ pub(super) fn cycle(
     } = request;
     let mut bad = Violations::default();
     let request_id = self::request_id(&mut bad, request_id);
+    if request_id.as_deref().and_then(ParentCycle::parse).is_some() {
+        bad.add("request_id", "has the form ORCHESTRATOR/SUBSYSTEM/EPOCH/CYCLE, which is that of parents; change it");
+    }
     let overlap = overlap(&mut bad, "overlap_policy", overlap_policy);
     let deadline = deadline.and_then(|deadline| {
         let range = Duration::from_millis(1)..=Duration::from_hours(24);

@@ -34,6 +34,20 @@ pub(super) const REFLECTION: Rule = Rule::Authenticated;
 pub(super) const DASHBOARD: Rule = READERS;
 
 impl Rpc {
+    /// True if a former name of a subsystem means the present one in its requests, beside the name of a registration
+    /// itself. Other calls by a former name are refused, and their callers told the present one.
+    pub(super) fn takes_former_names(self) -> bool {
+        matches!(
+            self,
+            Self::RegisterSubsystem
+                | Self::RegisterSubsystems
+                | Self::StartIntervalLoop
+                | Self::PlanCycle
+                | Self::Initialize
+                | Self::RunForParent
+        )
+    }
+
     /// True if this call runs or changes something, or may do so.
     pub(super) fn changes(self) -> bool {
         match self {

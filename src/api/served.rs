@@ -111,6 +111,8 @@ impl ServedNames {
         match known {
             Some(later) if later.epoch > parent.epoch => Err(later.supersedes(parent.epoch)),
             Some(same) if *same == parent => Ok(false),
+            // Calls don't say which parent makes them, so two of one epoch could not be told apart.
+            Some(other) if other.epoch == parent.epoch => Err(other.supersedes(parent.epoch)),
             _ => {
                 *known = Some(parent);
                 Ok(true)

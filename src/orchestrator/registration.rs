@@ -133,8 +133,8 @@ impl Orchestrator {
         self.change(cause, move |shared, turn| async move { shared.register(turn, subsystems, lease, &by).await }).await
     }
 
-    /// Replaces a registration by what `revise` makes of it when it is the turn of this change. Its owner, its lease
-    /// and its suspension stay.
+    /// Replaces a registration by what `revise` makes of it, and of the present names of subsystems by their former
+    /// ones, when it is the turn of this change. Its owner, its lease and its suspension stay.
     ///
     /// # Errors
     /// It is not registered, `revise` refuses, or the result can't be registered, for one of the reasons of
@@ -142,12 +142,17 @@ impl Orchestrator {
     pub async fn update(
         &self,
         name: &Name,
-        revise: impl FnOnce(&Subsystem) -> Result<Subsystem, Refusal> + Send + 'static,
+        revise: impl FnOnce(&Subsystem, &BTreeMap<Name, Name>) -> Result<Subsystem, Refusal> + Send + 'static,
         by: &Registrar,
         cause: Cause,
     ) -> Result<Outcome, Refusal> {
         let (name, by) = (name.clone(), by.clone());
         self.change(cause, move |shared, turn| async move { shared.update(turn, &name, revise, &by).await }).await
+    }
+
+    /// The present names of subsystems by their former ones.
+    pub fn renamed(&self) -> Arc<BTreeMap<Name, Name>> {
+        self.0.state().registry.renamed().clone()
     }
 
     /// Gives a subsystem another name. Its latest output, its owner, its suspension and its lease, which begins anew,
@@ -306,14 +311,15 @@ impl Shared {
         &self,
         turn: Turn,
         name: &Name,
-        revise: impl FnOnce(&Subsystem) -> Result<Subsystem, Refusal>,
+        revise: impl FnOnce(&Subsystem, &BTreeMap<Name, Name>) -> Result<Subsystem, Refusal>,
         by: &Registrar,
     ) -> Result<Outcome, Refusal> {
-        let previous = self.state().registry.find(name)?.clone();
+        let (previous, renamed) = {
+            let state = self.state();
+            (state.registry.find(name)?.clone(), state.registry.renamed().clone())
+        };
         may_change(&previous, by)?;
-        let mut revised = self.with_present_names(vec![revise(&previous.member.subsystem)?])?;
-        // One for each.
-        let subsystem = revised.remove(0);
+        let subsystem = revise(&previous.member.subsystem, &renamed)?;
         if *previous.member.subsystem == subsystem {
             return Ok(Outcome { registered: previous, change: Change::Renewed, previous: None });
         }

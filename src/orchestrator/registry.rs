@@ -24,7 +24,7 @@ pub(super) struct Registry {
     /// Subsystems by the end of their lease.
     expiries: BTreeSet<(Instant, Name)>,
     /// The present names of subsystems by their former ones, none of which is registered.
-    renamed: BTreeMap<Name, Name>,
+    renamed: Arc<BTreeMap<Name, Name>>,
     /// The locks of subsystems that are locked by another name than their present one.
     locks: BTreeMap<Name, Name>,
     /// Number of declared subsystems.
@@ -349,7 +349,7 @@ impl Registry {
         }
         registry.expect(expected);
         let missing = registry.missing.iter().cloned().collect();
-        let plan = plan.lacking(missing).with_former_names(registry.renamed.clone());
+        let plan = plan.lacking(missing).with_former_names((*registry.renamed).clone());
         registry.plan = (Arc::new(plan), registry.version);
         Ok(registry)
     }
@@ -406,7 +406,7 @@ impl Registry {
     }
 
     /// The present names by former ones.
-    pub(super) fn renamed(&self) -> &BTreeMap<Name, Name> {
+    pub(super) fn renamed(&self) -> &Arc<BTreeMap<Name, Name>> {
         &self.renamed
     }
 
@@ -453,7 +453,7 @@ impl Registry {
     pub(super) fn snapshot(&self) -> Entries {
         Entries {
             registered: self.entries.values().cloned().collect(),
-            renamed: self.renamed.clone(),
+            renamed: (*self.renamed).clone(),
             missing: self.missing.iter().cloned().collect(),
             version: self.version,
         }
@@ -471,7 +471,7 @@ impl Registry {
         self.missing.remove(&name);
         for former in &*entry.former_names {
             self.missing.remove(former);
-            self.renamed.insert(former.clone(), name.clone());
+            Arc::make_mut(&mut self.renamed).insert(former.clone(), name.clone());
         }
         if entry.member.lock != name {
             self.locks.insert(name.clone(), entry.member.lock.clone());
@@ -488,7 +488,7 @@ impl Registry {
         for former in &*entry.former_names {
             // After it was renamed, they are those of its new name.
             if self.renamed.get(former) == Some(name) {
-                self.renamed.remove(former);
+                Arc::make_mut(&mut self.renamed).remove(former);
             }
         }
         for name in entry.former_names.iter().chain([name]) {
