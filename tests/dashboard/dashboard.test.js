@@ -556,7 +556,8 @@ test("a page reconnects to a service that was killed and restarted", async (t) =
   release();
   await service.restart();
   await sees(page, "#connection[data-connection=open]");
-  await says(page, `${row("steady")} .state`, "not run yet");
+  // Its last part is restored from the record.
+  await says(page, `${row("steady")} .state`, "succeeded");
   const { status } = await (await fetch(new URL("/api/status", service.url))).json();
   await says(page, ".facts", `Epoch${status.epoch}`);
 
