@@ -1,6 +1,6 @@
 //! Judges callers by the policy in force: first their identity, then the rule of the call, then its targets.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use futures_util::{FutureExt, future::BoxFuture};
 use jiff::Timestamp;
@@ -71,14 +71,16 @@ impl Authority {
         }
     }
 
-    /// Checks that the caller may have this registration.
+    /// Checks that the caller may have this registration, where a former name of another subsystem means the present
+    /// one.
     ///
     /// # Errors
     /// The first part of it that no grant covers.
-    pub(super) fn covers(&self, registration: &pb::Registration) -> Result<(), String> {
+    pub(super) fn covers(&self, registration: &pb::Registration, renamed: &BTreeMap<Name, Name>) -> Result<(), String> {
         let Self::Granted { rights, .. } = self else { return Ok(()) };
         let registrations = vec![rules::registering(registration)];
-        rights.cover(REGISTRARS, &Targets { registrations, ..Targets::default() })
+        let targets = Targets { registrations, ..Targets::default() };
+        rights.cover(REGISTRARS, &targets.by_present_names(renamed))
     }
 
     /// The caller as one that changes registrations.

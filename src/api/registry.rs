@@ -48,11 +48,11 @@ impl Handlers {
             (self.reach.clone(), call.authority.clone(), call.orchestrator().digests().clone());
         let revise = move |subsystem: &Subsystem, renamed: &BTreeMap<Name, Name>| {
             check_etag(&digests, subsystem, &etag)?;
-            let revised = request::registration(update.apply(subsystem), &reach)?;
-            let revised = revised.with_present_names(|name| renamed.get(name).cloned()).unwrap_or(revised);
+            let registration = update.apply(subsystem);
             let not_covered = |target| Refusal::NotCovered { name: subsystem.name.clone(), target };
-            authority.covers(&response::registration(&revised)).map_err(not_covered)?;
-            Ok(revised)
+            authority.covers(&registration, renamed).map_err(not_covered)?;
+            let revised = request::registration(registration, &reach)?;
+            Ok(revised.with_present_names(|name| renamed.get(name).cloned()).unwrap_or(revised))
         };
         let outcome = call.orchestrator().update(&name, revise, &call.authority.registrar(), by).await;
         let outcome = outcome.map_err(|refusal| call.refused(refusal))?;
@@ -74,7 +74,7 @@ impl Handlers {
         let judge = move |present: &Subsystem, renamed: &Subsystem| {
             check_etag(&digests, present, &etag)?;
             let not_covered = |target| Refusal::NotCovered { name: renamed.name.clone(), target };
-            authority.covers(&response::registration(renamed)).map_err(not_covered)
+            authority.covers(&response::registration(renamed), &BTreeMap::new()).map_err(not_covered)
         };
         let renamed = call.orchestrator().rename(&name, new_name, judge, &call.authority.registrar(), by).await;
         let Renamed { registered, subsystems, loops } = renamed.map_err(|refusal| call.refused(refusal))?;
