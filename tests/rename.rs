@@ -65,6 +65,16 @@ fn over(names: &[&str]) -> pb::RunCycleRequest {
 }
 
 /// Starts a loop over these subsystems, whose cycles wait for others.
+/// A service with the subsystems `old` and `other`, and a cycle that runs over the latter until it is released.
+async fn with_a_cycle_of_another() -> (Stage, u64) {
+    let mut stage = Stage::new().await;
+    stage.register_all(&["old", "other"]).await;
+    stage.fleet.run("other", Run::Hold);
+    let running = stage.client.admit_with(over(&["other"])).await.unwrap();
+    stage.fleet.until_run("other", 1).await;
+    (stage, running)
+}
+
 async fn start_loop(client: &mut Client, name: &str, interval_ms: i64, subsystems: &[&str]) -> pb::IntervalLoop {
     let settings = pb::IntervalLoop {
         name: name.into(),
@@ -267,11 +277,7 @@ async fn the_output_of_a_cycle_that_ends_after_the_new_name_is_kept_also_after_a
 
 #[tokio::test]
 async fn a_waiting_cycle_calls_the_subsystem_by_its_new_name_also_in_the_next_process() {
-    let mut stage = Stage::new().await;
-    stage.register_all(&["old", "other"]).await;
-    stage.fleet.run("other", Run::Hold);
-    let running = stage.client.admit_with(over(&["other"])).await.unwrap();
-    stage.fleet.until_run("other", 1).await;
+    let (mut stage, running) = with_a_cycle_of_another().await;
     let waiting = stage.client.admit_with(over(&["old", "other"])).await.unwrap();
     rename(&mut stage.client, "old", "new").await.unwrap();
     let waits_too = stage.client.admit_with(over(&["new"])).await.unwrap();
@@ -317,11 +323,7 @@ async fn a_loop_without_a_pause_between_its_cycles_delays_no_new_name() {
 
 #[tokio::test]
 async fn a_cycle_that_named_the_new_name_before_does_not_call_the_subsystem_beside_another_one() {
-    let mut stage = Stage::new().await;
-    stage.register_all(&["old", "other"]).await;
-    stage.fleet.run("other", Run::Hold);
-    let holding = stage.client.admit_with(over(&["other"])).await.unwrap();
-    stage.fleet.until_run("other", 1).await;
+    let (mut stage, holding) = with_a_cycle_of_another().await;
     // This loop names it before it exists, and its cycle waits.
     start_loop(&mut stage.client, "early", 10, &["new", "other"]).await;
     let waits = async {

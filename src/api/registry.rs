@@ -51,8 +51,7 @@ impl Handlers {
             let registration = update.apply(subsystem);
             let not_covered = |target| Refusal::NotCovered { name: subsystem.name.clone(), target };
             authority.covers(&registration, renamed).map_err(not_covered)?;
-            let revised = request::registration(registration, &reach)?;
-            Ok(revised.with_present_names(|name| renamed.get(name).cloned()).unwrap_or(revised))
+            Ok(request::registration(registration, &reach)?)
         };
         let outcome = call.orchestrator().update(&name, revise, &call.authority.registrar(), by).await;
         let outcome = outcome.map_err(|refusal| call.refused(refusal))?;

@@ -185,7 +185,7 @@ impl Concerns for pb::RunCycleRequest {
     }
 }
 
-/// What is served under the name that a parent calls, which the configuration says. A name that is not served concerns
+/// The subsystems that the configuration serves under the name that a parent calls. A call by another name concerns
 /// nothing.
 impl<Q> Concerns for OfParent<Q> {
     fn targets(&self) -> Targets<'_> {

@@ -177,7 +177,7 @@ impl<Q: Message> Message for OfParent<Q> {
 }
 
 impl<Q> OfParent<Q> {
-    /// What is served under the name that is called.
+    /// The entry of the configuration for the name that is called.
     ///
     /// # Errors
     /// Nothing: NOT_FOUND.
@@ -335,14 +335,14 @@ fn status_for_parent(mut call: Entered<GetStatus>) -> Result<pbs::GetStatusRespo
 /// The time of a cycle that is to be answered before `due`.
 ///
 /// # Errors
-/// There is none: DEADLINE_EXCEEDED.
+/// No time is left: DEADLINE_EXCEEDED.
 fn time_for_cycle(due: Instant) -> Result<Duration, Status> {
     let left = due.saturating_duration_since(Instant::now());
     let left = left.checked_sub(TO_ANSWER).filter(|left| !left.is_zero());
     left.map(|left| left.min(MAX_DEADLINE)).ok_or_else(|| {
         let message = format!(
-            "no time is left for a cycle: {TO_ANSWER:?} of the timeout are kept for the answer; give the registration a \
-             longer timeout"
+            "no time is left for a cycle: {TO_ANSWER:?} of the timeout are kept for the answer; give the registration \
+             a longer timeout"
         );
         plain(Code::DeadlineExceeded, &message)
     })

@@ -77,8 +77,8 @@ Examples:
     /// Give a subsystem another name, by which its output and its history are found
     #[command(after_help = "\
 Other registrations and loops that name it name it by the new name. Its former name stays its own: cycles are found by \
-both names, and no other subsystem can be registered by it. To rename a subsystem that the configuration file declares, \
-change its name there, and add former_names = [\"OLD\"].
+both names, and no other subsystem can be registered by it. To rename a subsystem that the configuration file \
+declares, change its name there, and add former_names = [\"OLD\"].
 
 A subsystem that registers itself has to use the new name from now on, before its lease ends if it has one.
 

@@ -142,7 +142,13 @@ impl IntervalLoop {
         ALONE + self.parameters.len() + names.map(|name| name.as_str().len() + NAMED).sum::<usize>()
     }
 
-    /// The loop that names subsystems by their present names; `None` if it names none by a former one.
+    /// The loop that names subsystems by their present names.
+    #[must_use]
+    pub fn by_present_names(self, present: impl Fn(&Name) -> Option<Name>) -> Self {
+        self.with_present_names(present).unwrap_or(self)
+    }
+
+    /// The same; `None` if it names none by a former one.
     #[must_use]
     pub fn with_present_names(&self, present: impl Fn(&Name) -> Option<Name>) -> Option<Self> {
         let subset = with_present_names(self.subset.as_deref()?, present)?;

@@ -248,7 +248,13 @@ impl Subsystem {
         ALONE + self.parameters.len() + self.endpoint.to_string().len() + names + peer
     }
 
-    /// The registration that names other subsystems by their present names; `None` if it names none by a former one.
+    /// The registration that names other subsystems by their present names.
+    #[must_use]
+    pub fn by_present_names(self, present: impl Fn(&Name) -> Option<Name>) -> Self {
+        self.with_present_names(present).unwrap_or(self)
+    }
+
+    /// The same; `None` if it names none by a former one.
     #[must_use]
     pub fn with_present_names(&self, present: impl Fn(&Name) -> Option<Name>) -> Option<Self> {
         let lists = [&self.requires, &self.after, &self.reads];

@@ -28,7 +28,7 @@ pub(super) struct Attended(BTreeMap<CycleId, Attendance>);
 /// The calls that wait for a cycle.
 struct Attendance {
     calls: usize,
-    /// Since when there are none.
+    /// When the last of them ended. Without meaning while there are calls.
     alone_since: Instant,
     /// Its deadline; `None` if it has the configured one, which counts from its start.
     due: Option<Instant>,

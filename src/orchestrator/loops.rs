@@ -71,9 +71,7 @@ impl Shared {
             let (LoopStart::AsDeclared(name) | LoopStart::Of(IntervalLoop { name, .. })) = &start;
             let earlier = state.loops.get(name);
             let settings = match (start, earlier) {
-                (LoopStart::Of(settings), _) => {
-                    settings.with_present_names(|name| state.registry.present(name)).unwrap_or(settings)
-                }
+                (LoopStart::Of(settings), _) => settings.by_present_names(|name| state.registry.present(name)),
                 (LoopStart::AsDeclared(_), Some(earlier)) if earlier.is_declared() => (*earlier.settings).clone(),
                 (LoopStart::AsDeclared(_), _) => return Err(Refusal::invalid("interval", IntervalLoop::NO_INTERVAL)),
             };

@@ -145,7 +145,7 @@ impl Orchestrator {
             stored.map_or_else(Arc::default, standing)
         };
         for subsystem in declared.subsystems {
-            let subsystem = subsystem.with_present_names(present).unwrap_or(subsystem);
+            let subsystem = subsystem.by_present_names(present);
             let name = subsystem.name.clone();
             let asked = declared.former_names.get(&name).map_or(&[][..], |names| names);
             let former_names = former.of_declared(&name, asked);
@@ -212,7 +212,7 @@ impl Orchestrator {
         let mut stored: BTreeMap<Name, _> =
             std::mem::take(&mut contents.loops).into_iter().map(|stored| (stored.name.clone(), stored)).collect();
         for settings in declared.loops {
-            let settings = settings.with_present_names(present).unwrap_or(settings);
+            let settings = settings.by_present_names(present);
             let held = hold(settings.footprint())?;
             if let Some(stored) = stored.remove(&settings.name) {
                 state.loops.restore(settings, LoopOrigin::Config, stored.state, Some(held), now);
@@ -224,7 +224,7 @@ impl Orchestrator {
         for (name, stored) in stored {
             match stored.spec.as_ref().map(IntervalLoop::from_spec) {
                 Some(Ok(settings)) => {
-                    let settings = settings.with_present_names(present).unwrap_or(settings);
+                    let settings = settings.by_present_names(present);
                     let held = hold(settings.footprint())?;
                     state.loops.restore(settings, LoopOrigin::Rpc, stored.state, Some(held), now);
                 }

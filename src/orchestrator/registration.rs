@@ -133,8 +133,9 @@ impl Orchestrator {
         self.change(cause, move |shared, turn| async move { shared.register(turn, subsystems, lease, &by).await }).await
     }
 
-    /// Replaces a registration by what `revise` makes of it, and of the present names of subsystems by their former
-    /// ones, when it is the turn of this change. Its owner, its lease and its suspension stay.
+    /// Replaces a registration by what `revise` makes of it when it is the turn of this change. Its owner, its lease
+    /// and its suspension stay. `revise` also gets the present names of subsystems by their former ones, since these are
+    /// what the former ones mean in its result.
     ///
     /// # Errors
     /// It is not registered, `revise` refuses, or the result can't be registered, for one of the reasons of
@@ -319,7 +320,8 @@ impl Shared {
             (state.registry.find(name)?.clone(), state.registry.renamed().clone())
         };
         may_change(&previous, by)?;
-        let subsystem = revise(&previous.member.subsystem, &renamed)?;
+        let revised = revise(&previous.member.subsystem, &renamed)?;
+        let subsystem = revised.by_present_names(|name| renamed.get(name).cloned());
         if *previous.member.subsystem == subsystem {
             return Ok(Outcome { registered: previous, change: Change::Renewed, previous: None });
         }
@@ -363,7 +365,7 @@ impl Shared {
         };
         let present = |named: &Name| (named == name).then(|| new_name.clone());
         let subsystem = Subsystem { name: new_name.clone(), ..(*previous.member.subsystem).clone() };
-        let subsystem = subsystem.with_present_names(present).unwrap_or(subsystem);
+        let subsystem = subsystem.by_present_names(present);
         judge(&previous.member.subsystem, &subsystem)?;
         // It may get a former name back.
         let former_names = once(name).chain(&*previous.former_names).filter(|former| **former != new_name);
@@ -427,7 +429,7 @@ impl Shared {
         }
         let present = |subsystem: Subsystem| match renamed.get(&subsystem.name) {
             Some(name) => Err(Refusal::NameReserved { former: subsystem.name, name: name.clone() }),
-            None => Ok(subsystem.with_present_names(|name| renamed.get(name).cloned()).unwrap_or(subsystem)),
+            None => Ok(subsystem.by_present_names(|name| renamed.get(name).cloned())),
         };
         subsystems.into_iter().map(present).collect()
     }

@@ -266,7 +266,7 @@ impl Declarations {
         before: &BTreeMap<&Name, &Arc<Registered>>,
         memory: &Memory,
     ) -> Result<(), Full> {
-        let subsystem = subsystem.with_present_names(|name| self.former_names.present(name)).unwrap_or(subsystem);
+        let subsystem = subsystem.by_present_names(|name| self.former_names.present(name));
         let name = subsystem.name.clone();
         let former_names = self.former_names.of_declared(&name, asked);
         let earlier = before.get(&name).or_else(|| former_names.iter().find_map(|former| before.get(former)));

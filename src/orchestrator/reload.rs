@@ -91,7 +91,7 @@ impl Shared {
             let changes = changes.map_err(Refusal::RegistryMemoryFull).and_then(|changes| {
                 let present = |name: &Name| changes.former_names.present(name);
                 let hold = |settings: IntervalLoop| {
-                    let settings = settings.with_present_names(present).unwrap_or(settings);
+                    let settings = settings.by_present_names(present);
                     let held = memory.try_hold(settings.footprint()).map_err(Refusal::RegistryMemoryFull)?;
                     Ok((settings, held))
                 };

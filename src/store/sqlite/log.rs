@@ -64,7 +64,7 @@ pub(super) fn read(connection: &Connection, path: &Path) -> Result<Log, StoreErr
     let numbers = |row: &Row<'_>| Ok((number(row, 0)?, number(row, 1)?));
     let (size, first_kept) =
         connection.query_row("SELECT log_size, log_first_kept FROM meta", [], numbers).map_err(explained)?;
-    let roots = hashes(connection, &Frontier::nodes(size.min(ENDLESS))).map_err(explained)?;
+    let roots = hashes(connection, &Frontier::nodes(size)).map_err(explained)?;
     let frontier = roots.and_then(|roots| Frontier::of(size, roots));
     let end = last("SELECT max(id) + 1 FROM hashes")?.unwrap_or_default();
     let is_end = |_: &Frontier| size < ENDLESS && end == integer(Node::complete_with(size));

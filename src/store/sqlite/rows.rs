@@ -21,7 +21,7 @@ pub(super) const HAS_REVISION: &str = "revision > 0";
 
 /// The entry in the table `control`; `NULL` if it is larger than any that this software writes: about 60 KiB. Another
 /// program may have put one there that takes as much memory as the machine has.
-pub(super) const CONTROL_ENTRY: &str = "CASE WHEN length(entry) <= 1048576 THEN entry END AS entry";
+pub(super) const CONTROL_ENTRY: &str = "CASE WHEN length(entry) <= 1048576 THEN entry END";
 
 /// Most bytes of a record that is read: the largest `cycle.max_record_bytes`.
 pub(super) const MAX_RECORD: usize = 64 << 20;

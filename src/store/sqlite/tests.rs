@@ -779,11 +779,7 @@ async fn a_row_that_was_changed_without_the_key_is_not_taken_over() {
         ("UPDATE open_cycles SET triggered_by = 'token:other' WHERE cycle_id = 3", "open cycle \"3\""),
     ] {
         let refused = refused_after(change).await;
-        let tampered = |problem: &str| problem.contains(&format!("the seal of its {row}"));
-        assert!(
-            matches!(&refused, OpenError::Store(StoreError::Tampered { problem, .. }) if tampered(problem)),
-            "{change}: {refused}"
-        );
+        assert!(is_tampered(&refused, row), "{change}: {refused}");
     }
 }
 
@@ -803,11 +799,13 @@ async fn an_output_that_was_changed_without_the_key_is_not_sealed_under_a_new_na
     commit(&*store, write).await;
     drop(store);
     let refused = refused(&path).await;
-    let is_of_a = |problem: &str| problem.contains("the seal of its output \"a\"");
-    assert!(
-        matches!(&refused, OpenError::Store(StoreError::Tampered { problem, .. }) if is_of_a(problem)),
-        "{refused}"
-    );
+    assert!(is_tampered(&refused, "output \"a\""), "{refused}");
+}
+
+/// True if a store was refused for the seal of this row.
+fn is_tampered(refused: &OpenError, row: &str) -> bool {
+    let is_of_row = |problem: &str| problem.contains(&format!("the seal of its {row}"));
+    matches!(refused, OpenError::Store(StoreError::Tampered { problem, .. }) if is_of_row(problem))
 }
 
 #[tokio::test]

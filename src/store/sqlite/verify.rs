@@ -143,7 +143,7 @@ impl Verifier<'_> {
                  OR typeof(leaf) NOT IN ('integer', 'null')",
             ),
             ("audit", "leaf < 0"),
-            ("control", "leaf < 0 OR typeof(entry) <> 'blob' OR length(entry) > 1048576"),
+            ("control", &format!("leaf < 0 OR typeof({CONTROL_ENTRY}) <> 'blob'")),
             ("hashes", "id < 0 OR typeof(hash) <> 'blob' OR length(hash) <> 32"),
             ("meta", "id <> 0"),
         ] {
@@ -322,9 +322,9 @@ impl Verifier<'_> {
             self.verified.missing += end - start;
         } else {
             end = end.min(not_accepted.end);
-            let leaves = start..end;
-            let (are, they) = if end - start == 1 { ("is", "it") } else { ("are", "them") };
-            (self.wrong)(format!("{} {are} missing, and no entry says that retention removed {they}", Named(&leaves)));
+            let leaves = Named(&(start..end));
+            let (are, them) = if end - start == 1 { ("is", "it") } else { ("are", "them") };
+            (self.wrong)(format!("{leaves} {are} missing, and no entry says that retention removed {them}"));
         }
         (self.wrong)(format!("the table hashes lacks the hash of {}", Named(&(start..end))));
         Ok(end)

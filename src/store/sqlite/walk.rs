@@ -35,8 +35,9 @@ impl Table {
                 "SELECT {COLUMNS} FROM cycles WHERE {HAS_REVISION} AND revision >= ?1 ORDER BY revision"
             )),
             Self::Events => transaction.prepare_cached("SELECT * FROM audit WHERE leaf >= ?1 ORDER BY leaf"),
-            Self::Controls => transaction
-                .prepare_cached(&format!("SELECT leaf, {CONTROL_ENTRY} FROM control WHERE leaf >= ?1 ORDER BY leaf")),
+            Self::Controls => transaction.prepare_cached(&format!(
+                "SELECT leaf, {CONTROL_ENTRY} AS entry FROM control WHERE leaf >= ?1 ORDER BY leaf"
+            )),
         }
     }
 }
