@@ -134,8 +134,8 @@ impl Orchestrator {
     }
 
     /// Replaces a registration by what `revise` makes of it when it is the turn of this change. Its owner, its lease
-    /// and its suspension stay. `revise` also gets the present names of subsystems by their former ones, since these are
-    /// what the former ones mean in its result.
+    /// and its suspension stay. `revise` also gets the present names of subsystems by their former ones, since these
+    /// are what the former ones mean in its result.
     ///
     /// # Errors
     /// It is not registered, `revise` refuses, or the result can't be registered, for one of the reasons of
