@@ -1,6 +1,8 @@
 //! Stores of records. They implement one trait, [`Store`] in `ports`, and pass one test suite.
 
 mod backup;
+#[cfg_attr(not(test), expect(dead_code, reason = "the store in PostgreSQL will commit in this way"))]
+mod chain;
 mod frontier;
 mod keys;
 mod memory;

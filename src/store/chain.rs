@@ -1,0 +1,192 @@
+//! Commits whose outcome can be unknown for a while, because the database is at the other end of a connection.
+//!
+//! A commit is one statement. It writes only if the row `meta` has the token of the commit before it, and gives that
+//! row its own. No two statements of any process have the same token, so the row shows which of them was the last one.
+//!
+//! If the answer to a commit is lost, nobody knows whether it was executed, or still will be. To read the row would not
+//! help: what is read may be lost in a failover, and the statement may be on its way. So a *barrier* is written: a
+//! statement that gives the row its own token if this is still the one before the commit, or that of the commit, and
+//! returns which of them it has found. Once it is acknowledged, so is a commit that it has found; and one that it has
+//! not found can't be executed any more, since the token that it needs is gone. The answer to a barrier can be lost as
+//! well. The next one then also accepts the tokens of earlier barriers, which have noted what they have found.
+//!
+//! A barrier that is executed late finds none of its tokens, and writes nothing: without that condition, it would seem
+//! to later commits that another process had taken over.
+
+use std::{future::Future, time::Duration};
+
+use tokio::time::sleep;
+
+use crate::{model::Epoch, ports::StoreError};
+
+/// Pauses before barriers whose predecessor had no answer: the first one, which is doubled each time, and the longest
+/// one. A failover takes seconds.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// The number of a commit or of a barrier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Token(pub(super) i64);
+
+impl Token {
+    fn next(self) -> Self {
+        Self(self.0.wrapping_add(1))
+    }
+}
+
+/// A barrier.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Barrier {
+    /// The token that the row gets.
+    pub(super) token: Token,
+    /// The token before the commit, and that of the commit. If the row has one of them, the barrier notes and returns
+    /// it.
+    pub(super) outcomes: [Token; 2],
+    /// The tokens of earlier barriers of the same commit. If the row has one of them, the barrier returns what that one
+    /// has noted.
+    pub(super) earlier: Vec<Token>,
+}
+
+/// The answer to a commit or a barrier.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Answer<T> {
+    /// It was executed, and survives the loss of every machine that the database is set up to survive.
+    Executed(T),
+    /// The row has another token. Nothing was written.
+    Superseded,
+    /// It was not executed, and never will be.
+    Refused(StoreError),
+    /// It may have been executed, or may be executed later, or neither.
+    Lost(StoreError),
+}
+
+/// What the row says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stored {
+    pub(super) epoch: Epoch,
+    /// Number of commits so far.
+    pub(super) commits: u64,
+}
+
+/// The database, as far as the outcome of one commit depends on it. Each call is one statement.
+pub(super) trait Database {
+    /// Commits what is to be committed, if the row has the token `after`, and gives it `token`.
+    fn commit(&mut self, after: Token, token: Token) -> impl Future<Output = Answer<()>> + Send;
+
+    /// Gives the row the token of the barrier, if it has one of those that this accepts. Returns one of its outcomes.
+    fn bar(&mut self, barrier: &Barrier) -> impl Future<Output = Answer<Token>> + Send;
+
+    /// Reads the row.
+    fn read(&mut self) -> impl Future<Output = Result<Stored, StoreError>> + Send;
+}
+
+/// The commits of one process, from the one on that takes the store over.
+#[derive(Clone, Debug)]
+pub(super) struct Chain {
+    /// The location of the store, for people.
+    store: String,
+    epoch: Epoch,
+    /// What the row said after the last commit that was acknowledged: before the first one, what an earlier process has
+    /// left.
+    stored: Stored,
+    /// The token of the row, as far as it is known.
+    last: Token,
+    /// The last one that was given.
+    given: Token,
+}
+
+impl Chain {
+    /// Commits of this epoch, after a row that has this token. `given` is the token before the first one that they and
+    /// their barriers get: chosen at random, so that no other process has the same ones.
+    pub(super) fn new(store: String, epoch: Epoch, (stored, last): (Stored, Token), given: Token) -> Self {
+        Self { store, epoch, stored, last, given }
+    }
+
+    /// Commits. Returns once the outcome is known, however long that takes.
+    ///
+    /// # Errors
+    /// Nothing was kept, and nothing will be.
+    pub(super) async fn commit(&mut self, database: &mut impl Database) -> Result<(), StoreError> {
+        let token = self.give();
+        match database.commit(self.last, token).await {
+            Answer::Executed(()) => {
+                self.kept(token);
+                Ok(())
+            }
+            Answer::Superseded => Err(self.superseded(database.read().await?)),
+            Answer::Refused(error) => Err(error),
+            Answer::Lost(error) => self.resolve(database, token, error).await,
+        }
+    }
+
+    /// Finds out the outcome of a commit whose answer was lost.
+    async fn resolve(
+        &mut self,
+        database: &mut impl Database,
+        commit: Token,
+        lost: StoreError,
+    ) -> Result<(), StoreError> {
+        // Eight bytes for each answer that is lost, at most one in a second.
+        let mut barrier = Barrier { token: self.give(), outcomes: [self.last, commit], earlier: Vec::new() };
+        let mut pause = FIRST_PAUSE;
+        loop {
+            match database.bar(&barrier).await {
+                Answer::Executed(found) if found == commit => {
+                    self.kept(barrier.token);
+                    return Ok(());
+                }
+                Answer::Executed(_) => {
+                    self.last = barrier.token;
+                    return Err(lost);
+                }
+                Answer::Superseded => {
+                    if let Ok(stored) = database.read().await {
+                        return Err(self.superseded(stored));
+                    }
+                }
+                // The same one again.
+                Answer::Refused(_) => {}
+                Answer::Lost(_) => {
+                    barrier.earlier.push(barrier.token);
+                    barrier.token = self.give();
+                }
+            }
+            sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// The error for a row with a token that this process has not given it.
+    fn superseded(&self, now: Stored) -> StoreError {
+        let Self { store, epoch, stored, .. } = self;
+        if now.epoch < stored.epoch || now.epoch == stored.epoch && now.commits < stored.commits {
+            let problem = format!(
+                "it has {} commits, the last ones of epoch {}, and {} were acknowledged, the last ones of epoch {}: an \
+                 older copy has replaced it, such as a standby that did not have all of them",
+                now.commits, now.epoch, stored.commits, stored.epoch
+            );
+            return StoreError::Corrupt { store: store.clone(), problem };
+        }
+        // Another process that writes with this epoch was in the way, unless this one has begun it.
+        if now.epoch > *epoch || stored.epoch < *epoch {
+            return StoreError::Fenced { by: now.epoch };
+        }
+        let problem = format!("{store} has the epoch of this process, and a token of another one");
+        StoreError::Defect { problem }
+    }
+
+    /// The commit was acknowledged, and then the row had this token.
+    fn kept(&mut self, last: Token) {
+        self.stored = Stored { epoch: self.epoch, commits: self.stored.commits + 1 };
+        self.last = last;
+    }
+
+    /// A token that nothing has yet.
+    fn give(&mut self) -> Token {
+        self.given = self.given.next();
+        self.given
+    }
+}
+
+#[cfg(test)]
+mod tests;
