@@ -29,7 +29,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "orchestrator",
         &["clock", "engine", "host", "ledger", "memory", "model", "offload", "ports", "record", "schedule", "tasks"],
     ),
-    ("store", &["clock", "file", "ledger", "model", "ports"]),
+    ("store", &["clock", "file", "ledger", "model", "pem", "ports"]),
     ("transport", &[]),
     ("dial", &["access", "clock", "memory", "model", "offload", "pem", "ports", "proto", "transport", "turn"]),
     ("listen", &["memory", "pem", "proto", "transport", "turn"]),
@@ -130,8 +130,8 @@ const MAY_DEPEND: &[(&str, &[&str])] = &[
     ("hyper", &["listen", "web"]),
     // `cli/remote` gives a connection to the gRPC client.
     ("hyper_util", &["cli/remote", "listen", "web"]),
-    ("rustls_native_certs", &["dial/tls"]),
-    ("tokio_rustls", &["dial", "listen/tls"]),
+    ("rustls_native_certs", &["dial/tls", "store/postgres/connect"]),
+    ("tokio_rustls", &["dial", "listen/tls", "store/postgres/connect"]),
     ("webpki", &["access", "cli/certs", "dial/tls", "listen/tls", "pem"]),
     // Libraries that one place uses.
     // Also the name of the provider in rustls.
@@ -146,8 +146,11 @@ const MAY_DEPEND: &[(&str, &[&str])] = &[
     ("prometheus", &["telemetry/metrics"]),
     ("fastrand", &["cli/demo/fleet", "random"]),
     ("rcgen", &["cli/certs"]),
+    ("percent_encoding", &["store/postgres/url"]),
     ("rusqlite", &["store/sqlite"]),
     ("sd_notify", &["serve/manager"]),
+    ("tokio_postgres", &["store/postgres"]),
+    ("tokio_postgres_rustls", &["store/postgres/connect"]),
     ("toml", &["config/reader"]),
     ("x509_parser", &["cli/certs"]),
     ("tracing_subscriber", &["config", "telemetry"]),
@@ -434,7 +437,7 @@ fn modules_for_subsystems_use_nothing_of_the_service() {
 
 #[test]
 fn a_subsystem_in_rust_compiles_no_database_no_web_server_no_terminal_and_without_tls_no_c() {
-    let unneeded = ["axum", "crossterm", "opentelemetry", "ratatui", "rusqlite", "terminal_size"];
+    let unneeded = ["axum", "crossterm", "opentelemetry", "ratatui", "rusqlite", "terminal_size", "tokio-postgres"];
     let with_tls = (&["--package", "peak"][..], &[][..]);
     let without_tls = (&["--package", "orchestrator-core", "--no-default-features"][..], &["cc", "rustls"][..]);
     for (package, also_unneeded) in [with_tls, without_tls] {

@@ -211,7 +211,7 @@ impl Cli {
             Command::Conformance(conformance) => Box::pin(conformance.run()),
             // These have no handler of Ctrl-C, so that it ends them at once.
             Command::Check(check) => Box::pin(ready(check.run())),
-            Command::Store(store) => Box::pin(ready(store.run())),
+            Command::Store(store) => Box::pin(store.run()),
             Command::Token(token) => Box::pin(ready(token.run())),
             Command::Certs(certs) => Box::pin(ready(certs.run())),
             Command::Verify(verify) => Box::pin(ready(verify.run())),

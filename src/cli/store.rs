@@ -13,7 +13,7 @@ use crate::{
     host::Host,
     ledger::{LogBegan, LogBeganReason},
     record,
-    store::{self, Accepted, Compacted, EntryCodec, KeyFileError, LogKeys, StoreUrl},
+    store::{self, Accepted, Compacted, EntryCodec, KeyFileError, LogKeys, Migrated, PostgresUrl, StoreUrl},
 };
 
 /// Work on a store that no process has open
@@ -27,6 +27,7 @@ pub(super) struct Store {
 enum Command {
     Accept(Accept),
     Compact(Compact),
+    Migrate(Migrate),
 }
 
 /// Make the file of a store smaller, after records were removed
@@ -49,6 +50,47 @@ struct Compact {
     /// The store, as in store.url
     #[arg(value_name = "URL", value_parser = StoreUrl::parse, default_value = "sqlite:orchestrator.db")]
     url: StoreUrl,
+}
+
+/// Make the tables of a store in PostgreSQL, or bring them up to date
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+The user in the URL becomes the owner of the tables. The user of the service needs fewer rights: USAGE of the schema, and \
+SELECT, INSERT, UPDATE and DELETE of all its tables. Grant them after each migration, or once by ALTER DEFAULT PRIVILEGES:
+
+  GRANT USAGE ON SCHEMA orchestrator TO service;
+  GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA orchestrator TO service;
+
+Several processes can migrate at once: one does it, and the others wait. A store of a later version of this software stays \
+as it is, and so do tables of other software.
+
+URL: postgres://USER@HOST:PORT,HOST:PORT/DATABASE?PARAMETER=VALUE&PARAMETER=VALUE. The first host that takes writes is \
+used. Parameters:
+  password_file    the file with the password, which nobody else may read; a
+                   password in the URL can be seen by others on this machine
+  schema           the schema of the tables; orchestrator
+  sslmode          verify-full, or disable; verify-full unless all hosts are on
+                   this machine
+  sslrootcert      the file with the certificate of the authority of the
+                   servers; those that the system trusts
+  dbname, host, port, user    as elsewhere; host=/DIRECTORY is a socket
+
+Exit codes:
+  0    the tables are up to date
+  1    no server can be used, or the user may not do it
+  2    wrong usage
+
+Examples:
+  orchestrator store migrate postgres://owner@db1.example,db2.example/fleet
+  orchestrator store migrate 'postgres:///fleet?host=/var/run/postgresql'
+  orchestrator store migrate --print postgres://owner@localhost/fleet | less")]
+struct Migrate {
+    /// The store
+    #[arg(value_name = "URL", value_parser = PostgresUrl::parse)]
+    url: PostgresUrl,
+    /// Print the statements that make the tables of a new store, for an administrator, and connect to no server
+    #[arg(long)]
+    print: bool,
 }
 
 /// Accept a store as it is, although it is a copy, or not what was signed last
@@ -104,10 +146,19 @@ impl LogArgs {
 
 impl Store {
     /// Runs the subcommand.
-    pub(super) fn run(self) -> Result<Exit, Failure> {
+    pub(super) async fn run(self) -> Result<Exit, Failure> {
         let refused = |error: &dyn Error| Failure::new(Exit::Refused, clean(&error.to_string()));
         let Accept { url, log } = match self.command {
             Command::Accept(accept) => accept,
+            Command::Migrate(Migrate { url, print: true }) => {
+                print(&store::tables(&url))?;
+                return Ok(Exit::Done);
+            }
+            Command::Migrate(Migrate { url, print: false }) => {
+                let migrated = store::migrate(&url, Host::system().clock).await.map_err(|error| refused(&error))?;
+                print(&(clean(&brought(&url, migrated)) + "\n"))?;
+                return Ok(Exit::Done);
+            }
             Command::Compact(Compact { url }) => {
                 let Compacted { before, after } = store::compact(&url).map_err(|error| refused(&error))?;
                 let (before, after) = (grouped(before), grouped(after));
@@ -119,6 +170,15 @@ impl Store {
         let accepted = store::accept(&url, keys, log.origin, ENTRIES).map_err(|error| refused(&error))?;
         print(&told(&accepted))?;
         Ok(Exit::Done)
+    }
+}
+
+/// The message about migrated tables.
+fn brought(url: &PostgresUrl, Migrated { from, to }: Migrated) -> String {
+    match from {
+        0 => format!("{url} has the tables of a new store, in version {to}"),
+        from if from == to => format!("{url} has version {to} already"),
+        from => format!("{url} has version {to} now; it had version {from}"),
     }
 }
 

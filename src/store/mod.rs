@@ -6,6 +6,7 @@ mod chain;
 mod frontier;
 mod keys;
 mod memory;
+mod postgres;
 mod pruning;
 mod sqlite;
 #[cfg(test)]
@@ -22,6 +23,7 @@ pub use self::backup::{BackedUp, BackupError, backup, restore};
 pub use self::keys::{
     KeyFileError, LogKeys, NewKeys, checkpoint_of, keep_published, key_beside, published, signing_key,
 };
+pub use self::postgres::{Migrated, PostgresUrl, migrate, tables};
 pub use self::sqlite::DatabaseFileError;
 use bytes::Bytes;
 

@@ -10,6 +10,7 @@ pub mod door;
 pub mod fleet;
 pub mod http;
 pub mod pki;
+pub mod postgres;
 pub mod process;
 pub mod raw;
 pub mod service;

@@ -1,0 +1,191 @@
+//! Connections to the server that takes writes.
+
+use std::{
+    future::poll_fn,
+    ops::Deref,
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use tokio::time::timeout;
+use tokio_postgres::{
+    AsyncMessage, Client, Config,
+    config::Host,
+    error::{DbError, Severity},
+};
+use tokio_postgres_rustls::MakeRustlsConnect;
+use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto};
+use tokio_util::task::AbortOnDropHandle;
+
+use super::{
+    error::explain,
+    url::{CONNECT, PostgresUrl, Verification},
+};
+use crate::{clock::Clock, file, pem::Pem, ports::StoreError};
+
+/// Connects to the servers of one URL.
+pub(super) struct Connector {
+    url: PostgresUrl,
+    tls: MakeRustlsConnect,
+}
+
+/// A connection. Once it is dropped, the server rolls back what it has begun.
+pub(super) struct Connection {
+    client: Client,
+    /// What the server has warned of since this was last taken.
+    warning: Arc<Mutex<Option<String>>>,
+    /// Moves the bytes.
+    _task: AbortOnDropHandle<()>,
+}
+
+impl Deref for Connection {
+    type Target = Client;
+
+    fn deref(&self) -> &Client {
+        &self.client
+    }
+}
+
+impl Connection {
+    /// For transactions.
+    pub(super) fn client(&mut self) -> &mut Client {
+        &mut self.client
+    }
+
+    /// What the server has warned of since this was last asked: statements that have returned are among that.
+    #[cfg_attr(not(test), expect(dead_code, reason = "commits will ask"))]
+    pub(super) fn take_warning(&self) -> Option<String> {
+        self.warning.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+impl Connector {
+    /// Reads the certificates of authorities, on a blocking thread. Those of servers must be valid by this clock.
+    ///
+    /// # Errors
+    /// A file can't be used.
+    pub(super) async fn new(url: PostgresUrl, clock: Clock) -> Result<Self, StoreError> {
+        let store = url.to_string();
+        let verification = url.verification().clone();
+        let made = tokio::task::spawn_blocking(move || tls(&verification, clock)).await;
+        let made = made.unwrap_or_else(|error| Err(error.to_string()));
+        let tls = made.map_err(|problem| StoreError::Unavailable { store, problem })?;
+        Ok(Self { url, tls: MakeRustlsConnect::new(tls) })
+    }
+
+    /// The URL.
+    pub(super) fn url(&self) -> &PostgresUrl {
+        &self.url
+    }
+
+    /// Connects to the first of the hosts that takes writes. Their names are resolved each time, since a failover may
+    /// change where they lead.
+    ///
+    /// # Errors
+    /// None of them does; the message says why of each.
+    pub(super) async fn connect(&self) -> Result<Connection, StoreError> {
+        let store = self.url.to_string();
+        let password = self.password().await?;
+        let mut problems = Vec::new();
+        for (host, mut config) in self.url.of_hosts() {
+            if let Some(password) = &password {
+                config.password(password);
+            }
+            match timeout(CONNECT, self.connect_to(&config)).await {
+                Ok(Ok(connection)) => return Ok(connection),
+                Ok(Err(StoreError::Unavailable { problem, .. })) => {
+                    problems.push(format!("{}: {problem}", shown(host)));
+                }
+                // What the server refuses, so would another one.
+                Ok(Err(error)) => return Err(error),
+                Err(_) => problems.push(format!("{}: no answer within {CONNECT:?}", shown(host))),
+            }
+        }
+        Err(StoreError::Unavailable { store, problem: format!("can't connect to {}", problems.join("; and to ")) })
+    }
+
+    async fn connect_to(&self, config: &Config) -> Result<Connection, StoreError> {
+        let connected = config.connect(self.tls.clone()).await;
+        let (client, mut connection) = connected.map_err(|error| explain(&self.url.to_string(), &error))?;
+        let warning = Arc::new(Mutex::new(None));
+        let (warned, store) = (warning.clone(), self.url.to_string());
+        let task = tokio::spawn(async move {
+            // Before the answer to the statement that it is about.
+            while let Some(message) = poll_fn(|context| connection.poll_message(context)).await {
+                match message {
+                    Ok(AsyncMessage::Notice(notice)) => {
+                        if let Some(problem) = warning_of(&notice) {
+                            *warned.lock().unwrap_or_else(PoisonError::into_inner) = Some(problem);
+                        }
+                    }
+                    Ok(_) => {}
+                    Err(error) => {
+                        tracing::debug!(store, %error, "a connection has ended");
+                        return;
+                    }
+                }
+            }
+        });
+        Ok(Connection { client, warning, _task: AbortOnDropHandle::new(task) })
+    }
+
+    /// The password in its file, if the URL names one. Read each time, so that it can be changed.
+    async fn password(&self) -> Result<Option<Vec<u8>>, StoreError> {
+        let Some(path) = self.url.password_file().cloned() else { return Ok(None) };
+        let (store, shown) = (self.url.to_string(), path.display().to_string());
+        let read = tokio::task::spawn_blocking(move || file::read_secret(&path)).await;
+        let read = read.map_err(|error| error.to_string());
+        let read = read.and_then(|read| read.map_err(|error| format!("password_file {shown} {error}")));
+        let password = read.map_err(|problem| StoreError::Unavailable { store, problem })?;
+        Ok(Some(password.trim_ascii_end().to_vec()))
+    }
+}
+
+/// What a notice warns of; `None` if it only informs.
+fn warning_of(notice: &DbError) -> Option<String> {
+    let is_warning = matches!(notice.parsed_severity(), Some(Severity::Warning)) || notice.severity() == "WARNING";
+    is_warning.then(|| notice.message().to_owned())
+}
+
+/// The host, for people.
+fn shown(host: &Host) -> String {
+    match host {
+        Host::Tcp(name) => name.clone(),
+        #[cfg(unix)]
+        Host::Unix(path) => path.display().to_string(),
+    }
+}
+
+/// The TLS of connections to servers that are verified in this way.
+fn tls(verification: &Verification, clock: Clock) -> Result<ClientConfig, String> {
+    let mut roots = RootCertStore::empty();
+    match verification {
+        // It is not used.
+        Verification::Disabled => {}
+        Verification::Full(Some(path)) => add_file(&mut roots, path)?,
+        Verification::Full(None) => {
+            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+            if roots.is_empty() {
+                let remedy = "name the file of its authority in store.url: sslrootcert=PATH";
+                return Err(format!(
+                    "the system trusts no certificate, so that of the server can't be checked; {remedy}"
+                ));
+            }
+        }
+    }
+    let config = ClientConfig::builder_with_details(crypto::aws_lc_rs::default_provider().into(), Arc::new(clock))
+        .with_safe_default_protocol_versions()
+        .map_err(|error| error.to_string())?;
+    Ok(config.with_root_certificates(roots).with_no_client_auth())
+}
+
+/// Adds the certificates in a file.
+fn add_file(roots: &mut RootCertStore, path: &Path) -> Result<(), String> {
+    let name = format!("sslrootcert {}", path.display());
+    let bytes = file::read(path).map_err(|error| format!("{name} {error}"))?;
+    let pem = Pem { name, path: path.to_owned(), bytes };
+    for certificate in pem.certificates()? {
+        roots.add(certificate).map_err(|error| pem.refused(&error))?;
+    }
+    Ok(())
+}

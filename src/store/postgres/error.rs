@@ -1,0 +1,79 @@
+//! The errors of PostgreSQL and of connections to it, as errors of a store.
+
+use tokio_postgres::{
+    Error,
+    error::{DbError, Severity, SqlState},
+};
+
+use super::url::causes;
+use crate::ports::StoreError;
+
+/// Maps an error to an error of the store.
+pub(super) fn explain(store: &str, error: &Error) -> StoreError {
+    match error.as_db_error() {
+        Some(error) => of_server(store.to_owned(), error),
+        None => StoreError::Unavailable {
+            store: store.to_owned(),
+            problem: format!("{}; see whether the server and the network work", causes(error)),
+        },
+    }
+}
+
+/// True if a statement with this error may have been executed, or may still be: the connection was lost, the server has
+/// ended the session, or it does not know either.
+#[cfg_attr(not(test), expect(dead_code, reason = "commits will ask"))]
+pub(super) fn is_ambiguous(error: &Error) -> bool {
+    error.as_db_error().is_none_or(|error| {
+        let ends_session = matches!(error.parsed_severity(), Some(Severity::Fatal | Severity::Panic));
+        ends_session || *error.code() == SqlState::T_R_STATEMENT_COMPLETION_UNKNOWN || is_of(error, &["08", "57P"])
+    })
+}
+
+/// True if the same statement may succeed at once: it has met another one, and was rolled back.
+#[cfg_attr(not(test), expect(dead_code, reason = "commits will ask"))]
+pub(super) fn is_worth_repeating(error: &Error) -> bool {
+    [SqlState::T_R_SERIALIZATION_FAILURE, SqlState::T_R_DEADLOCK_DETECTED].iter().any(|code| error.code() == Some(code))
+}
+
+/// True if the code begins with one of these.
+fn is_of(error: &DbError, classes: &[&str]) -> bool {
+    classes.iter().any(|class| error.code().code().starts_with(class))
+}
+
+fn of_server(store: String, error: &DbError) -> StoreError {
+    let problem = said(error);
+    match error.code().code() {
+        "53100" => StoreError::Full { store, problem },
+        "42501" => StoreError::ReadOnly {
+            store,
+            problem: format!("{problem}; grant its user what `orchestrator store migrate --help` lists"),
+        },
+        "25006" => {
+            let problem = format!("{problem}: this server is a standby; name all servers in store.url");
+            StoreError::Unavailable { store, problem }
+        }
+        "53300" => {
+            let problem = format!("{problem}; raise max_connections, or use a pooler");
+            StoreError::Unavailable { store, problem }
+        }
+        "57014" => StoreError::Unavailable { store, problem: format!("{problem}; somebody has cancelled it") },
+        "3D000" => StoreError::Unavailable { store, problem: format!("{problem}; create it: CREATE DATABASE") },
+        "XX001" | "XX002" => StoreError::Corrupt { store, problem },
+        // A value or a row that it does not take, a limit of it, or a table that is not there: so it will be again.
+        _ if is_of(error, &["0A", "22", "23", "42", "54"]) => StoreError::Unusable { store, problem },
+        _ if is_of(error, &["28"]) => StoreError::Unavailable {
+            store,
+            problem: format!("{problem}; see store.url, and pg_hba.conf of the server"),
+        },
+        _ => StoreError::Unavailable { store, problem },
+    }
+}
+
+/// What the server says.
+fn said(error: &DbError) -> String {
+    let mut said = format!("{} (SQLSTATE {})", error.message(), error.code().code());
+    for more in [error.detail(), error.hint()].into_iter().flatten() {
+        said = format!("{said}; {more}");
+    }
+    said
+}

@@ -1,0 +1,169 @@
+//! The schema of a database, and its migrations.
+
+use std::{fmt::Write as _, str::FromStr};
+
+use tokio_postgres::{Error, error::SqlState};
+
+use super::{
+    connect::{Connection, Connector},
+    error::explain,
+};
+use crate::{ports::StoreError, store::OpenError};
+
+/// The migrations, each starting with its own line.
+const SCHEMA: &str = include_str!("schema.sql");
+const MIGRATION: &str = "-- migration ";
+/// What stands for the schema of the tables in [`SCHEMA`].
+const PLACE: &str = "SCHEMA.";
+
+/// The table that says which migrations a database has: it is there before the first one.
+const TABLE: &str = "CREATE TABLE SCHEMA.store_schema (
+    id          smallint PRIMARY KEY CHECK (id = 0),
+    version     integer  NOT NULL,  -- the last migration
+    usable_from integer  NOT NULL   -- the lowest version of the software's own schema with which it may still be used
+);
+INSERT INTO SCHEMA.store_schema VALUES (0, 0, 0);
+";
+
+/// One migration.
+struct Migration {
+    version: i32,
+    /// The lowest version of the software's own schema with which the database may still be used after it.
+    usable_from: i32,
+    statements: &'static str,
+}
+
+/// The migrations, in their order.
+fn migrations() -> impl Iterator<Item = Migration> {
+    (1..).zip(SCHEMA.split(MIGRATION).skip(1)).map(|(version, migration)| {
+        let (line, statements) = migration.split_once('\n').unwrap_or_default();
+        let usable_from = line.rsplit(' ').next().and_then(|number| i32::from_str(number).ok()).unwrap_or(version);
+        Migration { version, usable_from, statements }
+    })
+}
+
+/// The schema version of this software.
+fn latest() -> i32 {
+    migrations().last().map_or(0, |migration| migration.version)
+}
+
+/// The result of a migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Migrated {
+    /// The schema version before; 0 if there was no store.
+    pub from: i32,
+    /// The schema version now.
+    pub to: i32,
+}
+
+/// The statements that make the tables of a new store in this schema, or that bring one of this version to the newest.
+pub(super) fn statements(schema: &str, from: i32) -> String {
+    let mut all = String::new();
+    if from == 0 {
+        let _ = writeln!(all, "CREATE SCHEMA IF NOT EXISTS {schema};\n{}", in_schema(TABLE, schema));
+    }
+    for migration in migrations().filter(|migration| migration.version > from) {
+        let _ = writeln!(all, "{}\n{}", in_schema(migration.statements, schema).trim(), note(schema, &migration));
+    }
+    all
+}
+
+/// Notes that a migration was applied.
+fn note(schema: &str, Migration { version, usable_from, .. }: &Migration) -> String {
+    format!("UPDATE {schema}.store_schema SET version = {version}, usable_from = {usable_from};")
+}
+
+fn in_schema(statements: &str, schema: &str) -> String {
+    statements.replace(PLACE, &format!("{schema}."))
+}
+
+/// Applies the missing migrations, in one transaction. Several processes can do it at once: they wait for each other.
+/// If none is missing, the user needs no right for it.
+///
+/// # Errors
+/// The user may not do it, a later version of this software was there, the tables are those of other software, or the
+/// database can't be used.
+pub(super) async fn migrate(connector: &Connector, connection: &mut Connection) -> Result<Migrated, OpenError> {
+    let (store, schema) = (connector.url().to_string(), connector.url().schema());
+    let mut again = true;
+    loop {
+        match migrate_once(connection, &store, schema).await {
+            // Another process has created it at the same time.
+            Err(Failed::Statement(error)) if again && is_there(&error) => again = false,
+            Err(Failed::Statement(error)) if error.code() == Some(&SqlState::DUPLICATE_TABLE) => {
+                return Err(OpenError::Foreign { store });
+            }
+            Err(Failed::Statement(error)) => return Err(refusal(&store, &error)),
+            Err(Failed::TooNew { found }) => {
+                return Err(OpenError::TooNew { store, found: found.into(), known: latest().into() });
+            }
+            Ok(migrated) => return Ok(migrated),
+        }
+    }
+}
+
+/// Why the migrations were not applied.
+enum Failed {
+    Statement(Error),
+    TooNew { found: i32 },
+}
+
+impl From<Error> for Failed {
+    fn from(error: Error) -> Self {
+        Self::Statement(error)
+    }
+}
+
+async fn migrate_once(connection: &mut Connection, store: &str, schema: &str) -> Result<Migrated, Failed> {
+    let check = |(found, usable_from): (i32, i32)| {
+        if usable_from > latest() { Err(Failed::TooNew { found }) } else { Ok(found) }
+    };
+    let known = version(connection, schema).await?.map(check).transpose()?;
+    if let Some(to) = known.filter(|known| *known >= latest()) {
+        return Ok(Migrated { from: to, to });
+    }
+    let transaction = connection.client().transaction().await?;
+    if known.is_none() {
+        let create = format!("CREATE SCHEMA IF NOT EXISTS {schema};\n{}", in_schema(TABLE, schema));
+        transaction.batch_execute(&create).await?;
+    }
+    let lock = format!("SELECT version, usable_from FROM {schema}.store_schema WHERE id = 0 FOR UPDATE");
+    let row = transaction.query_one(&lock, &[]).await?;
+    let from = check((row.get(0), row.get(1)))?;
+    for migration in migrations().filter(|migration| migration.version > from) {
+        transaction.batch_execute(&in_schema(migration.statements, schema)).await?;
+        transaction.batch_execute(&note(schema, &migration)).await?;
+    }
+    transaction.commit().await?;
+    if from < latest() {
+        tracing::info!(store, from, to = latest(), "the schema of the database was migrated");
+    }
+    Ok(Migrated { from, to: latest().max(from) })
+}
+
+/// The schema version and the lowest one with which it may be used, if there is a store.
+async fn version(connection: &Connection, schema: &str) -> Result<Option<(i32, i32)>, Error> {
+    let table = format!("{schema}.store_schema");
+    let is_there = connection.query_one("SELECT to_regclass($1) IS NOT NULL", &[&table]).await?;
+    if !is_there.get::<_, bool>(0) {
+        return Ok(None);
+    }
+    let row = connection.query_opt(&format!("SELECT version, usable_from FROM {table} WHERE id = 0"), &[]).await?;
+    Ok(row.map(|row| (row.get(0), row.get(1))))
+}
+
+/// True if a table, a schema, or one of their entries in the catalogue exists already.
+fn is_there(error: &Error) -> bool {
+    let codes = [SqlState::DUPLICATE_TABLE, SqlState::DUPLICATE_SCHEMA, SqlState::UNIQUE_VIOLATION];
+    error.code().is_some_and(|code| codes.contains(code))
+}
+
+fn refusal(store: &str, error: &Error) -> OpenError {
+    if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) {
+        let (store, problem) =
+            (store.to_owned(), error.as_db_error().map_or_else(String::new, |it| it.message().into()));
+        let remedy = "run `orchestrator store migrate` as the owner of the schema, whose tables this user may then use";
+        return StoreError::ReadOnly { store, problem: format!("{problem}; {remedy}") }.into();
+    }
+    explain(store, error).into()
+}

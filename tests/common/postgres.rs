@@ -1,0 +1,100 @@
+//! A PostgreSQL server. The tests of the store in `src` use it as well, so it needs nothing else of the kit.
+
+use std::{
+    env,
+    io::{BufRead, BufReader},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{
+        LazyLock,
+        atomic::{AtomicU32, Ordering},
+    },
+};
+
+/// Starts a server in a new directory, writes the path of that, and ends the server once its input ends: when the test
+/// ends in any way. `$1` has further options of the server, and `$2` is a directory whose files are copied there first.
+const SCRIPT: &str = r#"
+set -e
+PATH="$PATH:$(ls -d /usr/lib/postgresql/*/bin 2> /dev/null | tail -n 1)"
+directory="$(mktemp -d)"
+initdb --pgdata "$directory/data" --username owner --auth trust --encoding UTF8 --locale C --no-sync > /dev/null
+if [ -n "$2" ]; then cp "$2"/* "$directory/data/" && chmod 600 "$directory/data"/*.pem; fi
+pg_ctl start --wait --silent --pgdata "$directory/data" --log "$directory/log" \
+    --options "-k $directory -c listen_addresses= -c fsync=off -c max_connections=200 $1"
+echo "$directory"
+read -r _ || true
+pg_ctl stop --silent --mode immediate --pgdata "$directory/data"
+rm -rf "$directory"
+"#;
+
+/// A server that ends with the test. Its superuser is `owner`, and its database for tests `postgres`.
+pub struct Server {
+    directory: PathBuf,
+    /// Ends once its input is closed.
+    process: Child,
+}
+
+/// The server that all tests of this process share. `None` where PostgreSQL is not installed, which is reported; with
+/// `ORCHESTRATOR_TEST_POSTGRES=required`, tests fail instead.
+pub fn shared() -> Option<&'static Server> {
+    static SERVER: LazyLock<Option<Server>> = LazyLock::new(|| Server::start("", None));
+    SERVER.as_ref()
+}
+
+impl Server {
+    /// Starts a server with these options, and with copies of the files of a directory beside its data. `None` as in
+    /// [`shared`].
+    pub fn start(options: &str, files: Option<&Path>) -> Option<Self> {
+        if !is_installed() {
+            let is_required = env::var("ORCHESTRATOR_TEST_POSTGRES").is_ok_and(|it| it == "required");
+            assert!(!is_required, "PostgreSQL is not installed");
+            eprintln!("*** NOT CHECKED: the store in PostgreSQL, which is not installed ***");
+            return None;
+        }
+        // A server does not run as root.
+        let mut command = if rustix::process::geteuid().is_root() {
+            let mut command = Command::new("runuser");
+            command.args(["-u", "postgres", "--", "sh", "-c"]);
+            command
+        } else {
+            let mut command = Command::new("sh");
+            command.arg("-c");
+            command
+        };
+        command.args([SCRIPT, "sh", options]).arg(files.unwrap_or(Path::new(""))).current_dir("/");
+        let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut directory = String::new();
+        BufReader::new(process.stdout.take().unwrap()).read_line(&mut directory).unwrap();
+        assert!(!directory.is_empty(), "the server did not start");
+        Some(Self { directory: directory.trim_end().into(), process })
+    }
+
+    /// The URL of a store on it that no other test has.
+    pub fn url(&self) -> String {
+        static SCHEMAS: AtomicU32 = AtomicU32::new(0);
+        let number = SCHEMAS.fetch_add(1, Ordering::Relaxed);
+        self.url_of("owner", &format!("test_{}_{number}", std::process::id()))
+    }
+
+    /// The URL of the store in this schema, for this user.
+    pub fn url_of(&self, user: &str, schema: &str) -> String {
+        format!("postgres://{user}@{}/postgres?schema={schema}", self.host())
+    }
+
+    /// The directory of its socket, as the host of a URL.
+    pub fn host(&self) -> String {
+        self.directory.display().to_string().replace('/', "%2F")
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        drop(self.process.stdin.take());
+        let _ = self.process.wait();
+    }
+}
+
+fn is_installed() -> bool {
+    let found = Command::new("sh").args(["-c", "command -v initdb || ls /usr/lib/postgresql/*/bin/initdb"]).output();
+    found.is_ok_and(|found| found.status.success())
+}
