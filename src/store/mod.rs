@@ -3,14 +3,25 @@
 mod backup;
 #[cfg_attr(not(test), expect(dead_code, reason = "the store in PostgreSQL will commit in this way"))]
 mod chain;
+mod contents;
+mod counts;
+mod entries;
+mod excess;
 mod frontier;
 mod keys;
 mod memory;
+mod pages;
+mod parts;
 mod postgres;
 mod pruning;
+mod row;
+mod seal;
 mod sqlite;
 #[cfg(test)]
 mod suite;
+mod term;
+mod trouble;
+mod walk;
 
 use std::{
     fmt, io,

@@ -24,9 +24,7 @@
 mod backup;
 mod commit;
 mod contents;
-mod counts;
 mod error;
-mod excess;
 mod identity;
 mod log;
 mod note;
@@ -39,29 +37,21 @@ mod seal;
 #[cfg(test)]
 mod tests;
 mod verify;
-mod walk;
 mod writer;
 
 use std::{
     io,
     ops::Range,
     path::{Path, PathBuf},
-    pin::pin,
     sync::Arc,
     thread,
     time::Duration,
 };
 
-use futures_util::{
-    future::BoxFuture,
-    stream::{self, BoxStream},
-};
+use futures_util::{future::BoxFuture, stream::BoxStream};
 use jiff::Timestamp;
 use rusqlite::Connection;
-use tokio::{
-    sync::{mpsc, oneshot, watch},
-    time::timeout,
-};
+use tokio::sync::{mpsc, oneshot};
 
 pub use self::place::DatabaseFileError;
 pub(super) use self::{
@@ -76,10 +66,15 @@ use self::{
     opening::{Opened, connect, immutable, look},
     place::LockedDatabase,
     reading::{ReadError, Readers},
-    rows::Reading,
     writer::{Job, Writer},
 };
-use super::{OpenError, keys::checkpoint_of};
+use super::{
+    OpenError,
+    entries::Reading,
+    keys::checkpoint_of,
+    pages::{cycles_after, cycles_before, events_before},
+    trouble::Trouble,
+};
 use crate::{
     clock::Clock,
     file,
@@ -95,8 +90,6 @@ use crate::{
 const QUEUE: usize = 8;
 /// Longest wait of a statement for a program that has locked the database, such as a backup.
 const BUSY: Duration = Duration::from_secs(5);
-/// A commit that takes longer is reported as late. It is awaited without a limit: a hanging disk may recover.
-const LATE: Duration = Duration::from_secs(5);
 
 /// A SQLite database.
 pub(super) struct SqliteStore {
@@ -108,7 +101,7 @@ pub(super) struct SqliteStore {
     writer: Option<thread::JoinHandle<()>>,
     readers: Readers,
     log: SharedLog,
-    trouble: watch::Sender<Option<StoreError>>,
+    trouble: Trouble,
     /// Released last, after all connections are closed.
     _place: LockedDatabase,
 }
@@ -134,17 +127,8 @@ impl SqliteStore {
         let writer = writer.map_err(|error| unwritable(&path, &error))?;
         let writer = thread::Builder::new().name("store".into()).spawn(move || writer.run(incoming));
         let writer = writer.map_err(|error| unavailable(&path, error.to_string()))?;
-        Ok(Self {
-            path,
-            checks,
-            clock,
-            jobs: Some(jobs),
-            writer: Some(writer),
-            readers,
-            log,
-            trouble: watch::Sender::new(None),
-            _place: place,
-        })
+        let trouble = trouble(&path);
+        Ok(Self { path, checks, clock, jobs: Some(jobs), writer: Some(writer), readers, log, trouble, _place: place })
     }
 
     /// Opens a database to look at it: nothing is written, no file is made beside it, and [`Store::take_over`] only
@@ -155,7 +139,7 @@ impl SqliteStore {
             let place = look(&path)?;
             let path = Arc::new(place.path.clone());
             let readers = Readers::of(&path, immutable).map_err(|error| explain(&path, &error))?;
-            let (log, trouble) = (SharedLog::default(), watch::Sender::new(None));
+            let (log, trouble) = (SharedLog::default(), trouble(&path));
             Ok(Self { path, checks, clock, jobs: None, writer: None, readers, log, trouble, _place: place })
         });
         opened.await.unwrap_or_else(|error| Err(StoreError::Unavailable { store, problem: error.to_string() }.into()))
@@ -166,9 +150,9 @@ impl SqliteStore {
         let (path, checks, clock, log) = (self.path.clone(), self.checks, self.clock, self.log.clone());
         let read = move |connection: &mut Connection| {
             let read = contents::read_contents(connection, &path, checks, clock, seals).map_err(ReadError::Refused)?;
-            log.begins_after(read.unlogged_to);
-            log.set(&read.log);
-            Ok(Contents { epoch: read.current, ..read.contents })
+            log.begins_after(read.term.unlogged_to);
+            log.set(&read.term.frontier.log);
+            Ok(Contents { epoch: read.term.current, ..read.contents })
         };
         self.readers.read(read).await
     }
@@ -185,6 +169,11 @@ impl SqliteStore {
         jobs.send(job(reply)).await.map_err(|_| gone())?;
         answer.await.map_err(|_| gone())?
     }
+}
+
+/// The reports about commits to the database at this path.
+fn trouble(path: &Path) -> Trouble {
+    Trouble::new(path.display().to_string(), "see whether its disk answers")
 }
 
 impl Drop for SqliteStore {
@@ -206,25 +195,11 @@ impl Store for SqliteStore {
     }
 
     fn commit(&self, write: Arc<Write>) -> BoxFuture<'_, Result<(), StoreError>> {
-        Box::pin(async move {
-            let mut commit = pin!(self.ask(|reply| Job::Commit(write, reply)));
-            if let Ok(committed) = timeout(LATE, &mut commit).await {
-                return committed;
-            }
-            let (store, problem) = (self.path.display().to_string(), "see whether its disk answers".into());
-            self.trouble.send_replace(Some(StoreError::Late { store, waited: LATE, problem }));
-            let committed = commit.await;
-            self.trouble.send_replace(None);
-            committed
-        })
+        Box::pin(self.trouble.watch(self.ask(|reply| Job::Commit(write, reply))))
     }
 
     fn trouble(&self) -> BoxStream<'static, Option<StoreError>> {
-        Box::pin(stream::unfold(self.trouble.subscribe(), |mut trouble| async {
-            trouble.changed().await.ok()?;
-            let now = trouble.borrow_and_update().clone();
-            Some((now, trouble))
-        }))
+        self.trouble.reports()
     }
 
     fn cycle(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<Found>, StoreError>> {
@@ -244,12 +219,17 @@ impl Store for SqliteStore {
         limits: PageLimits,
     ) -> BoxFuture<'_, Result<Page, StoreError>> {
         let how = self.reading();
-        Box::pin(self.readers.read(move |connection| reading::cycles_before(connection, how, before, &filter, limits)))
+        Box::pin(self.readers.read(move |connection| {
+            reading::at_once(connection, |history| cycles_before(history, how, before, &filter, limits))
+        }))
     }
 
     fn cycles_after(&self, revision: Revision, limits: PageLimits) -> BoxFuture<'_, Result<Vec<Found>, ResumeError>> {
         let how = self.reading();
-        Box::pin(self.readers.read(move |connection| reading::cycles_after(connection, how, revision, limits)))
+        Box::pin(self.readers.read(move |connection| {
+            let read = reading::at_once(connection, |history| cycles_after(history, how, revision, limits))?;
+            read.map_err(ReadError::Refused)
+        }))
     }
 
     fn events_before(
@@ -259,7 +239,9 @@ impl Store for SqliteStore {
         limit: usize,
     ) -> BoxFuture<'_, Result<EventPage, StoreError>> {
         let check = self.checks.event;
-        Box::pin(self.readers.read(move |connection| reading::events_before(connection, check, before, &filter, limit)))
+        Box::pin(self.readers.read(move |connection| {
+            reading::at_once(connection, |history| events_before(history, check, before, &filter, limit))
+        }))
     }
 
     fn excess(&self, retention: Retention, now: Timestamp, limit: usize) -> BoxFuture<'_, Result<Excess, StoreError>> {

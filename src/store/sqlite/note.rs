@@ -16,7 +16,7 @@ use super::{
 use crate::{
     model::{CycleId, Revision},
     ports::Lost,
-    store::{OpenError, StoreUrl},
+    store::{OpenError, StoreUrl, frontier::Frontier, term::Term},
 };
 
 /// Most cycles missing at the end that are treated as lost, and recorded as such. A damaged log does not contain more:
@@ -61,6 +61,12 @@ impl Mark {
     /// How far this database was written.
     pub(super) fn read(connection: &Connection) -> rusqlite::Result<Self> {
         connection.query_row("SELECT * FROM meta", [], Self::of_row)
+    }
+
+    /// How far the database with this id is written in this term.
+    pub(super) fn of(term: &Term, id: [u8; 16]) -> Self {
+        let Frontier { last_cycle_id, last_revision, .. } = term.frontier;
+        Self { id, commits: term.commits, last_cycle_id, last_revision }
     }
 
     /// The mark in the row of the table `meta`.

@@ -7,22 +7,29 @@ use rusqlite::{Connection, OpenFlags, TransactionBehavior, config::DbConfig};
 
 use super::{
     BUSY,
-    commit::Renewal,
-    contents::{Numbers, check_unsealed_epoch},
+    contents::refusal,
     error::{explain, unwritable},
     identity::Identity,
     log,
     note::{Mark, Note},
     place::{DatabaseFileError, LockedDatabase, note_of},
-    rows::{epoch, integer},
+    rows::{Snapshot, epoch, number},
     schema::{check_version, latest, migrate},
-    seal::Sealer,
-    walk::{Recounted, recount},
+    seal::{renew, seal_end},
 };
 use crate::{
     ledger::{Frontier, SealKeys},
-    ports::{Checks, StoreError, Write},
-    store::{AcceptError, Accepted, Compacted, NewKeys, OpenError, frontier::Appended},
+    model::Revision,
+    ports::{Checks, Log, StoreError, Write},
+    store::{
+        AcceptError, Accepted, Compacted, NewKeys, OpenError,
+        contents::{check_extent, check_unsealed_epoch, read_log},
+        counts::Counts,
+        frontier::Appended,
+        row::integer,
+        seal::{Renewal, Sealer},
+        walk::{Recounted, recount},
+    },
 };
 
 /// A database of this software with the current schema.
@@ -75,16 +82,18 @@ pub(in crate::store) fn accept(
         return Err(OpenError::from(DatabaseFileError::Missing { database: path.display().to_string() }).into());
     }
     let Opened { place, mut connection, here, noted } = Opened::at(path, true)?;
-    let log = log::read(&connection, &place.path).map_err(OpenError::from)?;
-    let numbers = (|| Ok((epoch(&connection)?, Numbers::read(&connection)?)))();
-    let (epoch, numbers) = numbers.map_err(|error| OpenError::from(explain(&place.path, &error)))?;
+    let log = log_of_meta(&connection, &place.path).map_err(OpenError::from)?;
+    let epoch = epoch(&connection).map_err(|error| OpenError::from(explain(&place.path, &error)))?;
+    let extent = check_extent(&mut Snapshot(&connection)).map_err(|refused| refusal(&place.path, refused));
+    extent.map_err(OpenError::from)?;
     let store = place.path.display().to_string();
-    let checked = numbers.check().and_then(|()| check_unsealed_epoch(epoch));
-    checked.map_err(|problem| OpenError::from(StoreError::Corrupt { store, problem }))?;
+    check_unsealed_epoch(epoch).map_err(|problem| OpenError::from(StoreError::Corrupt { store, problem }))?;
     new.save()?;
     let accepted = (|| {
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let Recounted { log, said, counts, unlogged_to } = recount(&transaction, checks, &log)?;
+        let mut database = Snapshot(&transaction);
+        let known = transaction.query_row("SELECT unlogged_to FROM meta", [], |row| number(row, 0)).map(Revision)?;
+        let Recounted { log, said, counts, unlogged_to } = recount(&mut database, checks, &log, known)?;
         let write = Write { began: Some(began(said.accepted.ranges().collect())), ..Write::default() };
         let appended = Appended::to(&log, &write);
         here.note(&transaction)?;
@@ -102,9 +111,11 @@ pub(in crate::store) fn accept(
             ]
             .map(integer),
         )?;
-        counts.put(&transaction)?;
-        sealer.seal_end(&transaction, &appended.log.frontier)?;
-        sealer.renew(&transaction, Renewal::Everything)?;
+        for (column, count) in Counts::COLUMNS.iter().zip(counts.columns()) {
+            transaction.execute(&format!("UPDATE meta SET {column} = ?1"), [count])?;
+        }
+        seal_end(&transaction, &sealer, &appended.log.frontier)?;
+        renew(&transaction, &sealer, Renewal::Everything)?;
         transaction.commit()?;
         Ok((mark, appended.log.frontier, said.accepted.count()))
     })();
@@ -121,6 +132,14 @@ pub(in crate::store) fn accept(
         missing,
     };
     Ok((accepted, end))
+}
+
+/// The log of a database, by its table `meta`.
+fn log_of_meta(connection: &Connection, path: &Path) -> Result<Log, StoreError> {
+    let extent = connection
+        .query_row("SELECT log_size, log_first_kept FROM meta", [], |row| Ok((number(row, 0)?, number(row, 1)?)));
+    let (size, first_kept) = extent.map_err(|error| explain(path, &error))?;
+    read_log(&mut Snapshot(connection), size, first_kept).map_err(|refused| refusal(path, refused))
 }
 
 /// Removes the free pages of a database.

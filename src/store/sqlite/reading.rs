@@ -6,21 +6,21 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use rusqlite::{Connection, OptionalExtension};
+use rusqlite::{Connection, OptionalExtension, Params, Rows};
 use tokio::sync::Semaphore;
 
 use super::{
     error::{explain, unavailable},
-    log,
     place::log_of,
-    rows::{COLUMNS, HAS_REVISION, Reading, event, found, integer, number, read},
+    rows::{COLUMNS, HAS_REVISION, Snapshot, number},
 };
 use crate::{
-    ledger::Entry,
     model::{CycleId, RequestKey, Revision},
-    ports::{
-        EventCheck, EventFilter, EventPage, Filter, Found, LoggedEvent, Page, PageLimits, ResumeError, SCAN_LIMIT,
-        StoreError, StoreSize, Unreadable, UnreadableEvent,
+    ports::{Found, StoreError, StoreSize},
+    store::{
+        entries::{Reading, Rows as _, StoredEntry, Table},
+        pages::{Each, History, record_of},
+        row::integer,
     },
 };
 
@@ -91,152 +91,82 @@ impl<E> From<rusqlite::Error> for ReadError<E> {
 /// The result of a read that can't be refused.
 type ReadResult<T> = Result<T, ReadError<StoreError>>;
 
-pub(super) fn cycle(connection: &Connection, how: Reading, cycle_id: CycleId) -> ReadResult<Option<Found>> {
-    let mut query = connection.prepare_cached(&format!("SELECT {COLUMNS} FROM cycles WHERE cycle_id = ?1"))?;
-    Ok(query.query_row([integer(cycle_id.0)], |row| Ok(read(connection, row, how))).optional()?)
+pub(super) fn cycle(connection: &mut Connection, how: Reading, cycle_id: CycleId) -> ReadResult<Option<Found>> {
+    let by_id = format!("SELECT {COLUMNS} FROM cycles WHERE cycle_id = ?1");
+    one(connection, how, &by_id, [integer(cycle_id.0)])
 }
 
 pub(super) fn cycle_of_request(
-    connection: &Connection,
+    connection: &mut Connection,
     how: Reading,
     request: &RequestKey,
 ) -> ReadResult<Option<Found>> {
     // Few callers have the same id, so the index of ids is enough.
-    let mut query = connection.prepare_cached(&format!(
+    let newest = format!(
         "SELECT {COLUMNS} FROM cycles WHERE request_id = ?1 AND triggered_by IS ?2 ORDER BY revision DESC LIMIT 1"
-    ))?;
+    );
     let key = (&request.request_id, request.triggered_by.as_ref().map(ToString::to_string));
-    Ok(query.query_row(key, |row| Ok(read(connection, row, how))).optional()?)
+    one(connection, how, &newest, key)
 }
 
-pub(super) fn cycles_before(
-    connection: &mut Connection,
-    how: Reading,
-    before: Revision,
-    filter: &Filter,
-    limits: PageLimits,
-) -> ReadResult<Page> {
-    // One transaction, so that records that are pruned meanwhile don't look missing.
+/// The record that this query finds.
+fn one(connection: &mut Connection, how: Reading, query: &str, key: impl Params) -> ReadResult<Option<Found>> {
+    // One transaction, so that a record that is pruned meanwhile has its hash.
     let transaction = connection.transaction()?;
-    let (pruned_to, newest) = range(&transaction)?;
-    // The records of a request are found by the index of its ids: the revisions between them are not missing.
-    let (of_request, complete_above) = match filter.request_id {
-        Some(_) => ("request_id = ?2 AND", before),
-        None => ("", pruned_to),
-    };
-    let mut query = transaction.prepare_cached(&format!(
-        "SELECT {COLUMNS} FROM cycles WHERE {of_request} {HAS_REVISION} AND revision < ?1 ORDER BY revision DESC"
-    ))?;
-    let mut rows = match &filter.request_id {
-        Some(request_id) => query.query((integer(before.0), request_id))?,
-        None => query.query([integer(before.0)])?,
-    };
-    let mut page = Page::default();
-    let (mut bytes, mut next) = (0, before.min(newest.next()));
-    loop {
-        let row = rows.next()?;
-        let at = row.map(|row| number(row, "revision").map(Revision)).transpose()?;
-        // Above the pruned revisions, every revision exists.
-        while next > at.unwrap_or_default().max(complete_above).next() {
-            if page.scanned == SCAN_LIMIT || page.records.len() == limits.records {
-                return Ok(Page { next: Some(next), ..page });
-            }
-            next = Revision(next.0 - 1);
-            page.records.push(Err(missing(next)));
-            page.scanned += 1;
-        }
-        let (Some(row), Some(at)) = (row, at) else { return Ok(page) };
-        // The record itself is last in a row, and is read only if needed.
-        let wanted = found(row).map_or(true, |found| filter.wants(&found));
-        if page.scanned == SCAN_LIMIT || (wanted && page.records.len() == limits.records) {
-            return Ok(Page { next: Some(at.next()), ..page });
-        }
-        if wanted {
-            let found = read(&transaction, row, how);
-            let length = length(&found);
-            if !page.records.is_empty() && bytes + length > limits.bytes {
-                return Ok(Page { next: Some(at.next()), ..page });
-            }
-            bytes += length;
-            page.records.push(found);
-        }
-        page.scanned += 1;
-        next = at;
-    }
+    let mut query = transaction.prepare_cached(query)?;
+    let row = query.query_row(key, |row| Ok(StoredEntry::of(Table::Records, row)?)).optional()?;
+    Ok(row.map(|row| record_of(&mut Snapshot(&transaction), how, &row)).transpose()?)
 }
 
-pub(super) fn cycles_after(
+/// Reads in one transaction, so that entries that are pruned meanwhile don't look missing.
+pub(super) fn at_once<T, E>(
     connection: &mut Connection,
-    how: Reading,
-    revision: Revision,
-    limits: PageLimits,
-) -> Result<Vec<Found>, ReadError<ResumeError>> {
-    // One transaction, so that nothing is pruned between the check and the reading.
+    read: impl FnOnce(&mut Snapshot<'_>) -> rusqlite::Result<T>,
+) -> Result<T, ReadError<E>> {
     let transaction = connection.transaction()?;
-    let (pruned_to, newest) = range(&transaction)?;
-    if revision < pruned_to || revision > newest {
-        return Err(ReadError::Refused(ResumeError::NotRetained { oldest: pruned_to.next(), newest }));
+    Ok(read(&mut Snapshot(&transaction))?)
+}
+
+impl History for Snapshot<'_> {
+    fn range(&mut self) -> rusqlite::Result<(Revision, Revision)> {
+        self.0
+            .prepare_cached("SELECT pruned_to, last_revision FROM meta")?
+            .query_row([], |row| Ok((Revision(number(row, 0)?), Revision(number(row, 1)?))))
     }
-    let mut query =
-        transaction.prepare_cached(&format!("SELECT {COLUMNS} FROM cycles WHERE revision > ?1 ORDER BY revision"))?;
-    let mut rows = query.query([integer(revision.0)])?;
-    let mut records: Vec<Found> = Vec::new();
-    let (mut bytes, mut next) = (0, revision.next());
-    loop {
-        let row = rows.next()?;
-        let at = match row.map(|row| row.get::<_, i64>("revision")) {
-            Some(Ok(at)) => Revision(at.unsigned_abs()),
-            // Damaged; the gap is handled below.
-            Some(Err(_)) => continue,
-            None => newest.next(),
+
+    fn records_below(&mut self, before: u64, request_id: Option<&str>, each: Each<'_>) -> rusqlite::Result<()> {
+        let of_request = if request_id.is_some() { "request_id = ?2 AND" } else { "" };
+        let mut query = self.0.prepare_cached(&format!(
+            "SELECT {COLUMNS} FROM cycles WHERE {of_request} {HAS_REVISION} AND revision < ?1 ORDER BY revision DESC"
+        ))?;
+        let before = integer(before);
+        let rows = match request_id {
+            Some(request_id) => query.query((before, request_id)),
+            None => query.query([before]),
         };
-        // Above the pruned revisions, every revision exists.
-        while next < at && records.len() < limits.records {
-            records.push(Err(missing(next)));
-            next = next.next();
-        }
-        let Some(row) = row.filter(|_| records.len() < limits.records) else { break };
-        let found = read(&transaction, row, how);
-        bytes += length(&found);
-        if !records.is_empty() && bytes > limits.bytes {
+        each_row(rows?, each)
+    }
+
+    fn events_below(&mut self, before: u64, each: Each<'_>) -> rusqlite::Result<()> {
+        let mut query = self.0.prepare_cached("SELECT * FROM audit WHERE leaf < ?1 ORDER BY leaf DESC")?;
+        each_row(query.query([integer(before)])?, each)
+    }
+
+    fn rows_at(&mut self, table: Table, places: &[u64]) -> rusqlite::Result<Vec<StoredEntry>> {
+        // Each is found at once.
+        let Some(place) = places.first() else { return Ok(Vec::new()) };
+        self.rows(table, *place, 1)
+    }
+}
+
+/// Goes through rows.
+fn each_row(mut rows: Rows<'_>, each: Each<'_>) -> rusqlite::Result<()> {
+    while let Some(row) = rows.next()? {
+        if each(row)?.is_break() {
             break;
         }
-        records.push(found);
-        next = at.next();
     }
-    Ok(records)
-}
-
-pub(super) fn events_before(
-    connection: &mut Connection,
-    check: EventCheck,
-    before: u64,
-    filter: &EventFilter,
-    limit: usize,
-) -> ReadResult<EventPage> {
-    // One transaction, so that the hashes of events that are removed meanwhile are there.
-    let transaction = connection.transaction()?;
-    let mut query = transaction.prepare_cached("SELECT * FROM audit WHERE leaf < ?1 ORDER BY leaf DESC")?;
-    let mut rows = query.query([integer(before)])?;
-    let (mut page, mut scanned) = (EventPage::default(), 0);
-    while let Some(row) = rows.next()? {
-        let leaf = number(row, "leaf")?;
-        let found = event(row).map_err(|error| error.to_string());
-        let is_wanted = found.as_ref().map_or(true, |entry| filter.wants(entry));
-        if scanned == SCAN_LIMIT || (is_wanted && page.events.len() == limit) {
-            return Ok(EventPage { next: Some(leaf + 1), ..page });
-        }
-        if is_wanted {
-            let checked = found.and_then(|entry| {
-                log::check(&transaction, leaf, Entry::Audit(&entry.bytes))?;
-                check(&entry)?;
-                Ok(LoggedEvent { leaf, entry })
-            });
-            page.events.push(checked.map_err(|problem| UnreadableEvent { leaf, problem }));
-        }
-        scanned += 1;
-    }
-    Ok(page)
+    Ok(())
 }
 
 pub(super) fn size(connection: &Connection, path: &Path) -> ReadResult<StoreSize> {
@@ -245,18 +175,4 @@ pub(super) fn size(connection: &Connection, path: &Path) -> ReadResult<StoreSize
     let files = [path.to_path_buf(), log_of(path)];
     let bytes = files.iter().map(|file| fs::metadata(file).map_or(0, |file| file.len())).sum();
     Ok(StoreSize { records, bytes })
-}
-
-/// The highest revision that was ever pruned, and the newest one.
-fn range(connection: &Connection) -> rusqlite::Result<(Revision, Revision)> {
-    connection
-        .prepare_cached("SELECT pruned_to, last_revision FROM meta")?
-        .query_row([], |row| Ok((Revision(number(row, 0)?), Revision(number(row, 1)?))))
-}
-/// The error for a missing revision that was given and not pruned.
-fn missing(revision: Revision) -> Unreadable {
-    Unreadable { cycle_id: CycleId::default(), revision, problem: "no row has this revision".into() }
-}
-fn length(found: &Found) -> usize {
-    found.as_ref().map_or(0, |record| record.bytes.len())
 }

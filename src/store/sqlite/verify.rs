@@ -3,24 +3,27 @@
 
 use std::{cell::Cell, convert::Infallible, ops::Range, path::Path};
 
-use rusqlite::{Connection, OptionalExtension};
+use rusqlite::{Connection, OptionalExtension, Row};
 
 use super::{
-    counts::Counts,
     error::explain,
     log::{hash, hashes},
     note::Mark,
     opening::read_only,
     place::DatabaseFileError,
-    rows::{COLUMNS, CONTROL_ENTRY, event, integer, key, name, number, record},
+    rows::{COLUMNS, CONTROL_ENTRY, number, value_of},
     schema::check_current,
-    seal::{Seal, Sealer, TABLES},
 };
 use crate::{
     ledger::{Checkpoint, Control, Entry, Frontier, Hash, Leaves, Node, SealKeys},
     model::text::count,
-    ports::Record,
-    store::{OpenError, Rules, Verified},
+    ports::{AuditEntry, Record},
+    store::{
+        OpenError, Rules, Verified,
+        counts::Counts,
+        row::{self, Wrong, bytes, event, integer, key, kind_number, name, record, state_number},
+        seal::{Seal, Sealer, TABLES},
+    },
 };
 
 /// Verifies the database at this path, which a process may have open: what is wrong is given to `wrong`, one by one.
@@ -358,7 +361,8 @@ impl Verifier<'_> {
     /// The hash of an audit event; `None` if it can't be read, which is reported.
     fn check_event(&mut self, claim: &Leaf) -> rusqlite::Result<Option<Hash>> {
         let mut query = self.database.prepare_cached("SELECT * FROM audit WHERE leaf = ?1")?;
-        let event = match query.query_row([integer(claim.leaf)], |row| Ok(event(row)))? {
+        let read = |row: &Row<'_>| Ok::<_, Wrong>(AuditEntry { bytes: bytes(row, "event")?, ..event(row)? });
+        let event = match query.query_row([integer(claim.leaf)], |row| Ok(read(row)))? {
             Ok(event) => event,
             Err(error) => {
                 (self.wrong)(format!("{claim} can't be read: {error}"));
@@ -438,11 +442,11 @@ impl Verifier<'_> {
         let mut query = self.database.prepare("SELECT name, cycle_id, payload FROM outputs ORDER BY name")?;
         let mut rows = query.query([])?;
         while let Some(row) = rows.next()? {
-            let read = (|| Ok((name(row, "name")?, number(row, "cycle_id")?, row.get::<_, Vec<u8>>("payload")?)))();
-            let (name, cycle_id, payload) = match read {
+            let read = || Ok((name(row, "name")?, row::number(row, "cycle_id")?, bytes(row, "payload")?));
+            let (name, cycle_id, payload) = match read() {
                 Ok(read) => read,
                 Err(error) => {
-                    let error: rusqlite::Error = error;
+                    let error: Wrong = error;
                     (self.wrong)(format!("a row of the table outputs can't be read: {error}"));
                     continue;
                 }
@@ -460,7 +464,7 @@ impl Verifier<'_> {
         let size = self.verified.entries;
         let log = hashes(self.database, &Frontier::nodes(size))?.and_then(|roots| Frontier::of(size, roots));
         if let Some(log) = log {
-            let seal = self.database.query_row("SELECT * FROM meta", [], |row| sealer.check_end(row, &log))?;
+            let seal = self.database.query_row("SELECT * FROM meta", [], |row| Ok(sealer.check_end(row, &log)?))?;
             if !matches!(seal, Seal::Valid(_)) {
                 let entries = count(size, "entry");
                 (self.wrong)(format!("the seal of the log does not belong to its {entries} and the table meta"));
@@ -474,7 +478,7 @@ impl Verifier<'_> {
                 if let Seal::Valid(_) = sealer.check_row(row, table)? {
                     sealed += 1;
                 } else {
-                    let key = key(row.get_ref(0)?);
+                    let key = key(value_of(row.get_ref(0)?));
                     (self.wrong)(format!("the seal of the {} {key:?} does not belong to what it contains", table.row));
                 }
             }
@@ -483,14 +487,24 @@ impl Verifier<'_> {
         Ok(())
     }
 
+    /// Counts all records and events by their columns.
+    fn count(&self) -> rusqlite::Result<Counts> {
+        let mut records = self.database.prepare("SELECT count(*) FROM cycles WHERE state = ?1")?;
+        let mut events = self.database.prepare("SELECT count(*) FROM audit WHERE kind = ?1")?;
+        Counts::of(
+            |state| records.query_row([state_number(state)], |row| number(row, 0)),
+            |kind| events.query_row([kind_number(kind)], |row| number(row, 0)),
+        )
+    }
+
     /// The numbers of records and events, which are sealed, are those of the rows. If anything else is wrong, that
     /// may be why they are not. So this finds missing records that are older than the log.
     fn check_counts(&mut self) -> rusqlite::Result<()> {
         if self.faults.get() > 0 {
             return Ok(());
         }
-        let sealed = self.database.query_row("SELECT * FROM meta", [], Counts::of_row)?;
-        let found = Counts::count(self.database)?;
+        let sealed = self.database.query_row("SELECT * FROM meta", [], |row| Ok(Counts::of_row(row)?))?;
+        let found = self.count()?;
         let (removed, counted_at): (u64, i64) =
             self.database.query_row("SELECT log_removed, log_counted_at FROM meta", [], |row| {
                 Ok((number(row, 0)?, row.get(1)?))
@@ -518,7 +532,7 @@ impl Verifier<'_> {
 }
 
 /// The record of a cycle, if it exists.
-fn record_of(database: &Connection, cycle_id: u64) -> rusqlite::Result<Option<rusqlite::Result<Record>>> {
+fn record_of(database: &Connection, cycle_id: u64) -> rusqlite::Result<Option<Result<Record, Wrong>>> {
     let mut query = database.prepare_cached(&format!("SELECT {COLUMNS} FROM cycles WHERE cycle_id = ?1"))?;
     query.query_row([integer(cycle_id)], |row| Ok(record(row))).optional()
 }
@@ -698,9 +712,7 @@ mod tests {
             ),
             (
                 "UPDATE cycles SET state = 99 WHERE revision = 5",
-                &[
-                    "the record of cycle 6 can't be read: Conversion error from type Null at index: 3, 99 has no meaning",
-                ],
+                &["the record of cycle 6 can't be read: its state is 99, which has no meaning"],
             ),
             (
                 "UPDATE meta SET log_first_kept = 3",
@@ -779,7 +791,7 @@ mod tests {
             ),
             (
                 "UPDATE audit SET time = 'x' WHERE leaf = 2",
-                &["the audit event of leaf 2 can't be read: Invalid column type Text at index: 1, name: time"],
+                &["the audit event of leaf 2 can't be read: its time is a text, and not a number"],
             ),
             (
                 "INSERT INTO audit SELECT 6, time, caller, rpc, denied, event, kind FROM audit WHERE leaf = 2",
@@ -824,13 +836,16 @@ mod tests {
             (
                 "INSERT INTO outputs (name, cycle_id, payload) VALUES ('', 1, x'')",
                 vec![
-                    "a row of the table outputs can't be read: Conversion error from type Null at index: 0, \"\" is not a \
+                    "a row of the table outputs can't be read: its name can't be used: \"\" is not a \
                      name: a name is 1 to 63 characters, a letter, then letters, digits, '_', '-' or '.'"
                         .into(),
                     seal_of("output \"\""),
                 ],
             ),
-            ("UPDATE meta SET seal = NULL", vec!["the seal of the log does not belong to its 2 entries and the table meta".into()]),
+            (
+                "UPDATE meta SET seal = NULL",
+                vec!["the seal of the log does not belong to its 2 entries and the table meta".into()],
+            ),
             (
                 "UPDATE meta SET last_cycle_id = last_cycle_id + 1",
                 vec!["the seal of the log does not belong to its 2 entries and the table meta".into()],

@@ -15,23 +15,19 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     BUSY,
-    commit::{Term, synchronize},
+    commit::{synchronize, transact},
     contents::{Read, read_contents},
     error::{explain, unavailable},
-    excess::Searches,
     identity::Identity,
     log::SharedLog,
     note::{Mark, Note, lost},
     place::{FileId, file_id, log_of},
-    rows::epoch,
+    rows::{Snapshot, epoch},
 };
 use crate::{
     clock::Clock,
     ports::{Checks, Contents, Durability, Excess, Retention, Seals, StoreError, Write},
-    store::{
-        frontier::{Appended, Frontier},
-        not_taken_over,
-    },
+    store::{excess::Searches, frontier::Appended, not_taken_over, term::Term},
 };
 
 /// Pages of 4 KiB in the log and not yet in the database at which the log is checkpointed, between two writes.
@@ -56,6 +52,7 @@ pub(super) struct Writer {
     connection: Connection,
     /// The file of the database.
     here: Identity,
+    database_id: [u8; 16],
     /// `None` until it is taken over.
     term: Option<Term>,
     /// For what retention removes.
@@ -92,6 +89,7 @@ impl Writer {
             clock,
             connection,
             here,
+            database_id: [0; 16],
             term: None,
             searches: Searches::default(),
             log,
@@ -118,36 +116,15 @@ impl Writer {
     fn take_over(&mut self, seals: Seals) -> Result<Contents, StoreError> {
         let earlier = self.term.take().map(|term| term.epoch.next());
         let read = read_contents(&mut self.connection, &self.path, self.checks, self.clock, seals)?;
-        let Read { mut contents, current, mark, unlogged_to, counts, log, said, counted_at, sealer, renewal } = read;
+        let Read { mut contents, mut term, mark } = read;
         contents.epoch = contents.epoch.max(earlier.unwrap_or_default());
         contents.lost = self.noted.and_then(|noted| lost(&mark, &noted));
-        let frontier = Frontier {
-            last_cycle_id: contents.last_cycle_id,
-            last_revision: contents.last_revision,
-            open: contents.open.iter().map(|open| open.cycle_id).collect(),
-            log,
-        };
-        let Mark { id: database_id, commits, .. } = mark;
-        self.log.begins_after(unlogged_to);
-        self.log.set(&frontier.log);
-        let (epoch, pruned_to) = (contents.epoch, contents.pruned_to);
+        term.epoch = contents.epoch;
+        self.log.begins_after(term.unlogged_to);
+        self.log.set(&term.frontier.log);
         self.searches = Searches::default();
-        self.term = Some(Term {
-            epoch,
-            current,
-            database_id,
-            commits,
-            pruned_to,
-            unlogged_to,
-            counts,
-            frontier,
-            removed_count: said.removed.count(),
-            removed: said.removed,
-            accepted: said.accepted,
-            counted_at,
-            sealer,
-            renewal,
-        });
+        self.database_id = mark.id;
+        self.term = Some(term);
         Ok(contents)
     }
 
@@ -171,12 +148,12 @@ impl Writer {
         }
         let begins = term.current != term.epoch;
         let appended = Appended::to(&term.frontier.log, write);
-        let written = term.transact(&mut self.connection, &self.here, write, &appended).map_err(explained)?;
-        let written = written.map_err(|by| StoreError::Fenced { by })?;
-        term.advance(write, appended, written);
+        let next = transact(term, &mut self.connection, &self.here, write, &appended).map_err(explained)?;
+        let next = next.map_err(|by| StoreError::Fenced { by })?;
+        term.advance(write, appended, next);
         if write.durability == Durability::Durable {
             self.log.set(&term.frontier.log);
-            let mark = term.mark();
+            let mark = Mark::of(term, self.database_id);
             self.note(&mark);
         }
         if begins {
@@ -206,7 +183,7 @@ impl Writer {
             if epoch != term.current {
                 return Ok(Err(StoreError::Fenced { by: epoch }));
             }
-            self.searches.excess(&transaction, term, self.checks, retention, now, limit).map(Ok)
+            self.searches.excess(&mut Snapshot(&transaction), term, self.checks, retention, now, limit).map(Ok)
         })();
         let (excess, problem) = excess.unwrap_or_else(|error| Err(explain(&self.path, &error)))?;
         Ok(Excess { damaged: problem.map(|problem| kept(&self.path, &problem)), ..excess })

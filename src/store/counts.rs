@@ -3,10 +3,8 @@
 
 use std::array;
 
-use rusqlite::{Connection, Row};
-
 use super::{
-    rows::{integer, kind_number, number, state_number},
+    row::{Row, Wrong, integer, number},
     walk::Is,
 };
 use crate::{
@@ -25,7 +23,7 @@ impl Counts {
         ["succeeded", "degraded", "failed", "cancelled", "interrupted", "changes", "calls", "denials"];
 
     /// What the row of the table `meta` says.
-    pub(super) fn of_row(meta: &Row<'_>) -> rusqlite::Result<Self> {
+    pub(super) fn of_row(meta: &dyn Row) -> Result<Self, Wrong> {
         let mut counts = Self::default();
         for (count, column) in counts.0.iter_mut().zip(Self::COLUMNS) {
             *count = number(meta, column)?;
@@ -33,26 +31,19 @@ impl Counts {
         Ok(counts)
     }
 
-    /// Counts all records and events by their columns.
-    pub(super) fn count(connection: &Connection) -> rusqlite::Result<Self> {
+    /// These numbers of records and events.
+    pub(super) fn of<E>(
+        mut records: impl FnMut(CycleState) -> Result<u64, E>,
+        mut events: impl FnMut(EventKind) -> Result<u64, E>,
+    ) -> Result<Self, E> {
         let mut counts = Self::default();
-        let mut records = connection.prepare("SELECT count(*) FROM cycles WHERE state = ?1")?;
         for state in CycleState::ALL {
-            counts.0[of_state(state)] = records.query_row([state_number(state)], |row| number(row, 0))?;
+            counts.0[of_state(state)] = records(state)?;
         }
-        let mut events = connection.prepare("SELECT count(*) FROM audit WHERE kind = ?1")?;
         for kind in EventKind::ALL {
-            counts.0[of_kind(kind)] = events.query_row([kind_number(kind)], |row| number(row, 0))?;
+            counts.0[of_kind(kind)] = events(kind)?;
         }
         Ok(counts)
-    }
-
-    /// Puts them into the table `meta`.
-    pub(super) fn put(self, connection: &Connection) -> rusqlite::Result<()> {
-        for (column, count) in Self::COLUMNS.iter().zip(self.columns()) {
-            connection.execute(&format!("UPDATE meta SET {column} = ?1"), [count])?;
-        }
-        Ok(())
     }
 
     /// Counts what this write adds.

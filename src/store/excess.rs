@@ -5,22 +5,18 @@
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
-use rusqlite::Transaction;
 
 use super::{
-    commit::Term,
-    log,
-    rows::MAX_RECORD,
-    walk::{Is, Passed, Place, Source, Statements, Step, Table, Walk},
+    entries::{MAX_RECORD, Rows, Table, control_entry},
+    frontier::Frontier,
+    pruning::{Limits, rules},
+    term::Term,
+    walk::{Is, Passed, Place, Source, Step, Walk},
 };
 use crate::{
     ledger::{Leaves, Proven},
     model::{CycleState, EventKind, Revision},
     ports::{Checks, Excess, OldEvent, OldRecord, Retention},
-    store::{
-        frontier::Frontier,
-        pruning::{Limits, rules},
-    },
 };
 
 /// Most entries that one search examines, and bytes of them after which it examines no further ones, since commits wait
@@ -69,18 +65,18 @@ struct Budget {
 
 impl Searches {
     /// What exceeds these limits: at most `limit` records and events; and the problem of a damaged one.
-    pub(super) fn excess(
+    pub(super) fn excess<R: Rows>(
         &mut self,
-        transaction: &Transaction<'_>,
+        rows: &mut R,
         term: &Term,
         checks: Checks,
         retention: &Retention,
         now: Timestamp,
         limit: usize,
-    ) -> rusqlite::Result<(Excess, Option<String>)> {
+    ) -> Result<(Excess, Option<String>), R::Error> {
         let Term { frontier: Frontier { log, .. }, removed, accepted, unlogged_to, .. } = term;
         let proven = Proven::of(&log.frontier);
-        let mut source = Source { transaction, checks, log, removed, accepted, unlogged_to: *unlogged_to, proven };
+        let mut source = Source { rows, checks, log, removed, accepted, unlogged_to: *unlogged_to, proven };
         let mut budget = Budget { limit, entries: MOST_EXAMINED, bytes: MOST_BYTES };
         let newest = term.frontier.last_revision.0;
         let mut records = Vec::new();
@@ -129,21 +125,20 @@ impl Searches {
 
 impl Search {
     /// The oldest entries of the rule, as far as they exceed its limits and the budget reaches.
-    fn oldest(
+    fn oldest<R: Rows>(
         &mut self,
-        source: &mut Source<'_>,
+        source: &mut Source<'_, R>,
         about: Table,
         limits: Limits,
         budget: &mut Budget,
         of_rule: impl Fn(&Passed) -> OfRule,
-    ) -> rusqlite::Result<Vec<Passed>> {
+    ) -> Result<Vec<Passed>, R::Error> {
         let mut oldest = Vec::new();
         if limits.exceed_none() {
             return Ok(oldest);
         }
         let mut missing = self.missing;
-        let mut statements = Statements::of(source.transaction)?;
-        let mut walk = Walk::new(source, &mut statements, about, self.place)?;
+        let mut walk = Walk::new(source, about, self.place);
         while oldest.len() < budget.limit
             && !budget.is_spent()
             && let Some(step) = walk.step()?
@@ -199,12 +194,12 @@ impl Budget {
 /// The first leaf whose entry retention has not removed, without these either. Entries about earlier removals go with
 /// what is around them. An entry that is missing without a removal stays in the way: nothing may say that retention
 /// removed it.
-fn first_kept(source: &mut Source<'_>, removed: &Leaves) -> rusqlite::Result<u64> {
-    let Source { transaction, log, removed: earlier, proven, .. } = source;
+fn first_kept<R: Rows>(source: &mut Source<'_, R>, removed: &Leaves) -> Result<u64, R::Error> {
+    let Source { rows, log, removed: earlier, proven, .. } = source;
     let mut leaf = log.first_kept;
     while leaf < log.frontier.size() {
         let next = earlier.from(leaf).end.max(removed.from(leaf).end);
-        if next == leaf && log::control_entry(transaction, proven, leaf)?.is_none() {
+        if next == leaf && control_entry(*rows, proven, leaf)?.is_none() {
             break;
         }
         leaf = next.max(leaf + 1);
