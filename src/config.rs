@@ -319,7 +319,7 @@ pub struct Overrides {
     /// Address of the dashboard and the metrics, such as 127.0.0.1:7780, or off [key: admin.listen]
     #[arg(long, value_name = "ADDRESS")]
     pub admin_listen: Option<String>,
-    /// The store: sqlite:PATH or memory: [key: store.url]
+    /// The store: sqlite:PATH, postgres://USER@HOST/DATABASE or memory: [key: store.url]
     #[arg(long, value_name = "URL")]
     pub store: Option<String>,
     /// Log filter, such as info or orchestrator_core=debug [key: log.filter]

@@ -6,7 +6,28 @@ mod common;
 
 use std::net::TcpListener;
 
-use common::{command::orchestrator, postgres::shared};
+use common::{
+    Stage, command,
+    command::orchestrator,
+    postgres::{Server, shared},
+    service::{Home, Service, reason},
+};
+use orchestrator_core::ledger::SigningKey;
+use tokio::process::Command;
+
+/// A home whose services use a new store on this server.
+fn home(server: &Server) -> Home {
+    let home = Home::new();
+    let key_file = home.path("log.key").display().to_string();
+    home.with_store(&server.url()).with_config(&format!("[ledger]\nkey_files = [{key_file:?}]\n"))
+}
+
+/// Runs a command against a service.
+async fn call(service: &Service, args: &[&str]) -> (i32, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_orchestrator"));
+    command.args(args).env("ORCHESTRATOR_ADDRESS", service.address().to_string());
+    command::run(command).await
+}
 
 #[tokio::test]
 async fn the_tables_of_a_store_are_made_once_and_then_they_are_there() {
@@ -42,4 +63,83 @@ async fn what_is_wrong_is_said_with_its_exit_code_and_without_the_password() {
         assert_eq!(found, code, "{said}");
         assert!(said.contains(expected) && !said.contains("secret"), "{said}");
     }
+}
+
+#[tokio::test]
+async fn what_was_acknowledged_is_there_after_the_process_was_killed() {
+    let Some(server) = shared() else { return };
+    let mut stage = Stage::at(home(server)).await;
+    stage.register_all(&["a", "b"]).await;
+    for _ in 0..3 {
+        stage.client.run().await.unwrap();
+    }
+    let history = stage.client.history().await.unwrap();
+    let mut stage = stage.killed().await;
+    assert_eq!(stage.client.history().await.unwrap(), history);
+    let names: Vec<_> =
+        stage.client.subsystems().await.unwrap().into_iter().map(|it| it.registration.unwrap().name).collect();
+    assert_eq!(names, ["a", "b"]);
+    assert_eq!(stage.client.run().await.unwrap().cycle_id, 4);
+    let mut stage = stage.restarted().await;
+    assert_eq!(stage.client.history().await.unwrap().len(), 4);
+}
+
+#[tokio::test]
+async fn an_exported_log_is_verified_with_its_key() {
+    let Some(server) = shared() else { return };
+    let mut stage = Stage::at(home(server)).await;
+    stage.register_all(&["a"]).await;
+    stage.client.run().await.unwrap();
+    let bundle = stage.home.path("b.jsonl").display().to_string();
+    let (code, said) = call(&stage.service, &["export", "--to", &bundle]).await;
+    assert_eq!(code, 0, "{said}");
+    let secret = std::fs::read_to_string(stage.home.path("log.key")).unwrap();
+    let key = secret.trim().parse::<SigningKey>().unwrap().verifying().to_string();
+    let (code, said) = call(&stage.service, &["verify", &bundle, "--key", &key]).await;
+    assert_eq!(code, 0, "{said}");
+    assert!(said.contains("1 record, ") && said.contains("are as they were written"), "{said}");
+}
+
+#[tokio::test]
+async fn a_process_ends_once_another_one_has_taken_over() {
+    let Some(server) = shared() else { return };
+    let mut stage = Stage::at(home(server)).await;
+    stage.client.run().await.unwrap();
+    let later = stage.home.serve().await;
+    assert_eq!(later.client().await.run().await.unwrap().cycle_id, 2);
+    let refused = stage.client.run().await.unwrap_err();
+    assert_eq!(reason(&refused).why, "STORE_UNAVAILABLE", "{refused:?}");
+    assert!(refused.message().contains("has taken over this store"), "{refused:?}");
+    assert_eq!(stage.service.ended().await.code(), Some(3), "{}", stage.home.log());
+    assert_eq!(later.client().await.history().await.unwrap().len(), 2);
+}
+
+#[tokio::test]
+async fn no_acknowledged_cycle_is_lost_or_twice_while_the_server_ends_sessions() {
+    // Of its own, since all sessions are ended.
+    let Some(server) = Server::start("", None) else { return };
+    let mut stage = Stage::at(home(&server)).await;
+    stage.register_all(&["a"]).await;
+    let mut acknowledged = Vec::new();
+    for _ in 0..20 {
+        let ended = server.end_sessions();
+        let (run, ()) = tokio::join!(stage.client.run(), ended);
+        // A caller may be told that the store is unavailable for now; its cycle is recorded even so.
+        acknowledged.extend(run.ok().map(|telemetry| telemetry.cycle_id));
+    }
+    let last = stage.client.run().await.unwrap().cycle_id;
+    let history = stage.client.history().await.unwrap();
+    let ids: Vec<_> = history.into_iter().map(|bytes| common::service::decode(bytes).cycle_id).collect();
+    let mut sorted = ids.clone();
+    sorted.sort_unstable();
+    assert_eq!(sorted, (1..=last).collect::<Vec<_>>(), "{}", stage.home.log());
+    assert!(acknowledged.iter().all(|id| ids.contains(id)));
+}
+
+#[tokio::test]
+async fn a_store_without_a_named_key_is_refused() {
+    let Some(server) = shared() else { return };
+    let home = Home::new().with_store(&server.url());
+    let ended = home.try_serve().await.err().unwrap();
+    assert!(ended.code() == Some(1) && home.log().contains("ledger.key_files"), "{ended}: {}", home.log());
 }

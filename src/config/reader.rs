@@ -416,7 +416,7 @@ impl<'a> Reader<'a> {
         match parse(&text) {
             Ok(value) => Some(value),
             Err(allowed) => {
-                self.refuse(key, format!("is {}; {allowed}", Value::Text(text)));
+                self.refuse(key, format!("is {}; {allowed}", Value::Text(without_password(text))));
                 None
             }
         }
@@ -600,6 +600,15 @@ pub(super) fn variable_name(key: &str) -> String {
     // ORCHESTRATOR_ORCHESTRATOR_ID would say it twice.
     let key = key.strip_prefix("orchestrator_").unwrap_or(key);
     format!("{PREFIX}{}", key.replace('.', "_").to_uppercase())
+}
+
+/// A text without the password of a URL in it.
+fn without_password(text: String) -> String {
+    let Some((scheme, rest)) = text.split_once("://") else { return text };
+    match rest.split_once('@').and_then(|(user, host)| Some((user.split_once(':')?.0, host))) {
+        Some((user, host)) => format!("{scheme}://{user}@{host}"),
+        None => text,
+    }
 }
 
 fn duration(value: &Value) -> Option<SignedDuration> {

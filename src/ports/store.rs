@@ -189,6 +189,8 @@ pub struct Contents {
     /// False if there is something in it whose seals were not checked: an earlier version wrote it, which did not seal,
     /// or they are [renewed](Seals::Renewed). Nothing shows whether other programs have changed it.
     pub is_sealed: bool,
+    /// The newest checkpoint of its log that was published, if it has one.
+    pub checkpoint: Option<String>,
     /// The leaves that are missing in a log whose seals are [renewed](Seals::Renewed), for the entry of the new log.
     pub missing: Vec<Range<u64>>,
     /// Unreadable entries. They stay in the store; an open cycle stays until it is recorded.
@@ -695,11 +697,13 @@ pub enum StoreError {
     /// A program without the key of its log has changed it, or the key is another one.
     #[error(
         "{store} was changed by another program, or was sealed with another key or ledger.origin: {problem}; put its \
-         key back, restore it from a backup, or have it go on as it is by `orchestrator store accept sqlite:{store}`"
+         key back, restore it from a backup, or have it go on as it is by `orchestrator store accept {url}`"
     )]
     Tampered {
         /// Which store.
         store: String,
+        /// Its URL.
+        url: String,
         /// What was changed.
         problem: String,
     },

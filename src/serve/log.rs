@@ -13,7 +13,7 @@ use crate::{
     orchestrator::{Published, TakenOver},
     ports::{Contents, Seals, Store, StoreError, UnreadableRow},
     record,
-    store::{self, KeyFileError, LogKeys},
+    store::{self, KeyFileError, LogKeys, StoreUrl},
 };
 
 /// Why a store is not what was signed last.
@@ -84,8 +84,7 @@ pub(super) async fn take_over(
     let contents = store.take_over(seals).await?;
     let (epoch, last_cycle) = (contents.epoch.0, contents.last_cycle_id.0);
     tracing::info!(store = %url, epoch, last_cycle, "store opened");
-    let of = url.clone();
-    let previous = spawn_blocking(move || store::published(&of)).await.unwrap_or_default();
+    let previous = contents.checkpoint.clone();
     let is_strict = config.access.mode == Mode::Enforce;
     // An empty log with a checkpoint has had a key as well.
     let found = if are_new && (store.log().frontier.size() > 0 || previous.is_some()) {
@@ -104,7 +103,9 @@ pub(super) async fn take_over(
     // A sealed store always has a checkpoint: otherwise a crash would make it look as if that had been removed. An
     // earlier checkpoint is replaced by the first one after the write in which the new log begins.
     let of = url.clone();
-    let (is_first, lost) = (previous.is_none() && began.is_none(), previous.filter(|_| began.is_some()));
+    let is_first = previous.is_none() && began.is_none();
+    // The entry of the new log has it as well. A database on a server has no file beside it.
+    let lost = previous.filter(|_| began.is_some() && matches!(url, StoreUrl::Sqlite(_)));
     let kept = spawn_blocking(move || {
         new.save()?;
         let kept = lost.map(|lost| store::keep_published(&of, &lost)).transpose();
@@ -141,10 +142,10 @@ pub(super) async fn look(config: &Config, store: Arc<dyn Store>) -> Result<Taken
     // It signs nothing.
     let signer = Signer::of(None, Vec::new());
     let contents = store.take_over(Seals::Renewed(SealKeys::of(&signer))).await?;
-    let url = config.store.url.clone();
+    let url = &config.store.url;
     let (epoch, last_cycle) = (contents.epoch.0, contents.last_cycle_id.0);
     tracing::info!(store = %url, epoch, last_cycle, "looking at a copy: nothing is run, changed or written");
-    let note = spawn_blocking(move || store::published(&url)).await.unwrap_or_default().unwrap_or_default();
+    let note = contents.checkpoint.clone().unwrap_or_default();
     let published = match Checkpoint::unverified(&note) {
         Ok(Checkpoint { size, .. }) if size <= store.log().frontier.size() => Published { size, note: note.into() },
         _ => {

@@ -125,7 +125,7 @@ pub fn restore<E: From<BackupError>>(
 /// The database of a store that has one.
 fn database(url: &StoreUrl) -> Result<&Path, OpenError> {
     match url {
-        StoreUrl::Memory => Err(DatabaseFileError::Missing { database: url.to_string() }.into()),
+        StoreUrl::Memory | StoreUrl::Postgres(_) => Err(OpenError::NoFile { url: url.clone() }),
         StoreUrl::Sqlite(path) => Ok(path),
     }
 }

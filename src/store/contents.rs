@@ -10,7 +10,7 @@ use super::{
     entries::{self, Reading, Rows, Said, StoredEntry, accepted, check_leaf, said},
     frontier::Frontier,
     row::{
-        Row, Wrong, bytes, flag, identity, integer, integer_of, json, key, name, number, open_cycle, optional_integer,
+        Row, Wrong, flag, identity, integer, integer_of, json, key, name, number, open_cycle, optional_integer, output,
         time, unknown_cycle,
     },
     seal::{LOOPS, OPEN_CYCLES, OUTPUTS, Renewal, SUBSYSTEMS, Seal, Sealer, Table},
@@ -20,7 +20,7 @@ use super::{
 use crate::{
     clock::Clock,
     ledger::{self, Node, SealedBy},
-    model::{CycleId, Epoch, Output, Payload, Revision, text::count},
+    model::{CycleId, Epoch, Revision, text::count},
     ports::{Checks, Contents, Log, Seals, Stage, StoredLoop, StoredOutput, StoredSubsystem, UnreadableRow},
 };
 
@@ -199,12 +199,11 @@ pub(super) fn read_contents<D: Tables>(
         Ok(())
     })?;
     rows.read_all(database, &OUTPUTS, |row, _| {
-        let payload = Payload::check(bytes(row, "payload")?);
-        let payload = payload.map_err(|malformed| Wrong::new("payload", format!("can't be used: {malformed}")))?;
+        let output = output(row)?;
         let finished_at = optional_integer(row, "finished_at")?;
         contents.outputs.push(StoredOutput {
             name: name(row, "name")?,
-            output: Output { cycle_id: CycleId(number(row, "cycle_id")?), payload },
+            output,
             finished_at: finished_at.map(|_| time(row, "finished_at")).transpose()?,
         });
         Ok(())

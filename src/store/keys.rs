@@ -43,6 +43,9 @@ pub enum KeyFileError {
         /// The problem.
         problem: NoteError,
     },
+    /// None is named, and the store has no place beside it for one.
+    #[error("a store in PostgreSQL has no file beside it: name the file of its key in ledger.key_files")]
+    NotNamed,
     /// The task that reads it has ended.
     #[error("can't read the keys of ledger.key_files: {0}")]
     NotRead(String),
@@ -77,6 +80,7 @@ impl LogKeys {
                 let key = SigningKey::generate(name).map_err(KeyFileError::NotMade)?;
                 return Ok(Self { keys: vec![key], new: NewKeys::default() });
             }
+            (StoreUrl::Postgres(_), []) => return Err(KeyFileError::NotNamed),
             (StoreUrl::Sqlite(database), []) => [beside(database, ".key")],
             _ => Default::default(),
         };

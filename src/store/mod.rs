@@ -1,13 +1,13 @@
 //! Stores of records. They implement one trait, [`Store`] in `ports`, and pass one test suite.
 
 mod backup;
-#[cfg_attr(not(test), expect(dead_code, reason = "the store in PostgreSQL will commit in this way"))]
 mod chain;
 mod contents;
 mod counts;
 mod entries;
 mod excess;
 mod frontier;
+mod jobs;
 mod keys;
 mod memory;
 mod pages;
@@ -53,6 +53,8 @@ pub enum StoreUrl {
     Memory,
     /// `sqlite:PATH`: a SQLite database. A relative path is relative to the working directory.
     Sqlite(PathBuf),
+    /// `postgres://USER@HOST:PORT/DATABASE`: a schema in a PostgreSQL database.
+    Postgres(PostgresUrl),
 }
 
 impl StoreUrl {
@@ -63,6 +65,9 @@ impl StoreUrl {
     pub fn parse(url: &str) -> Result<Self, String> {
         if url == "memory:" {
             return Ok(Self::Memory);
+        }
+        if PostgresUrl::is_meant(url) {
+            return PostgresUrl::parse(url).map(Self::Postgres);
         }
         match url.strip_prefix("sqlite:") {
             // SQLite gives these a special meaning.
@@ -75,7 +80,10 @@ impl StoreUrl {
                     Ok(Self::Sqlite(path.into()))
                 }
             }
-            _ => Err("give sqlite:PATH, such as sqlite:/var/lib/orchestrator.db, or memory:".into()),
+            _ => Err(
+                "give sqlite:PATH, such as sqlite:/var/lib/orchestrator.db, postgres://USER@HOST/DATABASE, or memory:"
+                    .into(),
+            ),
         }
     }
 }
@@ -85,6 +93,7 @@ impl fmt::Display for StoreUrl {
         match self {
             Self::Memory => f.write_str("memory:"),
             Self::Sqlite(path) => write!(f, "sqlite:{}", path.display()),
+            Self::Postgres(url) => url.fmt(f),
         }
     }
 }
@@ -98,6 +107,7 @@ pub async fn open(url: &StoreUrl, checks: Checks, clock: Clock) -> Result<Arc<dy
     match url {
         StoreUrl::Memory => Ok(Arc::new(memory::MemoryStore::new(clock))),
         StoreUrl::Sqlite(path) => Ok(Arc::new(sqlite::SqliteStore::open(path.clone(), checks, clock).await?)),
+        StoreUrl::Postgres(url) => Ok(Arc::new(postgres::PostgresStore::open(url, checks, clock).await?)),
     }
 }
 
@@ -111,6 +121,7 @@ pub async fn look(url: &StoreUrl, checks: Checks, clock: Clock) -> Result<Arc<dy
     match url {
         StoreUrl::Memory => Err(DatabaseFileError::Missing { database: url.to_string() }.into()),
         StoreUrl::Sqlite(path) => Ok(Arc::new(sqlite::SqliteStore::look(path.clone(), checks, clock).await?)),
+        StoreUrl::Postgres(url) => Ok(Arc::new(postgres::PostgresStore::look(url, checks, clock).await?)),
     }
 }
 
@@ -214,6 +225,12 @@ pub enum OpenError {
         /// The last cycle that was acknowledged.
         noted: CycleId,
     },
+    /// It is in no file, and only files can be used in this way.
+    #[error("{url} is not a store in a file, and this is possible for such only: see docs/operations.md")]
+    NoFile {
+        /// Its URL.
+        url: StoreUrl,
+    },
     /// The files of a database are invalid.
     #[error(transparent)]
     Files(#[from] DatabaseFileError),
@@ -258,9 +275,7 @@ pub fn accept(
     origin: Option<String>,
     EntryCodec { checks, began }: EntryCodec,
 ) -> Result<Accepted, AcceptError> {
-    let StoreUrl::Sqlite(path) = url else {
-        return Err(OpenError::from(DatabaseFileError::Missing { database: url.to_string() }).into());
-    };
+    let StoreUrl::Sqlite(path) = url else { return Err(OpenError::NoFile { url: url.clone() }.into()) };
     let LogKeys { keys, new } = keys;
     let signer = Signer::of(origin, keys);
     let previous = published(url);
@@ -310,7 +325,7 @@ pub struct Compacted {
 /// It does not exist, another process has it open, it must not be served, or it can't be written.
 pub fn compact(url: &StoreUrl) -> Result<Compacted, OpenError> {
     match url {
-        StoreUrl::Memory => Err(DatabaseFileError::Missing { database: url.to_string() }.into()),
+        StoreUrl::Memory | StoreUrl::Postgres(_) => Err(OpenError::NoFile { url: url.clone() }),
         StoreUrl::Sqlite(path) => sqlite::compact(path),
     }
 }
@@ -366,11 +381,10 @@ mod tests {
 
     #[test]
     fn urls() {
-        for url in ["memory:", "sqlite:a.db", "sqlite:/var/a.db"] {
+        for url in ["memory:", "sqlite:a.db", "sqlite:/var/a.db", "postgres://u@h:1,i:2/d?schema=s"] {
             assert_eq!(StoreUrl::parse(url).unwrap().to_string(), url);
         }
-        for url in ["", "memory", "memory:x", "sqlite:", "sqlite:///a.db", "sqlite::memory:", "postgres://h/d", "a.db"]
-        {
+        for url in ["", "memory", "memory:x", "sqlite:", "sqlite:///a.db", "sqlite::memory:", "postgres://h", "a.db"] {
             assert!(StoreUrl::parse(url).is_err(), "{url}");
         }
     }

@@ -1,18 +1,160 @@
 //! The store in a PostgreSQL database, on one server or on several of which one takes over from another.
 //!
-//! So far: how the servers are reached, and the tables.
+//! How it keeps its promises:
+//!
+//! * Acknowledged writes are not lost: a commit has returned with at least `synchronous_commit = on` and without a
+//!   warning, so it is on the disk, and on those of the standbys that the server waits for. Buffered writes are as
+//!   durable.
+//! * One writer: each commit is one statement that writes only if no other process has written since the one before.
+//! * The outcome of a commit whose answer was lost is found out: see `chain`.
+//! * Changes by other programs are detected: see `seal`.
+//!
+//! One task writes (`writer`), over a connection of its own. A few other connections read (`rows`).
 
+mod commit;
 mod connect;
 mod error;
+mod rows;
 mod schema;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 mod url;
+mod writer;
 
-use self::connect::Connector;
+use std::{
+    ops::Range,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use futures_util::{future::BoxFuture, stream::BoxStream};
+use jiff::Timestamp;
+use tokio::sync::Semaphore;
+use tokio_util::task::AbortOnDropHandle;
+
+use self::{
+    commit::Line,
+    connect::{Connection, Connector},
+    error::explain,
+    rows::{Failed, Snapshot, at_once},
+    writer::{Writer, failure, read},
+};
 pub use self::{schema::Migrated, url::PostgresUrl};
-use super::OpenError;
-use crate::clock::Clock;
+use super::{
+    OpenError,
+    entries::{Reading, Rows as _},
+    jobs::Jobs,
+    pages::{cycles_after, cycles_before, events_before, record_of},
+    parts::parts,
+    row::{integer, leaf, number},
+    term::SharedLog,
+    trouble::Trouble,
+};
+use crate::{
+    clock::Clock,
+    ledger::{Hash, Node, Part},
+    model::{CycleId, RequestKey, Revision},
+    ports::{
+        Checks, Contents, EventFilter, EventPage, Excess, Filter, Found, Log, Page, PageLimits, ResumeError, Retention,
+        Seals, Store, StoreError, StoreSize, Write,
+    },
+};
+
+/// Number of reading connections: pages of the history are short, and the server does the work.
+const READERS: usize = 4;
+
+/// A PostgreSQL database.
+pub(super) struct PostgresStore {
+    readers: Arc<Readers>,
+    checks: Checks,
+    clock: Clock,
+    /// `None` if the database is only looked at.
+    jobs: Option<Jobs>,
+    _writer: Option<AbortOnDropHandle<()>>,
+    log: SharedLog,
+    trouble: Trouble,
+}
+
+impl PostgresStore {
+    pub(super) async fn open(url: &PostgresUrl, checks: Checks, clock: Clock) -> Result<Self, OpenError> {
+        let connector = Arc::new(Connector::new(url.clone(), clock).await?);
+        let mut connection = connector.connect().await?;
+        schema::migrate(&connector, &mut connection).await?;
+        let log = SharedLog::default();
+        let (jobs, incoming) = Jobs::new();
+        let writer = Writer::new(connector.clone(), log.clone(), checks, clock);
+        let writer = AbortOnDropHandle::new(tokio::spawn(writer.run(incoming)));
+        Ok(Self::new(connector, Some(connection), (checks, clock), log, Some((jobs, writer))))
+    }
+
+    /// Opens a database to look at it: nothing is written, and [`Store::take_over`] only reads, with the epoch of the
+    /// last process that wrote.
+    pub(super) async fn look(url: &PostgresUrl, checks: Checks, clock: Clock) -> Result<Self, OpenError> {
+        let connector = Arc::new(Connector::new(url.clone(), clock).await?);
+        let connection = connector.connect().await?;
+        schema::check(&connector, &connection).await?;
+        Ok(Self::new(connector, Some(connection), (checks, clock), SharedLog::default(), None))
+    }
+
+    fn new(
+        connector: Arc<Connector>,
+        connection: Option<Connection>,
+        (checks, clock): (Checks, Clock),
+        log: SharedLog,
+        writer: Option<(Jobs, AbortOnDropHandle<()>)>,
+    ) -> Self {
+        let remedy = "see whether the server and the network work, and whether it waits for a standby that is away";
+        let trouble = Trouble::new(connector.url().to_string(), remedy);
+        let idle = Mutex::new(connection.into_iter().collect());
+        let readers = Arc::new(Readers { connector, idle, permits: Semaphore::new(READERS) });
+        let (jobs, writer) = writer.unzip();
+        Self { readers, checks, clock, jobs, _writer: writer, log, trouble }
+    }
+
+    /// How records are read now.
+    fn reading(&self) -> Reading {
+        Reading { check: self.checks.record, unlogged_to: self.log.unlogged_to() }
+    }
+
+    fn jobs(&self) -> Result<&Jobs, StoreError> {
+        self.jobs.as_ref().ok_or_else(|| StoreError::Defect { problem: "it is only looked at".into() })
+    }
+}
+
+/// The connections that read.
+struct Readers {
+    connector: Arc<Connector>,
+    idle: Mutex<Vec<Connection>>,
+    permits: Semaphore,
+}
+
+impl Readers {
+    /// Reads as of one moment. A connection that has ended meanwhile is replaced once.
+    async fn read<T: Send + 'static>(
+        &self,
+        read: impl Fn(&mut Snapshot<'_>) -> Result<T, Failed> + Clone + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let _permit =
+            self.permits.acquire().await.map_err(|error| StoreError::Defect { problem: error.to_string() })?;
+        for is_last in [false, true] {
+            let pooled = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+            let pooled = pooled.filter(|connection| !connection.is_closed() && !is_last);
+            let connection = match pooled {
+                Some(connection) => connection,
+                None => self.connector.connect().await?,
+            };
+            let (connection, result) = at_once(connection, self.connector.url().schema(), false, read.clone()).await;
+            match result {
+                Err(Failed::Statement(error)) if error::ends_connection(&error) && !is_last => {}
+                result => {
+                    let usable = connection.filter(|connection| !connection.is_closed());
+                    self.idle.lock().unwrap_or_else(PoisonError::into_inner).extend(usable);
+                    return result.map_err(|failed| failure(&self.connector, &failed));
+                }
+            }
+        }
+        Err(StoreError::Defect { problem: "no connection was tried".into() })
+    }
+}
 
 /// Makes the tables of a store, or applies the migrations that they lack. Services of the version before go on with
 /// them.
@@ -30,4 +172,128 @@ pub async fn migrate(url: &PostgresUrl, clock: Clock) -> Result<Migrated, OpenEr
 #[must_use]
 pub fn tables(url: &PostgresUrl) -> String {
     schema::statements(url.schema(), 0)
+}
+
+impl Store for PostgresStore {
+    fn take_over(&self, seals: Seals) -> BoxFuture<'_, Result<Contents, StoreError>> {
+        Box::pin(async move {
+            let Some(jobs) = &self.jobs else {
+                let (connector, how) = (&self.readers.connector, (self.checks, self.clock));
+                let taken = read(connector, &mut Line::new(), how, seals, false).await?;
+                self.log.begins_after(taken.term.unlogged_to);
+                self.log.set(&taken.term.frontier.log);
+                return Ok(Contents { epoch: taken.term.current, ..taken.contents });
+            };
+            jobs.take_over(seals).await
+        })
+    }
+
+    fn commit(&self, write: Arc<Write>) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(self.trouble.watch(async move { self.jobs()?.commit(write).await }))
+    }
+
+    fn trouble(&self) -> BoxStream<'static, Option<StoreError>> {
+        self.trouble.reports()
+    }
+
+    fn cycle(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<Found>, StoreError>> {
+        let how = self.reading();
+        Box::pin(self.readers.read(move |snapshot| {
+            let row = snapshot.record_where("cycle_id = $1", &[&integer(cycle_id.0)])?;
+            row.map(|row| record_of(snapshot, how, &row)).transpose()
+        }))
+    }
+
+    fn cycle_of_request(&self, request: RequestKey) -> BoxFuture<'_, Result<Option<Found>, StoreError>> {
+        let how = self.reading();
+        let (id, caller) = (request.request_id, request.triggered_by.map(|caller| caller.to_string()));
+        Box::pin(self.readers.read(move |snapshot| {
+            let condition = "request_id = $1 AND triggered_by IS NOT DISTINCT FROM $2 ORDER BY revision DESC LIMIT 1";
+            let row = snapshot.record_where(condition, &[&id.as_bytes(), &caller])?;
+            row.map(|row| record_of(snapshot, how, &row)).transpose()
+        }))
+    }
+
+    fn cycles_before(
+        &self,
+        before: Revision,
+        filter: Filter,
+        limits: PageLimits,
+    ) -> BoxFuture<'_, Result<Page, StoreError>> {
+        let how = self.reading();
+        Box::pin(self.readers.read(move |snapshot| cycles_before(snapshot, how, before, &filter, limits)))
+    }
+
+    fn cycles_after(&self, revision: Revision, limits: PageLimits) -> BoxFuture<'_, Result<Vec<Found>, ResumeError>> {
+        let how = self.reading();
+        Box::pin(async move { self.readers.read(move |snapshot| cycles_after(snapshot, how, revision, limits)).await? })
+    }
+
+    fn events_before(
+        &self,
+        before: u64,
+        filter: EventFilter,
+        limit: usize,
+    ) -> BoxFuture<'_, Result<EventPage, StoreError>> {
+        let check = self.checks.event;
+        Box::pin(self.readers.read(move |snapshot| events_before(snapshot, check, before, &filter, limit)))
+    }
+
+    fn excess(&self, retention: Retention, now: Timestamp, limit: usize) -> BoxFuture<'_, Result<Excess, StoreError>> {
+        Box::pin(async move { self.jobs()?.excess(retention, now, limit).await })
+    }
+
+    fn log(&self) -> Log {
+        self.log.get()
+    }
+
+    fn leaf(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<u64>, StoreError>> {
+        Box::pin(self.readers.read(move |snapshot| {
+            let found =
+                snapshot.query("SELECT leaf FROM SCHEMA.cycles WHERE cycle_id = $1", &[&integer(cycle_id.0)])?;
+            Ok(found.first().map(|row| leaf(row)).transpose()?.flatten())
+        }))
+    }
+
+    fn nodes(&self, nodes: Vec<Node>) -> BoxFuture<'_, Result<Option<Vec<Hash>>, StoreError>> {
+        Box::pin(self.readers.read(move |snapshot| nodes.iter().map(|node| snapshot.hash(*node)).collect()))
+    }
+
+    fn parts(&self, leaves: Range<u64>, limits: PageLimits) -> BoxFuture<'_, Result<Option<Vec<Part>>, StoreError>> {
+        Box::pin(self.readers.read(move |snapshot| {
+            let row = snapshot.one("SELECT unlogged_to, last_revision FROM SCHEMA.meta", &[])?;
+            let after = |column| Ok::<_, Failed>(Revision(number(&row, column)?).next());
+            let logged = after("unlogged_to")?..after("last_revision")?;
+            parts(snapshot, logged, leaves.clone(), limits)
+        }))
+    }
+
+    fn publish_checkpoint(&self, checkpoint: String) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(async move {
+            let connector = &self.readers.connector;
+            let (store, schema) = (connector.url().to_string(), connector.url().schema());
+            let connection = connector.connect().await?;
+            let put = format!(
+                "INSERT INTO {schema}.checkpoint VALUES (0, $1) ON CONFLICT (id) DO UPDATE SET note = EXCLUDED.note"
+            );
+            connection.execute(&put, &[&checkpoint]).await.map_err(|error| explain(&store, &error))?;
+            match connection.take_warning() {
+                Some(problem) => Err(StoreError::Unavailable { store, problem }),
+                None => Ok(()),
+            }
+        })
+    }
+
+    fn size(&self) -> BoxFuture<'_, Result<StoreSize, StoreError>> {
+        let schema = self.readers.connector.url().schema().to_owned();
+        Box::pin(self.readers.read(move |snapshot| {
+            let size = "SELECT succeeded + degraded + failed + cancelled + interrupted AS records,
+                               (SELECT sum(pg_total_relation_size(c.oid))::bigint
+                                FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+                                WHERE n.nspname = $1 AND c.relkind = 'r') AS bytes
+                        FROM SCHEMA.meta";
+            let row = snapshot.one(size, &[&schema])?;
+            Ok(StoreSize { records: number(&row, "records")?, bytes: number(&row, "bytes")? })
+        }))
+    }
 }

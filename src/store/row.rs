@@ -4,7 +4,9 @@ use bytes::Bytes;
 use jiff::Timestamp;
 
 use crate::{
-    model::{CycleId, CycleState, Epoch, EventKind, Identity, Name, ParentCycle, Revision, TraceId, Trigger},
+    model::{
+        CycleId, CycleState, Epoch, EventKind, Identity, Name, Output, ParentCycle, Payload, Revision, TraceId, Trigger,
+    },
     ports::{AuditEntry, OpenCycle, Record, Stage, TriggerKind},
 };
 
@@ -125,6 +127,13 @@ pub(super) fn open_cycle(row: &dyn Row) -> Result<OpenCycle, Wrong> {
             _ => Stage::Begun(time(row, "started_at")?),
         },
     })
+}
+
+/// The output of a subsystem.
+pub(super) fn output(row: &dyn Row) -> Result<Output, Wrong> {
+    let payload = Payload::check(bytes(row, "payload")?);
+    let payload = payload.map_err(|malformed| Wrong::new("payload", format!("can't be used: {malformed}")))?;
+    Ok(Output { cycle_id: CycleId(number(row, "cycle_id")?), payload })
 }
 
 /// An open cycle of which only the id is known.

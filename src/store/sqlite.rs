@@ -51,7 +51,6 @@ use std::{
 use futures_util::{future::BoxFuture, stream::BoxStream};
 use jiff::Timestamp;
 use rusqlite::Connection;
-use tokio::sync::{mpsc, oneshot};
 
 pub use self::place::DatabaseFileError;
 pub(super) use self::{
@@ -61,18 +60,19 @@ pub(super) use self::{
 };
 use self::{
     error::{explain, unavailable, unwritable},
-    log::SharedLog,
     note::{Mark, Note, is_of_this_database, refuse_older_copy},
     opening::{Opened, connect, immutable, look},
     place::LockedDatabase,
     reading::{ReadError, Readers},
-    writer::{Job, Writer},
+    writer::Writer,
 };
 use super::{
     OpenError,
     entries::Reading,
+    jobs::Jobs,
     keys::checkpoint_of,
     pages::{cycles_after, cycles_before, events_before},
+    term::SharedLog,
     trouble::Trouble,
 };
 use crate::{
@@ -86,8 +86,6 @@ use crate::{
     },
 };
 
-/// Most jobs in the queue of the thread: the orchestrator makes one write at a time, and retention asks beside it.
-const QUEUE: usize = 8;
 /// Longest wait of a statement for a program that has locked the database, such as a backup.
 const BUSY: Duration = Duration::from_secs(5);
 
@@ -97,7 +95,7 @@ pub(super) struct SqliteStore {
     checks: Checks,
     clock: Clock,
     /// `None` while it is dropped, and if the database is only looked at.
-    jobs: Option<mpsc::Sender<Job>>,
+    jobs: Option<Jobs>,
     writer: Option<thread::JoinHandle<()>>,
     readers: Readers,
     log: SharedLog,
@@ -121,7 +119,7 @@ impl SqliteStore {
         refuse_older_copy(&place.path, &mark, noted.as_ref())?;
         let path = Arc::new(place.path.clone());
         let readers = Readers::of(&path, connect).map_err(|error| explain(&path, &error))?;
-        let (jobs, incoming) = mpsc::channel(QUEUE);
+        let (jobs, incoming) = Jobs::new();
         let log = SharedLog::default();
         let writer = Writer::new((path.clone(), here), connection, log.clone(), (note, noted), checks, clock);
         let writer = writer.map_err(|error| unwritable(&path, &error))?;
@@ -162,12 +160,8 @@ impl SqliteStore {
         Reading { check: self.checks.record, unlogged_to: self.log.unlogged_to() }
     }
 
-    async fn ask<T>(&self, job: impl FnOnce(oneshot::Sender<Result<T, StoreError>>) -> Job) -> Result<T, StoreError> {
-        let gone = || StoreError::Defect { problem: "it is only looked at, or its writer has ended".into() };
-        let (reply, answer) = oneshot::channel();
-        let jobs = self.jobs.as_ref().ok_or_else(gone)?;
-        jobs.send(job(reply)).await.map_err(|_| gone())?;
-        answer.await.map_err(|_| gone())?
+    fn jobs(&self) -> Result<&Jobs, StoreError> {
+        self.jobs.as_ref().ok_or_else(|| StoreError::Defect { problem: "it is only looked at".into() })
     }
 }
 
@@ -188,14 +182,14 @@ impl Drop for SqliteStore {
 
 impl Store for SqliteStore {
     fn take_over(&self, seals: Seals) -> BoxFuture<'_, Result<Contents, StoreError>> {
-        if self.jobs.is_none() {
-            return Box::pin(self.read_contents(seals));
+        match &self.jobs {
+            Some(jobs) => Box::pin(jobs.take_over(seals)),
+            None => Box::pin(self.read_contents(seals)),
         }
-        Box::pin(self.ask(|reply| Job::TakeOver(seals, reply)))
     }
 
     fn commit(&self, write: Arc<Write>) -> BoxFuture<'_, Result<(), StoreError>> {
-        Box::pin(self.trouble.watch(self.ask(|reply| Job::Commit(write, reply))))
+        Box::pin(self.trouble.watch(async move { self.jobs()?.commit(write).await }))
     }
 
     fn trouble(&self) -> BoxStream<'static, Option<StoreError>> {
@@ -245,7 +239,7 @@ impl Store for SqliteStore {
     }
 
     fn excess(&self, retention: Retention, now: Timestamp, limit: usize) -> BoxFuture<'_, Result<Excess, StoreError>> {
-        Box::pin(self.ask(move |reply| Job::Excess(retention, now, limit, reply)))
+        Box::pin(async move { self.jobs()?.excess(retention, now, limit).await })
     }
 
     fn log(&self) -> Log {

@@ -790,12 +790,27 @@ async fn a_new_name_gets_the_output_of_the_former_one_and_leaves_nothing_of_it(s
     assert_eq!(kept, [made("c", 2, "b"), made("x", 1, "a")]);
 }
 
+/// The URL of a new store in PostgreSQL, if that is installed.
+fn postgres_url() -> Option<StoreUrl> {
+    Some(StoreUrl::parse(&super::postgres::tests::server::shared()?.url()).unwrap())
+}
+
 macro_rules! every_store {
     ($($test:ident)+) => {
         mod memory {
             $(#[tokio::test]
             async fn $test() {
                 let store = super::open(&super::StoreUrl::Memory, super::CHECKS, super::Clock::system()).await.unwrap();
+                let epoch = store.take_over(super::seals()).await.unwrap().epoch;
+                super::$test(&*store, epoch).await;
+            })+
+        }
+
+        mod postgres {
+            $(#[tokio::test]
+            async fn $test() {
+                let Some(url) = super::postgres_url() else { return };
+                let store = super::open(&url, super::CHECKS, super::Clock::system()).await.unwrap();
                 let epoch = store.take_over(super::seals()).await.unwrap().epoch;
                 super::$test(&*store, epoch).await;
             })+
@@ -848,6 +863,9 @@ async fn a_store_can_be_read_but_not_written_before_the_takeover() {
     let directory = tempfile::tempdir().unwrap();
     let url = StoreUrl::Sqlite(directory.path().join("o.db"));
     can_be_read_but_not_written(&*open(&url, CHECKS, Clock::system()).await.unwrap()).await;
+    if let Some(url) = postgres_url() {
+        can_be_read_but_not_written(&*open(&url, CHECKS, Clock::system()).await.unwrap()).await;
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -962,6 +980,70 @@ impl Model {
     }
 }
 
+/// Takes these steps with a store and with memory, and compares all results.
+fn agrees_with_memory(url: &StoreUrl, steps: Vec<(Step, u64, usize)>) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let memory = open(&StoreUrl::Memory, CHECKS, Clock::system()).await.unwrap();
+        let mut one = memory.take_over(seals()).await.unwrap();
+        let mut store = open(url, CHECKS, Clock::system()).await.unwrap();
+        let mut contents = store.take_over(seals()).await.unwrap();
+        let mut model = Model::default();
+        for (step, from, count) in steps {
+            if let Some(write) = model.next(&step) {
+                model.apply(&write);
+                commit(&*memory, Write { epoch: one.epoch, ..write.clone() }).await;
+                commit(&*store, Write { epoch: contents.epoch, ..write }).await;
+            }
+            match step {
+                Step::Admit(_) | Step::Begin(_) | Step::Record(..) => {}
+                Step::Break(way) => {
+                    let mut defects = model.defects();
+                    let defect = defects.swap_remove(way % defects.len());
+                    refuses(&*memory, Write { epoch: one.epoch, ..defect.clone() }).await;
+                    refuses(&*store, Write { epoch: contents.epoch, ..defect }).await;
+                }
+                Step::Prune { max_cycles, keeps_failed, limit } => {
+                    let max_age = Some(Duration::from_secs(max_cycles + 5));
+                    let default = RetentionRule { max_cycles: Some(max_cycles), max_age };
+                    let failed = keeps_failed.then(|| (CycleState::Failed, RetentionRule::default()));
+                    let by_state = failed.into_iter().collect();
+                    let retention = Retention { default, by_state, ..Retention::default() };
+                    let now = at(i64::try_from(model.last_revision).unwrap());
+                    let noted = |epoch| Write { epoch, ..model.write() };
+                    let gone = pruned(&*memory, &noted(one.epoch), retention.clone(), now, limit).await;
+                    assert_eq!(pruned(&*store, &noted(contents.epoch), retention, now, limit).await, gone);
+                }
+                Step::Restart => {
+                    drop(store);
+                    store = open(url, CHECKS, Clock::system()).await.unwrap();
+                    contents = store.take_over(seals()).await.unwrap();
+                    one = memory.take_over(seals()).await.unwrap();
+                    assert_eq!(contents.last_cycle_id, CycleId(model.last_cycle_id));
+                    assert_eq!(contents.last_revision, Revision(model.last_revision));
+                    assert_eq!(contents.open, model.open.values().cloned().collect::<Vec<_>>());
+                    assert_eq!(Contents { epoch: contents.epoch, ..one.clone() }, contents);
+                    let last = contents.last_record.clone().map(|found| found.unwrap().cycle_id.0);
+                    assert_eq!(last, model.recorded.last().copied());
+                }
+            }
+            let limits = PageLimits { records: count, bytes: 450 };
+            for filter in [Filter::default(), Filter { states: vec![CycleState::Failed], ..Filter::default() }] {
+                let page = memory.cycles_before(Revision(from), filter.clone(), limits).await;
+                assert_eq!(store.cycles_before(Revision(from), filter, limits).await, page);
+            }
+            let after = memory.cycles_after(Revision(from), limits).await;
+            assert_eq!(store.cycles_after(Revision(from), limits).await, after);
+            assert_eq!(store.cycle(CycleId(from)).await, memory.cycle(CycleId(from)).await);
+            for triggered_by in [None, Some(Identity::Uid(10))] {
+                let five = request("five", triggered_by);
+                let of_request = memory.cycle_of_request(five.clone()).await;
+                assert_eq!(store.cycle_of_request(five).await, of_request);
+            }
+        }
+    });
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -969,67 +1051,15 @@ proptest! {
     /// memory. After a restart it finds the open cycles.
     #[test]
     fn sqlite_agrees_with_memory(steps in proptest::collection::vec((step(), 1..30_u64, 1..6_usize), 1..30)) {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-        runtime.block_on(async {
-            let directory = tempfile::tempdir().unwrap();
-            let url = StoreUrl::Sqlite(directory.path().join("o.db"));
-            let memory = open(&StoreUrl::Memory, CHECKS, Clock::system()).await.unwrap();
-            let mut one = memory.take_over(seals()).await.unwrap();
-            let mut sqlite = open(&url, CHECKS, Clock::system()).await.unwrap();
-            let mut contents = sqlite.take_over(seals()).await.unwrap();
-            let mut model = Model::default();
-            for (step, from, count) in steps {
-                if let Some(write) = model.next(&step) {
-                    model.apply(&write);
-                    commit(&*memory, Write { epoch: one.epoch, ..write.clone() }).await;
-                    commit(&*sqlite, Write { epoch: contents.epoch, ..write }).await;
-                }
-                match step {
-                    Step::Admit(_) | Step::Begin(_) | Step::Record(..) => {}
-                    Step::Break(way) => {
-                        let mut defects = model.defects();
-                        let defect = defects.swap_remove(way % defects.len());
-                        refuses(&*memory, Write { epoch: one.epoch, ..defect.clone() }).await;
-                        refuses(&*sqlite, Write { epoch: contents.epoch, ..defect }).await;
-                    }
-                    Step::Prune { max_cycles, keeps_failed, limit } => {
-                        let max_age = Some(Duration::from_secs(max_cycles + 5));
-                        let default = RetentionRule { max_cycles: Some(max_cycles), max_age };
-                        let failed = keeps_failed.then(|| (CycleState::Failed, RetentionRule::default()));
-                        let by_state = failed.into_iter().collect();
-                        let retention = Retention { default, by_state, ..Retention::default() };
-                        let now = at(i64::try_from(model.last_revision).unwrap());
-                        let noted = |epoch| Write { epoch, ..model.write() };
-                        let gone = pruned(&*memory, &noted(one.epoch), retention.clone(), now, limit).await;
-                        assert_eq!(pruned(&*sqlite, &noted(contents.epoch), retention, now, limit).await, gone);
-                    }
-                    Step::Restart => {
-                        drop(sqlite);
-                        sqlite = open(&url, CHECKS, Clock::system()).await.unwrap();
-                        contents = sqlite.take_over(seals()).await.unwrap();
-                        one = memory.take_over(seals()).await.unwrap();
-                        assert_eq!(contents.last_cycle_id, CycleId(model.last_cycle_id));
-                        assert_eq!(contents.last_revision, Revision(model.last_revision));
-                        assert_eq!(contents.open, model.open.values().cloned().collect::<Vec<_>>());
-                        assert_eq!(Contents { epoch: contents.epoch, ..one.clone() }, contents);
-                        let last = contents.last_record.clone().map(|found| found.unwrap().cycle_id.0);
-                        assert_eq!(last, model.recorded.last().copied());
-                    }
-                }
-                let limits = PageLimits { records: count, bytes: 450 };
-                for filter in [Filter::default(), Filter { states: vec![CycleState::Failed], ..Filter::default() }] {
-                    let page = memory.cycles_before(Revision(from), filter.clone(), limits).await;
-                    assert_eq!(sqlite.cycles_before(Revision(from), filter, limits).await, page);
-                }
-                let after = memory.cycles_after(Revision(from), limits).await;
-                assert_eq!(sqlite.cycles_after(Revision(from), limits).await, after);
-                assert_eq!(sqlite.cycle(CycleId(from)).await, memory.cycle(CycleId(from)).await);
-                for triggered_by in [None, Some(Identity::Uid(10))] {
-                    let five = request("five", triggered_by);
-                    let of_request = memory.cycle_of_request(five.clone()).await;
-                    assert_eq!(sqlite.cycle_of_request(five).await, of_request);
-                }
-            }
-        });
+        let directory = tempfile::tempdir().unwrap();
+        agrees_with_memory(&StoreUrl::Sqlite(directory.path().join("o.db")), steps);
+    }
+
+    /// The same for PostgreSQL.
+    #[test]
+    fn postgres_agrees_with_memory(steps in proptest::collection::vec((step(), 1..30_u64, 1..6_usize), 1..30)) {
+        if let Some(url) = postgres_url() {
+            agrees_with_memory(&url, steps);
+        }
     }
 }

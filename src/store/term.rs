@@ -1,6 +1,13 @@
 //! The term of one process as the writer of a database: what its next commit builds on.
 
-use std::{iter, ops::Range};
+use std::{
+    iter,
+    ops::Range,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use super::{
     counts::Counts,
@@ -110,4 +117,31 @@ impl Term {
 /// These removed leaves, and all before the first one that this log keeps.
 fn ranges(removed: &[u64], log: &Log) -> impl Iterator<Item = Range<u64>> {
     removed.iter().map(|leaf| *leaf..*leaf + 1).chain(iter::once(0..log.first_kept))
+}
+
+/// What readers know of the log.
+#[derive(Clone, Debug, Default)]
+pub(super) struct SharedLog {
+    /// As of the last durable commit.
+    log: Arc<Mutex<Log>>,
+    /// The highest revision of the records that are older than it.
+    unlogged_to: Arc<AtomicU64>,
+}
+
+impl SharedLog {
+    pub(super) fn get(&self) -> Log {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn set(&self, log: &Log) {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner).clone_from(log);
+    }
+
+    pub(super) fn unlogged_to(&self) -> Revision {
+        Revision(self.unlogged_to.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn begins_after(&self, unlogged_to: Revision) {
+        self.unlogged_to.store(unlogged_to.0, Ordering::Relaxed);
+    }
 }

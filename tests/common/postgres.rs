@@ -81,6 +81,15 @@ impl Server {
         format!("postgres://{user}@{}/postgres?schema={schema}", self.host())
     }
 
+    /// Ends all sessions of orchestrators, whatever they do.
+    pub async fn end_sessions(&self) {
+        let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'orchestrator'";
+        let mut psql = tokio::process::Command::new("psql");
+        psql.args(["--quiet", "--no-psqlrc", "--username", "owner", "--dbname", "postgres", "--command", end]);
+        psql.arg("--host").arg(&self.directory);
+        assert!(psql.stdout(Stdio::null()).status().await.unwrap().success());
+    }
+
     /// The directory of its socket, as the host of a URL.
     pub fn host(&self) -> String {
         self.directory.display().to_string().replace('/', "%2F")

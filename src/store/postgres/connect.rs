@@ -53,7 +53,6 @@ impl Connection {
     }
 
     /// What the server has warned of since this was last asked: statements that have returned are among that.
-    #[cfg_attr(not(test), expect(dead_code, reason = "commits will ask"))]
     pub(super) fn take_warning(&self) -> Option<String> {
         self.warning.lock().unwrap_or_else(PoisonError::into_inner).take()
     }

@@ -21,7 +21,6 @@ pub(super) fn explain(store: &str, error: &Error) -> StoreError {
 
 /// True if a statement with this error may have been executed, or may still be: the connection was lost, the server has
 /// ended the session, or it does not know either.
-#[cfg_attr(not(test), expect(dead_code, reason = "commits will ask"))]
 pub(super) fn is_ambiguous(error: &Error) -> bool {
     error.as_db_error().is_none_or(|error| {
         let ends_session = matches!(error.parsed_severity(), Some(Severity::Fatal | Severity::Panic));
@@ -29,10 +28,18 @@ pub(super) fn is_ambiguous(error: &Error) -> bool {
     })
 }
 
+/// True if this connection has no use any more, and another one may: the session has ended, or this server has become a
+/// standby.
+pub(super) fn ends_connection(error: &Error) -> bool {
+    is_ambiguous(error) || error.code() == Some(&SqlState::READ_ONLY_SQL_TRANSACTION)
+}
+
 /// True if the same statement may succeed at once: it has met another one, and was rolled back.
-#[cfg_attr(not(test), expect(dead_code, reason = "commits will ask"))]
 pub(super) fn is_worth_repeating(error: &Error) -> bool {
-    [SqlState::T_R_SERIALIZATION_FAILURE, SqlState::T_R_DEADLOCK_DETECTED].iter().any(|code| error.code() == Some(code))
+    // The last one: the tables were changed since it was prepared.
+    [SqlState::T_R_SERIALIZATION_FAILURE, SqlState::T_R_DEADLOCK_DETECTED, SqlState::FEATURE_NOT_SUPPORTED]
+        .iter()
+        .any(|code| error.code() == Some(code))
 }
 
 /// True if the code begins with one of these.

@@ -102,6 +102,19 @@ pub(super) async fn migrate(connector: &Connector, connection: &mut Connection) 
     }
 }
 
+/// Checks that a database has the current schema.
+pub(super) async fn check(connector: &Connector, connection: &Connection) -> Result<(), OpenError> {
+    let store = connector.url().to_string();
+    let found = version(connection, connector.url().schema()).await.map_err(|error| refusal(&store, &error))?;
+    let (found, usable_from) = found.unwrap_or_default();
+    let known = latest();
+    match found {
+        found if usable_from > known => Err(OpenError::TooNew { store, found: found.into(), known: known.into() }),
+        found if found < known => Err(OpenError::NotMigrated { store, found: found.into(), known: known.into() }),
+        _ => Ok(()),
+    }
+}
+
 /// Why the migrations were not applied.
 enum Failed {
     Statement(Error),

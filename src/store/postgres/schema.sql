@@ -43,7 +43,7 @@ CREATE TABLE SCHEMA.cycles (
     cycle_id     bigint   NOT NULL UNIQUE,
     epoch        bigint   NOT NULL,
     state        smallint NOT NULL,               -- 1 succeeded, 2 degraded, 3 failed, 4 cancelled, 5 interrupted
-    trigger      smallint NOT NULL,               -- 0 unknown, 1 manual, 2 loop
+    trigger      smallint NOT NULL,               -- 0 unknown, 1 manual, 2 loop, 3 parent
     loop         text COLLATE "C",
     request_id   bytea,                           -- UTF-8, which may have characters that text has not
     triggered_by text COLLATE "C",                -- the caller that started it; NULL if a loop did
@@ -80,12 +80,13 @@ CREATE TABLE SCHEMA.outputs (
 -- What is known of subsystems beyond the configuration file. `spec` is JSON, as text, whose bytes are sealed; NULL when
 -- the file has the registration.
 CREATE TABLE SCHEMA.subsystems (
-    name      text COLLATE "C" PRIMARY KEY,
-    spec      text,
-    lease_ms  bigint,
-    suspended boolean NOT NULL,
-    owner     text,
-    seal      bytea
+    name         text COLLATE "C" PRIMARY KEY,
+    spec         text,
+    lease_ms     bigint,
+    suspended    boolean NOT NULL,
+    owner        text,
+    former_names text,                            -- a JSON array, newest first; NULL if it has none
+    seal         bytea
 );
 
 -- The same for loops. `state` is JSON.

@@ -14,7 +14,7 @@ use crate::ports::StoreError;
 mod pki;
 #[path = "../../../tests/common/postgres.rs"]
 #[allow(dead_code, unreachable_pub)]
-mod server;
+pub(in crate::store) mod server;
 
 use server::{Server, shared};
 

@@ -48,6 +48,11 @@ pub(super) enum Verification {
 }
 
 impl PostgresUrl {
+    /// True if this is to be the URL of such a store, valid or not.
+    pub(in super::super) fn is_meant(url: &str) -> bool {
+        ["postgres:", "postgresql:"].iter().any(|scheme| url.starts_with(scheme))
+    }
+
     /// Parses a URL.
     ///
     /// # Errors

@@ -9,7 +9,9 @@ use crate::{
     clock::Clock,
     ports::{Checks, Contents, Seals, StoreError},
     store::{
+        StoreUrl,
         contents::{Refused, read_contents as read_tables},
+        keys::published,
         term::Term,
     },
 };
@@ -38,6 +40,7 @@ pub(super) fn read_contents(
     let (mut contents, term) = read.map_err(|refused| refusal(path, refused))?;
     let mark = Mark::read(&transaction).map_err(explained)?;
     contents.may_lack_open = may_lack_open(&transaction).map_err(explained)?;
+    contents.checkpoint = published(&StoreUrl::Sqlite(path.to_owned()));
     Ok(Read { contents, term, mark })
 }
 
@@ -47,7 +50,7 @@ pub(super) fn refusal(path: &Path, refused: Refused<rusqlite::Error>) -> StoreEr
     match refused {
         Refused::Unreadable(error) => explain(path, &error),
         Refused::Corrupt(problem) => StoreError::Corrupt { store, problem },
-        Refused::Tampered(problem) => StoreError::Tampered { store, problem },
+        Refused::Tampered(problem) => StoreError::Tampered { url: format!("sqlite:{store}"), store, problem },
     }
 }
 

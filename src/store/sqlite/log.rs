@@ -1,12 +1,6 @@
 //! The tables of the log of the history.
 
-use std::{
-    ops::Range,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
-};
+use std::ops::Range;
 
 use rusqlite::{Connection, OptionalExtension, Transaction};
 
@@ -14,7 +8,7 @@ use super::rows::{Snapshot, number};
 use crate::{
     ledger::{Hash, Node, Part},
     model::{CycleId, Revision},
-    ports::{Log, PageLimits, Write},
+    ports::{PageLimits, Write},
     store::{
         frontier::Appended,
         parts::parts as parts_of,
@@ -22,33 +16,6 @@ use crate::{
         row::{integer, kind_number, nanoseconds},
     },
 };
-
-/// What readers know of the log.
-#[derive(Clone, Debug, Default)]
-pub(super) struct SharedLog {
-    /// As of the last durable commit.
-    log: Arc<Mutex<Log>>,
-    /// The highest revision of the records that are older than it.
-    unlogged_to: Arc<AtomicU64>,
-}
-
-impl SharedLog {
-    pub(super) fn get(&self) -> Log {
-        self.log.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    pub(super) fn set(&self, log: &Log) {
-        self.log.lock().unwrap_or_else(PoisonError::into_inner).clone_from(log);
-    }
-
-    pub(super) fn unlogged_to(&self) -> Revision {
-        Revision(self.unlogged_to.load(Ordering::Relaxed))
-    }
-
-    pub(super) fn begins_after(&self, unlogged_to: Revision) {
-        self.unlogged_to.store(unlogged_to.0, Ordering::Relaxed);
-    }
-}
 
 /// The leaf of the record of this cycle, if it has one.
 pub(super) fn leaf(connection: &Connection, cycle_id: CycleId) -> rusqlite::Result<Option<u64>> {

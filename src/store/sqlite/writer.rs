@@ -11,7 +11,7 @@ use std::{
 
 use jiff::Timestamp;
 use rusqlite::Connection;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 
 use super::{
     BUSY,
@@ -19,7 +19,6 @@ use super::{
     contents::{Read, read_contents},
     error::{explain, unavailable},
     identity::Identity,
-    log::SharedLog,
     note::{Mark, Note, lost},
     place::{FileId, file_id, log_of},
     rows::{Snapshot, epoch},
@@ -27,7 +26,13 @@ use super::{
 use crate::{
     clock::Clock,
     ports::{Checks, Contents, Durability, Excess, Retention, Seals, StoreError, Write},
-    store::{excess::Searches, frontier::Appended, not_taken_over, term::Term},
+    store::{
+        excess::Searches,
+        frontier::Appended,
+        jobs::Job,
+        not_taken_over,
+        term::{SharedLog, Term},
+    },
 };
 
 /// Pages of 4 KiB in the log and not yet in the database at which the log is checkpointed, between two writes.
@@ -35,13 +40,6 @@ const CHECKPOINT_PAGES: u32 = 1024;
 /// A log that has grown beyond this, because of a reader or a large commit, is truncated after a checkpoint; a smaller
 /// file is overwritten from its start, which is faster than growing it again.
 const LARGE_LOG: u64 = 16 << 20;
-
-/// Work for the writer.
-pub(super) enum Job {
-    TakeOver(Seals, oneshot::Sender<Result<Contents, StoreError>>),
-    Commit(Arc<Write>, oneshot::Sender<Result<(), StoreError>>),
-    Excess(Retention, Timestamp, usize, oneshot::Sender<Result<Excess, StoreError>>),
-}
 
 pub(super) struct Writer {
     path: Arc<PathBuf>,

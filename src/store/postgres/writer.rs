@@ -1,0 +1,269 @@
+//! The task that writes: it takes the database over, commits, and finds what retention removes.
+
+use std::{collections::BTreeMap, mem, sync::Arc};
+
+use jiff::Timestamp;
+use tokio::sync::mpsc;
+
+use super::{
+    commit::{Attempt, Before, Line, Renewed, Statement},
+    connect::Connector,
+    error::{explain, is_worth_repeating},
+    rows::{Failed, Snapshot, at_once},
+};
+use crate::{
+    clock::Clock,
+    model::Epoch,
+    ports::{Checks, Contents, Excess, Retention, Seals, StoreError, Write},
+    store::{
+        chain::{Chain, Stored, Token},
+        contents::{Refused, Tables, read_contents},
+        excess::Searches,
+        frontier::Appended,
+        jobs::Job,
+        not_taken_over,
+        row::{Value, Wrong, integer, integer_of, key, name, number, optional_text, output},
+        seal::{OUTPUTS, Seal, TABLES},
+        term::{SharedLog, Term},
+    },
+};
+
+/// Most times that the state is read while other transactions write it.
+const ATTEMPTS: usize = 5;
+
+/// The state that a process would take over, and from which its commits go on.
+pub(super) struct Taken {
+    pub(super) contents: Contents,
+    pub(super) term: Term,
+    /// The token of the row `meta`.
+    last: Token,
+    /// The token before those that this process gives.
+    given: Token,
+}
+
+pub(super) struct Writer {
+    connector: Arc<Connector>,
+    checks: Checks,
+    clock: Clock,
+    line: Line,
+    /// `None` until the store is taken over.
+    term: Option<(Term, Chain)>,
+    /// The last epoch that was fixed.
+    fixed: Option<Epoch>,
+    /// For what retention removes.
+    searches: Searches,
+    /// The log as of the last commit.
+    log: SharedLog,
+}
+
+impl Writer {
+    pub(super) fn new(connector: Arc<Connector>, log: SharedLog, checks: Checks, clock: Clock) -> Self {
+        let searches = Searches::default();
+        Self { connector, checks, clock, line: Line::new(), term: None, fixed: None, searches, log }
+    }
+
+    /// Does the jobs in their order, until no more can come.
+    pub(super) async fn run(mut self, mut jobs: mpsc::Receiver<Job>) {
+        while let Some(job) = jobs.recv().await {
+            // The caller may have gone; the write is done anyway.
+            match job {
+                Job::TakeOver(seals, reply) => drop(reply.send(self.take_over(seals).await)),
+                Job::Commit(write, reply) => drop(reply.send(self.commit(&write).await)),
+                Job::Excess(retention, now, limit, reply) => {
+                    drop(reply.send(self.excess(retention, now, limit).await));
+                }
+            }
+        }
+    }
+
+    async fn take_over(&mut self, seals: Seals) -> Result<Contents, StoreError> {
+        self.term = None;
+        let taken = read(&self.connector, &mut self.line, (self.checks, self.clock), seals, true).await?;
+        let Taken { mut contents, mut term, last, given } = taken;
+        contents.epoch = contents.epoch.max(self.fixed.map(Epoch::next).unwrap_or_default());
+        (term.epoch, self.fixed) = (contents.epoch, Some(contents.epoch));
+        let stored = Stored { epoch: term.current, commits: term.commits };
+        let chain = Chain::new(self.connector.url().to_string(), term.epoch, (stored, last), given);
+        self.log.begins_after(term.unlogged_to);
+        self.log.set(&term.frontier.log);
+        self.searches = Searches::default();
+        self.term = Some((term, chain));
+        Ok(contents)
+    }
+
+    async fn commit(&mut self, write: &Write) -> Result<(), StoreError> {
+        let (term, _) = self.term.as_mut().ok_or_else(not_taken_over)?;
+        if write.epoch != term.epoch {
+            return Err(StoreError::Fenced { by: term.epoch });
+        }
+        term.frontier.check(write).map_err(|problem| StoreError::Defect { problem })?;
+        let appended = Appended::to(&term.frontier.log, write);
+        let before = if write.removal.is_empty() && write.renamed.is_empty() && term.renews().is_none() {
+            Before::default()
+        } else {
+            let former_names = write.renamed.keys().map(ToString::to_string).collect();
+            self.read_before(write.removal.first_kept, former_names).await?
+        };
+        let (term, chain) = self.term.as_mut().ok_or_else(not_taken_over)?;
+        let records = write.removal.records.iter().filter_map(|record| record.leaf);
+        let events = write.removal.events.iter().map(|event| event.leaf);
+        let mut removed: Vec<_> = records.chain(events).chain(before.controls.iter().copied()).collect();
+        removed.sort_unstable();
+        let next = term.next(write, &appended, &removed);
+        let schema = self.connector.url().schema();
+        let statement = Statement::of(schema, term, write, (&appended, &next), (&removed, before));
+        let statement = statement.map_err(|error| StoreError::Defect { problem: error.to_string() })?;
+        let (connector, line) = (&*self.connector, &mut self.line);
+        chain.commit(&mut Attempt { connector, line, statement: &statement }).await?;
+        drop(statement);
+        term.advance(write, appended, next);
+        self.log.set(&term.frontier.log);
+        Ok(())
+    }
+
+    /// Reads what a commit needs that removes all entries before this leaf, takes these names from subsystems, or seals
+    /// rows anew.
+    async fn read_before(&mut self, first_kept: u64, former_names: Vec<String>) -> Result<Before, StoreError> {
+        let (term, chain) = self.term.take().ok_or_else(not_taken_over)?;
+        let connection = self.line.take(&self.connector).await;
+        let connection = match connection {
+            Ok(connection) => connection,
+            Err(error) => {
+                self.term = Some((term, chain));
+                return Err(error);
+            }
+        };
+        let (connection, read) = at_once(connection, self.connector.url().schema(), false, move |snapshot| {
+            let before = before(snapshot, &term, first_kept, &former_names);
+            Ok::<_, Failed>((term, before))
+        })
+        .await;
+        self.line.give(connection);
+        let (term, before) = read.map_err(|failed| failure(&self.connector, &failed))?;
+        self.term = Some((term, chain));
+        before.map_err(|failed| failure(&self.connector, &failed))
+    }
+
+    /// The records and events that exceed these limits.
+    async fn excess(&mut self, retention: Retention, now: Timestamp, limit: usize) -> Result<Excess, StoreError> {
+        let (term, chain) = self.term.take().ok_or_else(not_taken_over)?;
+        let connection = match self.line.take(&self.connector).await {
+            Ok(connection) => connection,
+            Err(error) => {
+                self.term = Some((term, chain));
+                return Err(error);
+            }
+        };
+        let (mut searches, checks) = (mem::take(&mut self.searches), self.checks);
+        let (connection, read) = at_once(connection, self.connector.url().schema(), false, move |snapshot| {
+            let excess = (|| {
+                let mut epoch = Epoch::default();
+                snapshot.meta(&mut |row| {
+                    epoch = Epoch(number(row, "epoch")?);
+                    Ok(())
+                })?;
+                if epoch != term.current {
+                    return Ok(Err(StoreError::Fenced { by: epoch }));
+                }
+                searches.excess(snapshot, &term, checks, &retention, now, limit).map(Ok)
+            })();
+            Ok::<_, Failed>((term, searches, excess))
+        })
+        .await;
+        self.line.give(connection);
+        let (term, searches, excess) = read.map_err(|failed| failure(&self.connector, &failed))?;
+        (self.term, self.searches) = (Some((term, chain)), searches);
+        let (excess, problem) = excess.map_err(|failed| failure(&self.connector, &failed))??;
+        let store = || self.connector.url().to_string();
+        let damaged = problem.map(|problem| {
+            let problem = format!("retention keeps more than its limits allow: {problem}");
+            StoreError::Corrupt { store: store(), problem }
+        });
+        Ok(Excess { damaged, ..excess })
+    }
+}
+
+/// Reads the state that a process would take over. With `lock`, after commits that are under way.
+pub(super) async fn read(
+    connector: &Connector,
+    line: &mut Line,
+    (checks, clock): (Checks, Clock),
+    seals: Seals,
+    lock: bool,
+) -> Result<Taken, StoreError> {
+    let store = connector.url().to_string();
+    let mut attempts = 0;
+    loop {
+        attempts += 1;
+        let connection = line.take(connector).await?;
+        let seals = seals.clone();
+        let (connection, read) = at_once(connection, connector.url().schema(), lock, move |snapshot| {
+            let (mut contents, term) = read_contents(snapshot, checks, clock, seals)?;
+            // The first bits of a random id.
+            let tokens = "SELECT token, ('x' || left(replace(gen_random_uuid()::text, '-', ''), 15))::bit(60)::bigint
+                          AS given, (SELECT note FROM SCHEMA.checkpoint) AS note FROM SCHEMA.meta";
+            let row = snapshot.one(tokens, &[])?;
+            contents.checkpoint = optional_text(&row, "note").map_err(Failed::from)?;
+            let token = |column| Ok::<_, Failed>(Token(integer_of(&row, column)?));
+            Ok((contents, term, token("token")?, token("given")?))
+        })
+        .await;
+        line.give(connection);
+        match read {
+            Ok((contents, term, last, given)) => return Ok(Taken { contents, term, last, given }),
+            Err(Refused::Unreadable(Failed::Statement(error))) if is_worth_repeating(&error) && attempts < ATTEMPTS => {
+            }
+            Err(Refused::Unreadable(failed)) => return Err(failure(connector, &failed)),
+            Err(Refused::Corrupt(problem)) => return Err(StoreError::Corrupt { store, problem }),
+            Err(Refused::Tampered(problem)) => return Err(StoreError::Tampered { url: store.clone(), store, problem }),
+        }
+    }
+}
+
+/// What a commit needs that removes all entries before this leaf, takes these names from subsystems, or seals rows
+/// anew.
+fn before(
+    snapshot: &mut Snapshot<'_>,
+    term: &Term,
+    first_kept: u64,
+    former_names: &[String],
+) -> Result<Before, Failed> {
+    let first_kept = integer(first_kept);
+    let controls = snapshot.query("SELECT leaf FROM SCHEMA.control WHERE leaf < $1 ORDER BY leaf", &[&first_kept])?;
+    let controls = controls.iter().map(|row| number(row, "leaf")).collect::<Result<_, _>>()?;
+    let mut outputs = BTreeMap::new();
+    for row in snapshot.query("SELECT * FROM SCHEMA.outputs WHERE name = ANY($1)", &[&former_names])? {
+        let is_valid = matches!(term.sealer.check_row(&row, &OUTPUTS)?, Seal::Valid(_));
+        let gets_seal = |renewal| Ok::<_, Wrong>(term.sealer.renewed(&row, &OUTPUTS, renewal)?.is_some());
+        if is_valid || term.renews().map(gets_seal).transpose()?.unwrap_or_default() {
+            outputs.insert(name(&row, "name")?, output(&row)?);
+        }
+    }
+    let mut renewed = BTreeMap::new();
+    if let Some(renewal) = term.renews() {
+        for table in TABLES {
+            let mut of_table = Renewed::default();
+            snapshot.sealed(table, &mut |row| {
+                if let Some(seal) = term.sealer.renewed(row, table, renewal)? {
+                    match row.value(table.columns[0])? {
+                        Value::Integer(number) => of_table.numbers.push(number),
+                        name => of_table.names.push(key(name)),
+                    }
+                    of_table.seals.push(seal.to_vec());
+                }
+                Ok(())
+            })?;
+            renewed.insert(table.name, of_table);
+        }
+    }
+    Ok(Before { controls, outputs, renewed })
+}
+
+/// The error for a read that has failed.
+pub(super) fn failure(connector: &Connector, failed: &Failed) -> StoreError {
+    let store = connector.url().to_string();
+    match failed {
+        Failed::Statement(error) => explain(&store, error),
+        Failed::Wrong(wrong) => StoreError::Corrupt { store, problem: wrong.to_string() },
+    }
+}
