@@ -143,3 +143,35 @@ async fn a_store_without_a_named_key_is_refused() {
     let ended = home.try_serve().await.err().unwrap();
     assert!(ended.code() == Some(1) && home.log().contains("ledger.key_files"), "{ended}: {}", home.log());
 }
+
+#[tokio::test]
+async fn a_changed_store_is_refused_until_it_is_accepted() {
+    let Some(server) = shared() else { return };
+    let mut stage = Stage::at(home(server)).await;
+    stage.register_all(&["a"]).await;
+    stage.client.run().await.unwrap();
+    let Stage { home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    server.change(home.store(), "UPDATE subsystems SET owner = 'token:other'").await;
+    let ended = home.try_serve().await.err().unwrap();
+    assert_eq!(ended.code(), Some(1));
+    let accept = format!("orchestrator store accept {}", home.store());
+    assert!(home.log().contains(r#"the seal of its subsystem "a" does not belong"#), "{}", home.log());
+    assert!(home.log().contains(&accept), "{}", home.log());
+    let key = home.path("log.key").display().to_string();
+    let (code, said) = orchestrator(None, &["store", "accept", home.store(), "--key-file", &key]).await;
+    assert_eq!((code, said), (0, format!("{} can be served now; its last cycle is 1\n", home.store())));
+    let service = home.serve().await;
+    assert_eq!(service.client().await.run().await.unwrap().cycle_id, 2);
+}
+
+#[tokio::test]
+async fn a_store_is_looked_at_while_another_process_writes_to_it() {
+    let Some(server) = shared() else { return };
+    let mut stage = Stage::at(home(server)).await;
+    stage.client.run().await.unwrap();
+    let looking = Home::new().with_store(stage.home.store()).with_args(["--read-only"]).serve().await;
+    assert_eq!(looking.client().await.history().await.unwrap(), stage.client.history().await.unwrap());
+    assert!(looking.client().await.run().await.is_err());
+    assert_eq!(stage.client.run().await.unwrap().cycle_id, 2);
+}

@@ -6,13 +6,17 @@
 //! ledger and audit (see the module `bare`); `sqlite` is the one of the service, for cycles of a loop, whose calls
 //! nobody makes; `audited` has the event of a call with each cycle. `scraped` is `sqlite` with all metrics written once
 //! a round, which is far more often than monitoring reads them; `traced` is `sqlite` with every span of every cycle
-//! exported; `tls` is `sqlite` with a fleet that is called over TLS. Metrics count the cycles of all sides. The rounds
-//! of all sides alternate. One server process serves all sides; it contains the collector, which discards the spans.
+//! exported; `tls` is `sqlite` with a fleet that is called over TLS; `postgres` has the record in PostgreSQL on this
+//! machine, where that is installed. Metrics count the cycles of all sides. The rounds of all sides alternate. One
+//! server process serves all sides; it contains the collector, which discards the spans.
 //!
 //! `cargo bench --bench cycle` measures every fleet; `cargo bench --bench cycle -- 28x1` only the one of that name.
 //! Prints a table for people, and one line of JSON per fleet.
 
 mod bare;
+#[path = "../../tests/common/postgres.rs"]
+#[allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "it is made for tests")]
+mod postgres;
 
 use std::{
     env,
@@ -202,6 +206,11 @@ async fn compare(fleet: &Fleet, server: &NoopServer) -> Result<()> {
     ];
     if !tls.is_empty() {
         sides.push(Side::Ours("tls", ours(tls, sqlite("tls.db")).await?));
+    }
+    // With a server of its own, which waits for the disk as well.
+    let postgres = postgres::Server::start("-c fsync=on", None);
+    if let Some(server) = &postgres {
+        sides.push(Side::Ours("postgres", ours(endpoints, StoreUrl::parse(&server.url())?).await?));
     }
     let mut sides: Vec<_> = sides.into_iter().map(|side| (side, Measured::default())).collect();
     // The first round of each side fills caches and buffers.

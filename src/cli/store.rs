@@ -59,7 +59,8 @@ The user in the URL becomes the owner of the tables. The user of the service nee
 SELECT, INSERT, UPDATE and DELETE of all its tables. Grant them after each migration, or once by ALTER DEFAULT PRIVILEGES:
 
   GRANT USAGE ON SCHEMA orchestrator TO service;
-  GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA orchestrator TO service;
+  GRANT SELECT, INSERT, UPDATE, DELETE
+    ON ALL TABLES IN SCHEMA orchestrator TO service;
 
 Several processes can migrate at once: one does it, and the others wait. A store of a later version of this software stays \
 as it is, and so do tables of other software.
@@ -104,6 +105,9 @@ everything that is in it. First make sure that no process serves the original an
 
 A new log begins: its first entry says so, and contains the earlier checkpoint, which is kept in a file with the suffix \
 .checkpoint.lost. A key that is missing is created.
+
+A store in PostgreSQL is accepted in the same way, with the keys that ledger.key_files names. A service that writes to it \
+meanwhile ends with exit code 3.
 
 To look at a copy, see `orchestrator serve --read-only`.
 
@@ -167,7 +171,9 @@ impl Store {
             }
         };
         let keys = log.keys(&url).map_err(|error| refused(&error))?;
-        let accepted = store::accept(&url, keys, log.origin, ENTRIES).map_err(|error| refused(&error))?;
+        let accepted = store::accept(&url, keys, log.origin, ENTRIES, Host::system().clock)
+            .await
+            .map_err(|error| refused(&error))?;
         print(&told(&accepted))?;
         Ok(Exit::Done)
     }
@@ -191,8 +197,8 @@ fn began(previous: String, missing: Vec<Range<u64>>) -> Bytes {
 
 /// The message about an accepted store.
 pub(super) fn told(accepted: &Accepted) -> String {
-    let Accepted { path, earlier, last_cycle_id, noted_cycle_id, missing } = accepted;
-    let mut lines = vec![format!("{} can be served now; its last cycle is {last_cycle_id}", path.display())];
+    let Accepted { store, earlier, last_cycle_id, noted_cycle_id, missing } = accepted;
+    let mut lines = vec![format!("{store} can be served now; its last cycle is {last_cycle_id}")];
     lines.extend(
         earlier.iter().map(|earlier| format!("it is a copy of {}, which must no longer be served", earlier.display())),
     );

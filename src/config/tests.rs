@@ -118,7 +118,7 @@ max_connections = "many"
 drain_grace = 30
 
 [store]
-url = "postgres://db"
+url = "postgres://u:secret@h"
 retention.failed.max_age = "0s"
 
 [cycle]
@@ -147,8 +147,8 @@ b = 2
             "orchestrator.toml:9: server.max_connections is \"many\"; give a whole number from 1 to 1000000",
             "orchestrator.toml:10: server.drain_grace is 30; give a duration with its unit, such as \"5s\", \"1m \
              30s\" or \"48h\", from 0s to 1h",
-            "orchestrator.toml:13: store.url is \"postgres://db\"; give sqlite:PATH, such as \
-             sqlite:/var/lib/orchestrator.db, or memory:",
+            "orchestrator.toml:13: store.url is \"postgres://u@h\"; it names no database; give \
+             postgres://USER@HOST:PORT/DATABASE",
             "orchestrator.toml:14: store.retention.failed.max_age is \"0s\"; give a duration with its unit, such as \
              \"5s\", \"1m 30s\" or \"48h\", from 1s to 878400h",
             "orchestrator.toml:17: cycle.deadline is \"25h\"; give a duration with its unit, such as \"5s\", \"1m \

@@ -40,10 +40,11 @@ pub trait Store: Send + Sync + 'static {
     /// future is dropped, the outcome is unknown.
     ///
     /// # Errors
-    /// [`StoreError::Fenced`] when a later epoch has taken over: nothing of this one will be written any more.
-    /// [`StoreError::Defect`] when the write violates a rule of [`Write`], or the store was not taken over. In these
-    /// and all other cases nothing of `write` was kept; the same write can be retried, unless the error [is
-    /// final](StoreError::is_final).
+    /// [`StoreError::Fenced`] when a later epoch has taken over: nothing of this one will be written any more. If that
+    /// was found out after the answer to this commit was lost, the later epoch may have taken over `write` as well.
+    /// [`StoreError::Defect`] when the write violates a rule of [`Write`], or the store was not taken over.
+    /// Otherwise nothing of `write` was kept, in these and all other cases; the same write can be retried, unless the
+    /// error [is final](StoreError::is_final).
     fn commit(&self, write: Arc<Write>) -> BoxFuture<'_, Result<(), StoreError>>;
 
     /// Reports from now on that a commit is [late](StoreError::Late), while it is awaited, and `None` once it no longer

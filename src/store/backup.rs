@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    AcceptError, Accepted, DatabaseFileError, EntryCodec, LogKeys, OpenError, StoreUrl, accept, checkpoint_of,
+    AcceptError, Accepted, DatabaseFileError, EntryCodec, LogKeys, OpenError, StoreUrl, accept_file, checkpoint_of,
     published, sqlite,
 };
 use crate::{file, ledger::SigningKey, model::CycleId};
@@ -93,7 +93,8 @@ pub fn backup<E: From<BackupError>>(
 }
 
 /// Puts a copy of a backup in the place of a store, which no process has open, once `verify` has accepted the copy, and
-/// [accepts](accept) it there. What is in that place is kept beside it if `replaces` is true. Waits for the disk.
+/// [accepts](super::accept) it there. What is in that place is kept beside it if `replaces` is true. Waits for the
+/// disk.
 ///
 /// # Errors
 /// The backup can't be read, `verify` refuses it, a process has the store open, the store exists and `replaces` is
@@ -119,7 +120,7 @@ pub fn restore<E: From<BackupError>>(
         let path = checkpoint_of(database);
         file::replace(&path, &checkpoint).map_err(|problem| BackupError::File { path, problem })?;
     }
-    Ok(accept(url, keys, origin, codec).map_err(BackupError::from)?)
+    Ok(accept_file(database, keys, origin, codec).map_err(BackupError::from)?)
 }
 
 /// The database of a store that has one.

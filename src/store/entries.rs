@@ -225,7 +225,9 @@ impl Ahead {
             && let Some(from) = self.from
         {
             self.rows = rows.rows(self.table, from, self.limit)?.into();
-            self.from = self.rows.back().map(|last| last.place + 1);
+            // No place is after the highest number of a database.
+            let next = self.rows.back().map(|last| last.place + 1);
+            self.from = next.filter(|next| i64::try_from(*next).is_ok());
             self.limit = (self.limit * 2).min(MOST_ROWS);
         }
         Ok(self.rows.front())

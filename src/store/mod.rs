@@ -54,7 +54,7 @@ pub enum StoreUrl {
     /// `sqlite:PATH`: a SQLite database. A relative path is relative to the working directory.
     Sqlite(PathBuf),
     /// `postgres://USER@HOST:PORT/DATABASE`: a schema in a PostgreSQL database.
-    Postgres(PostgresUrl),
+    Postgres(Box<PostgresUrl>),
 }
 
 impl StoreUrl {
@@ -67,7 +67,7 @@ impl StoreUrl {
             return Ok(Self::Memory);
         }
         if PostgresUrl::is_meant(url) {
-            return PostgresUrl::parse(url).map(Self::Postgres);
+            return PostgresUrl::parse(url).map(|url| Self::Postgres(Box::new(url)));
         }
         match url.strip_prefix("sqlite:") {
             // SQLite gives these a special meaning.
@@ -107,7 +107,7 @@ pub async fn open(url: &StoreUrl, checks: Checks, clock: Clock) -> Result<Arc<dy
     match url {
         StoreUrl::Memory => Ok(Arc::new(memory::MemoryStore::new(clock))),
         StoreUrl::Sqlite(path) => Ok(Arc::new(sqlite::SqliteStore::open(path.clone(), checks, clock).await?)),
-        StoreUrl::Postgres(url) => Ok(Arc::new(postgres::PostgresStore::open(url, checks, clock).await?)),
+        StoreUrl::Postgres(url) => Ok(Arc::new(Box::pin(postgres::PostgresStore::open(url, checks, clock)).await?)),
     }
 }
 
@@ -121,7 +121,7 @@ pub async fn look(url: &StoreUrl, checks: Checks, clock: Clock) -> Result<Arc<dy
     match url {
         StoreUrl::Memory => Err(DatabaseFileError::Missing { database: url.to_string() }.into()),
         StoreUrl::Sqlite(path) => Ok(Arc::new(sqlite::SqliteStore::look(path.clone(), checks, clock).await?)),
-        StoreUrl::Postgres(url) => Ok(Arc::new(postgres::PostgresStore::look(url, checks, clock).await?)),
+        StoreUrl::Postgres(url) => Ok(Arc::new(Box::pin(postgres::PostgresStore::look(url, checks, clock)).await?)),
     }
 }
 
@@ -242,8 +242,8 @@ pub enum OpenError {
 /// The result of [`accept`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Accepted {
-    /// The database.
-    pub path: PathBuf,
+    /// The location of the store, for people.
+    pub store: String,
     /// Its earlier path, if it was another one.
     pub earlier: Option<PathBuf>,
     /// Its last cycle.
@@ -265,17 +265,32 @@ pub struct EntryCodec {
 
 /// Accepts a store as it is, although it is a copy, lacks acknowledged cycles, or is not what was signed last: a new
 /// log begins, with its control entry. `keys` are those of the log, and `origin` its name, if it is not that of the
-/// first key. Waits for the disk.
+/// first key. A process that writes to a store in PostgreSQL is fenced by that. Waits for the disk.
 ///
 /// # Errors
-/// It does not exist, another process has it open, or a file can't be read or written.
-pub fn accept(
+/// It does not exist, another process has its file open, or it or a file can't be read or written.
+pub async fn accept(
     url: &StoreUrl,
+    keys: LogKeys,
+    origin: Option<String>,
+    codec: EntryCodec,
+    clock: Clock,
+) -> Result<Accepted, AcceptError> {
+    match url {
+        StoreUrl::Memory => Err(OpenError::NoFile { url: url.clone() }.into()),
+        StoreUrl::Sqlite(path) => accept_file(path, keys, origin, codec),
+        StoreUrl::Postgres(url) => Box::pin(postgres::accept(url, keys, origin, codec, clock)).await,
+    }
+}
+
+/// Accepts a store in a file.
+fn accept_file(
+    path: &Path,
     keys: LogKeys,
     origin: Option<String>,
     EntryCodec { checks, began }: EntryCodec,
 ) -> Result<Accepted, AcceptError> {
-    let StoreUrl::Sqlite(path) = url else { return Err(OpenError::NoFile { url: url.clone() }.into()) };
+    let url = &StoreUrl::Sqlite(path.to_owned());
     let LogKeys { keys, new } = keys;
     let signer = Signer::of(origin, keys);
     let previous = published(url);

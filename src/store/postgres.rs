@@ -28,11 +28,11 @@ use std::{
 
 use futures_util::{future::BoxFuture, stream::BoxStream};
 use jiff::Timestamp;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio_util::task::AbortOnDropHandle;
 
 use self::{
-    commit::Line,
+    commit::{DURABLE, Line},
     connect::{Connection, Connector},
     error::explain,
     rows::{Failed, Snapshot, at_once},
@@ -40,7 +40,7 @@ use self::{
 };
 pub use self::{schema::Migrated, url::PostgresUrl};
 use super::{
-    OpenError,
+    AcceptError, Accepted, EntryCodec, LogKeys, OpenError,
     entries::{Reading, Rows as _},
     jobs::Jobs,
     pages::{cycles_after, cycles_before, events_before, record_of},
@@ -51,7 +51,7 @@ use super::{
 };
 use crate::{
     clock::Clock,
-    ledger::{Hash, Node, Part},
+    ledger::{Hash, Node, Part, SealKeys, Signer},
     model::{CycleId, RequestKey, Revision},
     ports::{
         Checks, Contents, EventFilter, EventPage, Excess, Filter, Found, Log, Page, PageLimits, ResumeError, Retention,
@@ -128,26 +128,40 @@ struct Readers {
 }
 
 impl Readers {
+    async fn permit(&self) -> Result<SemaphorePermit<'_>, StoreError> {
+        self.permits.acquire().await.map_err(|error| StoreError::Defect { problem: error.to_string() })
+    }
+
+    /// An idle connection, or a new one.
+    async fn take(&self, anew: bool) -> Result<Connection, StoreError> {
+        let pooled = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        match pooled.filter(|connection| !connection.is_closed() && !anew) {
+            Some(connection) => Ok(connection),
+            None => self.connector.connect().await,
+        }
+    }
+
+    /// Keeps a connection for further use, unless it has ended.
+    fn give(&self, connection: Option<Connection>) {
+        let usable = connection.filter(|connection| !connection.is_closed());
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).extend(usable);
+    }
+
     /// Reads as of one moment. A connection that has ended meanwhile is replaced once.
     async fn read<T: Send + 'static>(
         &self,
         read: impl Fn(&mut Snapshot<'_>) -> Result<T, Failed> + Clone + Send + 'static,
     ) -> Result<T, StoreError> {
-        let _permit =
-            self.permits.acquire().await.map_err(|error| StoreError::Defect { problem: error.to_string() })?;
+        let _permit = self.permit().await?;
         for is_last in [false, true] {
-            let pooled = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
-            let pooled = pooled.filter(|connection| !connection.is_closed() && !is_last);
-            let connection = match pooled {
-                Some(connection) => connection,
-                None => self.connector.connect().await?,
-            };
-            let (connection, result) = at_once(connection, self.connector.url().schema(), false, read.clone()).await;
+            let connection = self.take(is_last).await?;
+            let schema = self.connector.url().schema();
+            let read = read.clone();
+            let (back, result) = at_once(connection, schema, false, (), move |snapshot, ()| read(snapshot)).await;
             match result {
                 Err(Failed::Statement(error)) if error::ends_connection(&error) && !is_last => {}
                 result => {
-                    let usable = connection.filter(|connection| !connection.is_closed());
-                    self.idle.lock().unwrap_or_else(PoisonError::into_inner).extend(usable);
+                    self.give(back.map(|(connection, ())| connection));
                     return result.map_err(|failed| failure(&self.connector, &failed));
                 }
             }
@@ -166,6 +180,29 @@ pub async fn migrate(url: &PostgresUrl, clock: Clock) -> Result<Migrated, OpenEr
     let connector = Connector::new(url.clone(), clock).await?;
     let mut connection = connector.connect().await?;
     schema::migrate(&connector, &mut connection).await
+}
+
+/// Accepts a store as it is: see [`accept`](super::accept).
+pub(super) async fn accept(
+    url: &PostgresUrl,
+    LogKeys { keys, new }: LogKeys,
+    origin: Option<String>,
+    EntryCodec { checks, began }: EntryCodec,
+    clock: Clock,
+) -> Result<Accepted, AcceptError> {
+    let store = PostgresStore::open(url, checks, clock).await?;
+    let signer = Signer::of(origin, keys);
+    let taken = store.take_over(Seals::Renewed(SealKeys::of(&signer))).await;
+    let Contents { epoch, last_cycle_id, missing, checkpoint, .. } = taken.map_err(OpenError::from)?;
+    new.save()?;
+    let lacks = missing.iter().map(|leaves| leaves.end - leaves.start).sum();
+    let began = Some(began(checkpoint.unwrap_or_default(), missing));
+    let write = Write { epoch, last_cycle_id, began, ..Write::default() };
+    store.commit(Arc::new(write)).await.map_err(OpenError::from)?;
+    let log = store.log().frontier;
+    store.publish_checkpoint(signer.sign(log.size(), log.root())).await.map_err(OpenError::from)?;
+    let (store, noted_cycle_id) = (url.to_string(), last_cycle_id);
+    Ok(Accepted { store, earlier: None, last_cycle_id, noted_cycle_id, missing: lacks })
 }
 
 /// The statements by which [`migrate`] makes the tables of a new store in the schema of this URL.
@@ -272,15 +309,18 @@ impl Store for PostgresStore {
         Box::pin(async move {
             let connector = &self.readers.connector;
             let (store, schema) = (connector.url().to_string(), connector.url().schema());
-            let connection = connector.connect().await?;
+            let _permit = self.readers.permit().await?;
+            let connection = self.readers.take(false).await?;
             let put = format!(
-                "INSERT INTO {schema}.checkpoint VALUES (0, $1) ON CONFLICT (id) DO UPDATE SET note = EXCLUDED.note"
+                "WITH {DURABLE} INSERT INTO {schema}.checkpoint SELECT 0, $1 FROM durable
+                 ON CONFLICT (id) DO UPDATE SET note = EXCLUDED.note"
             );
+            let _ = connection.take_warning();
+            // If this fails, it is published again with the next one.
             connection.execute(&put, &[&checkpoint]).await.map_err(|error| explain(&store, &error))?;
-            match connection.take_warning() {
-                Some(problem) => Err(StoreError::Unavailable { store, problem }),
-                None => Ok(()),
-            }
+            let warning = connection.take_warning();
+            self.readers.give(Some(connection));
+            warning.map_or(Ok(()), |problem| Err(StoreError::Unavailable { store, problem }))
         })
     }
 

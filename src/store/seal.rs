@@ -1,6 +1,6 @@
-//! The seals of a store: one of the end of its log and of how far the history goes, in the table `meta`, and one in each
-//! row of the tables that later cycles depend on. A program that changes a row, or appends to the log, can't make the
-//! seal that belongs to it.
+//! The seals of a store: one of the end of its log and of how far the history goes, in the table `meta`, and one in
+//! each row of the tables that later cycles depend on. A program that changes a row, or appends to the log, can't make
+//! the seal that belongs to it.
 
 use std::cell::Cell;
 
@@ -195,6 +195,6 @@ fn add_value(sealed: &mut Sealed, value: Value<'_>) {
 }
 
 /// The values of these columns.
-fn values<'r>(row: &'r dyn Row, columns: impl Iterator<Item = &'static str>) -> Result<Vec<Value<'r>>, Wrong> {
+fn values(row: &dyn Row, columns: impl Iterator<Item = &'static str>) -> Result<Vec<Value<'_>>, Wrong> {
     columns.map(|column| row.value(column)).collect()
 }

@@ -83,11 +83,26 @@ impl Server {
 
     /// Ends all sessions of orchestrators, whatever they do.
     pub async fn end_sessions(&self) {
-        let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'orchestrator'";
+        self.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'orchestrator'")
+            .await;
+    }
+
+    /// Changes the tables of the store at this URL, as another program would.
+    pub async fn change(&self, url: &str, statement: &str) {
+        let (_, schema) = url.rsplit_once("schema=").unwrap();
+        self.execute(&format!("SET search_path = {schema}; {statement}")).await;
+    }
+
+    async fn execute(&self, statement: &str) {
         let mut psql = tokio::process::Command::new("psql");
-        psql.args(["--quiet", "--no-psqlrc", "--username", "owner", "--dbname", "postgres", "--command", end]);
+        psql.args(["--quiet", "--no-psqlrc", "--username", "owner", "--dbname", "postgres", "--command", statement]);
         psql.arg("--host").arg(&self.directory);
         assert!(psql.stdout(Stdio::null()).status().await.unwrap().success());
+    }
+
+    /// The directory of its socket.
+    pub fn directory(&self) -> &Path {
+        &self.directory
     }
 
     /// The directory of its socket, as the host of a URL.

@@ -80,6 +80,11 @@ impl Home {
         Self { store: url.into(), ..self }
     }
 
+    /// The URL of the store of its services.
+    pub fn store(&self) -> &str {
+        &self.store
+    }
+
     /// The same home, whose services keep their record only in memory.
     #[must_use]
     pub fn in_memory(self) -> Self {

@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// Raises the durability of the transaction to what the server is set up for, and never lowers it.
-const DURABLE: &str = "durable AS (
+pub(super) const DURABLE: &str = "durable AS (
     SELECT set_config('synchronous_commit',
                       CASE current_setting('synchronous_commit') WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END,
                       true)
@@ -133,7 +133,8 @@ impl<'w> Builder<'w, '_> {
         ));
     }
 
-    /// Deletes rows of a table: those that this condition joins with `u`. If `expected` is given, as many must be there.
+    /// Deletes rows of a table: those that this condition joins with `u`. If `expected` is given, as many must be
+    /// there.
     fn delete(&mut self, table: &str, columns: Vec<Column<'w>>, condition: &str, expected: Option<usize>) {
         let rows = self.rows(columns);
         let schema = self.schema;
@@ -516,17 +517,15 @@ impl Line {
 
     /// Takes the connection for other use; it is given back by [`Line::give`].
     pub(super) async fn take(&mut self, connector: &Connector) -> Result<Connection, StoreError> {
-        match self.connection.take().filter(|connection| !connection.is_closed()) {
-            Some(connection) => Ok(connection),
-            None => {
-                self.prepared.clear();
-                connector.connect().await
-            }
+        if let Some(connection) = self.connection.take().filter(|connection| !connection.is_closed()) {
+            return Ok(connection);
         }
+        self.prepared.clear();
+        connector.connect().await
     }
 
-    pub(super) fn give(&mut self, connection: Option<Connection>) {
-        self.connection = connection;
+    pub(super) fn give(&mut self, connection: Connection) {
+        self.connection = Some(connection);
     }
 
     /// Executes a statement, and returns its row, if any.

@@ -25,7 +25,7 @@ use crate::{
 const COLUMNS: &str = "revision, cycle_id, epoch, state, trigger, loop, request_id, triggered_by, finished_at, leaf";
 /// Most rows without their large values that are read at once: as many as the largest page of a list has.
 const COLUMN_ROWS: i64 = 1000;
-/// Number of nodes whose hashes are read with one of them, on either side: those beside it and above it are needed next.
+/// Number of nodes whose hashes are read with that of one, on either side: those beside and above it are needed next.
 const NODES_AROUND: i64 = 64;
 /// Most hashes that are kept, for the same reason.
 const KEPT_HASHES: usize = 10_000;
@@ -92,15 +92,18 @@ pub(super) struct Snapshot<'c> {
     hashes: BTreeMap<u64, Option<Hash>>,
 }
 
-/// Reads as of one moment, on a blocking thread. With `lock`, after writes that are under way, and before others. Also
-/// returns the connection, for further use.
-pub(super) async fn at_once<T, E>(
+/// Reads as of one moment, on a blocking thread, with what the reading needs of the caller. With `lock`, after writes
+/// that are under way, and before others. Also returns the connection for further use, and what was given: both are
+/// lost if the thread panics.
+pub(super) async fn at_once<S, T, E>(
     mut connection: Connection,
     schema: &str,
     lock: bool,
-    read: impl FnOnce(&mut Snapshot<'_>) -> Result<T, E> + Send + 'static,
-) -> (Option<Connection>, Result<T, E>)
+    mut given: S,
+    read: impl FnOnce(&mut Snapshot<'_>, &mut S) -> Result<T, E> + Send + 'static,
+) -> (Option<(Connection, S)>, Result<T, E>)
 where
+    S: Send + 'static,
     T: Send + 'static,
     E: From<Failed> + Send + 'static,
 {
@@ -113,14 +116,14 @@ where
             if lock {
                 snapshot.query("SELECT 1 FROM SCHEMA.meta WHERE id = 0 FOR UPDATE", &[]).map_err(Failed::from)?;
             }
-            let read = read(&mut snapshot)?;
+            let read = read(&mut snapshot, &mut given)?;
             runtime.block_on(snapshot.transaction.rollback()).map_err(Failed::from)?;
             Ok(read)
         })();
-        (connection, read)
+        ((connection, given), read)
     });
     match task.await {
-        Ok((connection, read)) => (Some(connection), read),
+        Ok((back, read)) => (Some(back), read),
         Err(error) => {
             let wrong = Wrong::new("reader", format!("has ended: {error}"));
             (None, Err(Failed::Wrong(wrong).into()))

@@ -1,6 +1,6 @@
--- The layout of a store in PostgreSQL, as numbered migrations. `store_schema` says up to which one a database is; each is
--- applied in one transaction and never changed once it is released. SCHEMA stands for the schema of the tables. Times
--- are nanoseconds since 1970.
+-- The layout of a store in PostgreSQL, as numbered migrations. `store_schema` says up to which one a database is; each
+-- is applied in one transaction and never changed once it is released. SCHEMA stands for the schema of the tables.
+-- Times are nanoseconds since 1970.
 --
 -- A migration only adds: software of the version before it goes on with it while replicas are replaced, one by one.
 
@@ -36,8 +36,8 @@ CREATE TABLE SCHEMA.meta (
 ) WITH (fillfactor = 10);
 INSERT INTO SCHEMA.meta (id, store_id) VALUES (0, decode(replace(gen_random_uuid()::text, '-', ''), 'hex'));
 
--- The history. `record` is the encoded CycleTelemetry, byte for byte as it was first written; the other columns only find
--- it. It does not compress, so no time is spent on that.
+-- The history. `record` is the encoded CycleTelemetry, byte for byte as it was first written; the other columns only
+-- find it. It does not compress, so no time is spent on that.
 CREATE TABLE SCHEMA.cycles (
     revision     bigint   PRIMARY KEY,
     cycle_id     bigint   NOT NULL UNIQUE,

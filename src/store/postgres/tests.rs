@@ -1,13 +1,30 @@
 //! Tests with a real server.
 
-use std::{fs, net::TcpListener, path::Path};
+use std::{
+    fs,
+    net::TcpListener,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{UnixListener, UnixStream},
+};
 
 use super::{
     connect::{Connection, Connector},
     error::{explain, is_ambiguous, is_worth_repeating},
     *,
 };
-use crate::ports::StoreError;
+use crate::{
+    model::{Epoch, Revision},
+    ports::{Seals, Store, StoreError},
+    store::{
+        StoreUrl,
+        suite::{ALL, CHECKS, keys, recorded, revisions},
+    },
+};
 
 #[path = "../../../tests/common/pki.rs"]
 #[allow(dead_code, unreachable_pub)]
@@ -276,4 +293,151 @@ async fn a_server_proves_its_name_and_a_user_their_password() {
 
 fn set_mode(path: &Path, mode: u32) {
     fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Commits whose answer is lost
+
+/// Where a connection is cut: after this number of bytes to the server, or from it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cut {
+    Request(usize),
+    Answer(usize),
+}
+
+/// A socket in front of a server, whose connections can be cut.
+struct Proxy {
+    directory: tempfile::TempDir,
+    cut: Arc<Mutex<Option<Cut>>>,
+}
+
+impl Proxy {
+    fn before(server: PathBuf) -> Self {
+        const NAME: &str = ".s.PGSQL.5432";
+        let (directory, cut) = (tempfile::tempdir().unwrap(), Arc::new(Mutex::new(None)));
+        let listener = UnixListener::bind(directory.path().join(NAME)).unwrap();
+        let shared = cut.clone();
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                let server = UnixStream::connect(server.join(NAME)).await.unwrap();
+                tokio::spawn(forwarded(client, server, shared.clone()));
+            }
+        });
+        Self { directory, cut }
+    }
+
+    fn host(&self) -> String {
+        self.directory.path().display().to_string().replace('/', "%2F")
+    }
+}
+
+/// Forwards a connection until it ends or is cut.
+async fn forwarded(mut client: UnixStream, mut server: UnixStream, cut: Arc<Mutex<Option<Cut>>>) {
+    let (mut request, mut answer) = (vec![0; 1 << 16], vec![0; 1 << 16]);
+    loop {
+        // Returns how many of these bytes go on, and whether the connection ends there.
+        let allowed = |bytes: usize, is_request: bool| {
+            let mut cut = cut.lock().unwrap();
+            let left = match &mut *cut {
+                Some(Cut::Request(left)) if is_request => left,
+                Some(Cut::Answer(left)) if !is_request => left,
+                _ => return (bytes, false),
+            };
+            if bytes < *left {
+                *left -= bytes;
+                return (bytes, false);
+            }
+            let last = *left;
+            *cut = None;
+            (last, true)
+        };
+        let is_over = tokio::select! {
+            biased;
+            read = client.read(&mut request) => {
+                let bytes = read.unwrap_or(0);
+                let (goes_on, is_cut) = allowed(bytes, true);
+                bytes == 0 || server.write_all(&request[..goes_on]).await.is_err() || is_cut
+            }
+            read = server.read(&mut answer) => {
+                let bytes = read.unwrap_or(0);
+                let (goes_on, is_cut) = allowed(bytes, false);
+                bytes == 0 || client.write_all(&answer[..goes_on]).await.is_err() || is_cut
+            }
+        };
+        if is_over {
+            return;
+        }
+    }
+}
+
+async fn opened(url: &str) -> (Arc<dyn Store>, Epoch) {
+    let store = crate::store::open(&StoreUrl::parse(url).unwrap(), CHECKS, Clock::system()).await.unwrap();
+    let epoch = store.take_over(Seals::Checked(keys())).await.unwrap().epoch;
+    (store, epoch)
+}
+
+#[tokio::test]
+async fn the_outcome_of_a_commit_is_right_wherever_its_connection_is_cut() {
+    let Some(server) = shared() else { return };
+    let proxy = Proxy::before(server.directory().to_owned());
+    let schema = url(&server.url()).schema().to_owned();
+    let (store, epoch) = opened(&format!("postgres://owner@{}/postgres?schema={schema}", proxy.host())).await;
+    let direct = connect(&server.url_of("owner", &schema)).await.unwrap();
+    let stored = async || {
+        let number = format!("SELECT count(*) FROM {schema}.cycles");
+        direct.query_one(&number, &[]).await.unwrap().get::<_, i64>(0)
+    };
+    // A commit has some 2,300 bytes, and its answer some 100; both are more on a new connection.
+    let requests = (0..6000).step_by(97).map(Cut::Request);
+    let answers = (0..1200).step_by(19).map(Cut::Answer);
+    let (mut revision, mut lost) = (0, 0);
+    for cut in requests.chain(answers) {
+        revision += 1;
+        let write = Arc::new(recorded(revision..=revision, epoch));
+        *proxy.cut.lock().unwrap() = Some(cut);
+        while let Err(error) = store.commit(write.clone()).await {
+            assert!(!error.is_final(), "{cut:?}: {error}");
+            assert_eq!(stored().await, i64::try_from(revision - 1).unwrap(), "{cut:?}: {error}");
+            lost += 1;
+        }
+        assert_eq!(stored().await, i64::try_from(revision).unwrap(), "{cut:?}");
+    }
+    *proxy.cut.lock().unwrap() = None;
+    assert!(lost > 10, "only {lost} commits were not kept");
+    let all = store.cycles_after(Revision(0), ALL).await.unwrap();
+    assert_eq!(revisions(&all), (1..=revision).collect::<Vec<_>>());
+    let contents = store.take_over(Seals::Checked(keys())).await.unwrap();
+    assert_eq!(contents.last_revision.0, revision);
+}
+
+#[tokio::test]
+async fn a_commit_whose_wait_for_a_standby_is_cancelled_is_acknowledged_only_once_it_is_replicated() {
+    // Its settings are those of all its databases.
+    let Some(server) = Server::start("", None) else { return };
+    let store_url = server.url();
+    let (store, epoch) = opened(&store_url).await;
+    let other = connect(&store_url).await.unwrap();
+    other.batch_execute("SET synchronous_commit = local").await.unwrap();
+    let wait_for = async |standby: &str| {
+        other.batch_execute(&format!("ALTER SYSTEM SET synchronous_standby_names = '{standby}'")).await.unwrap();
+        other.batch_execute("SELECT pg_reload_conf()").await.unwrap();
+    };
+    let shown = async || other.query_one("SHOW synchronous_standby_names", &[]).await.unwrap().get::<_, String>(0);
+    wait_for("away").await;
+    while shown().await != "away" {}
+    let commit = store.commit(Arc::new(recorded(1..=1, epoch)));
+    let operator = async {
+        // The commit, and then its first two barriers.
+        for _ in 0..3 {
+            let cancel = "SELECT pg_cancel_backend(pid) FROM pg_stat_activity
+                          WHERE application_name = 'orchestrator' AND wait_event = 'SyncRep' AND pid <> pg_backend_pid()";
+            while other.query(cancel, &[]).await.unwrap().is_empty() {}
+        }
+        let visible = format!("SELECT count(*) FROM {}.cycles", url(&store_url).schema());
+        assert_eq!(other.query_one(&visible, &[]).await.unwrap().get::<_, i64>(0), 1, "visible, and not replicated");
+        wait_for("").await;
+    };
+    let (committed, ()) = tokio::join!(commit, operator);
+    committed.unwrap();
+    assert_eq!(revisions(&store.cycles_after(Revision(0), ALL).await.unwrap()), [1]);
 }

@@ -124,62 +124,49 @@ impl Writer {
     /// Reads what a commit needs that removes all entries before this leaf, takes these names from subsystems, or seals
     /// rows anew.
     async fn read_before(&mut self, first_kept: u64, former_names: Vec<String>) -> Result<Before, StoreError> {
-        let (term, chain) = self.term.take().ok_or_else(not_taken_over)?;
-        let connection = self.line.take(&self.connector).await;
-        let connection = match connection {
-            Ok(connection) => connection,
-            Err(error) => {
-                self.term = Some((term, chain));
-                return Err(error);
-            }
-        };
-        let (connection, read) = at_once(connection, self.connector.url().schema(), false, move |snapshot| {
-            let before = before(snapshot, &term, first_kept, &former_names);
-            Ok::<_, Failed>((term, before))
-        })
-        .await;
-        self.line.give(connection);
-        let (term, before) = read.map_err(|failed| failure(&self.connector, &failed))?;
-        self.term = Some((term, chain));
-        before.map_err(|failed| failure(&self.connector, &failed))
+        self.read_in_term(move |snapshot, term, _| before(snapshot, term, first_kept, &former_names)).await
     }
 
     /// The records and events that exceed these limits.
     async fn excess(&mut self, retention: Retention, now: Timestamp, limit: usize) -> Result<Excess, StoreError> {
-        let (term, chain) = self.term.take().ok_or_else(not_taken_over)?;
-        let connection = match self.line.take(&self.connector).await {
-            Ok(connection) => connection,
-            Err(error) => {
-                self.term = Some((term, chain));
-                return Err(error);
+        let checks = self.checks;
+        let found = self.read_in_term(move |snapshot, term, searches| {
+            let mut epoch = Epoch::default();
+            snapshot.meta(&mut |row| {
+                epoch = Epoch(number(row, "epoch")?);
+                Ok(())
+            })?;
+            if epoch != term.current {
+                return Ok(Err(StoreError::Fenced { by: epoch }));
             }
-        };
-        let (mut searches, checks) = (mem::take(&mut self.searches), self.checks);
-        let (connection, read) = at_once(connection, self.connector.url().schema(), false, move |snapshot| {
-            let excess = (|| {
-                let mut epoch = Epoch::default();
-                snapshot.meta(&mut |row| {
-                    epoch = Epoch(number(row, "epoch")?);
-                    Ok(())
-                })?;
-                if epoch != term.current {
-                    return Ok(Err(StoreError::Fenced { by: epoch }));
-                }
-                searches.excess(snapshot, &term, checks, &retention, now, limit).map(Ok)
-            })();
-            Ok::<_, Failed>((term, searches, excess))
-        })
-        .await;
-        self.line.give(connection);
-        let (term, searches, excess) = read.map_err(|failed| failure(&self.connector, &failed))?;
-        (self.term, self.searches) = (Some((term, chain)), searches);
-        let (excess, problem) = excess.map_err(|failed| failure(&self.connector, &failed))??;
-        let store = || self.connector.url().to_string();
+            searches.excess(snapshot, term, checks, &retention, now, limit).map(Ok)
+        });
+        let (excess, problem) = found.await??;
         let damaged = problem.map(|problem| {
             let problem = format!("retention keeps more than its limits allow: {problem}");
-            StoreError::Corrupt { store: store(), problem }
+            StoreError::Corrupt { store: self.connector.url().to_string(), problem }
         });
         Ok(Excess { damaged, ..excess })
+    }
+
+    /// Reads as of one moment what the term needs.
+    async fn read_in_term<T: Send + 'static>(
+        &mut self,
+        read: impl FnOnce(&mut Snapshot<'_>, &Term, &mut Searches) -> Result<T, Failed> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let connection = self.line.take(&self.connector).await?;
+        let (term, chain) = self.term.take().ok_or_else(not_taken_over)?;
+        let given = (term, mem::take(&mut self.searches));
+        let (back, read) =
+            at_once(connection, self.connector.url().schema(), false, given, move |snapshot, (term, searches)| {
+                read(snapshot, term, searches)
+            })
+            .await;
+        if let Some((connection, (term, searches))) = back {
+            self.line.give(connection);
+            (self.term, self.searches) = (Some((term, chain)), searches);
+        }
+        read.map_err(|failed| failure(&self.connector, &failed))
     }
 }
 
@@ -197,7 +184,7 @@ pub(super) async fn read(
         attempts += 1;
         let connection = line.take(connector).await?;
         let seals = seals.clone();
-        let (connection, read) = at_once(connection, connector.url().schema(), lock, move |snapshot| {
+        let (back, read) = at_once(connection, connector.url().schema(), lock, (), move |snapshot, ()| {
             let (mut contents, term) = read_contents(snapshot, checks, clock, seals)?;
             // The first bits of a random id.
             let tokens = "SELECT token, ('x' || left(replace(gen_random_uuid()::text, '-', ''), 15))::bit(60)::bigint
@@ -208,7 +195,9 @@ pub(super) async fn read(
             Ok((contents, term, token("token")?, token("given")?))
         })
         .await;
-        line.give(connection);
+        if let Some((connection, ())) = back {
+            line.give(connection);
+        }
         match read {
             Ok((contents, term, last, given)) => return Ok(Taken { contents, term, last, given }),
             Err(Refused::Unreadable(Failed::Statement(error))) if is_worth_repeating(&error) && attempts < ATTEMPTS => {

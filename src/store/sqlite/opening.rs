@@ -123,7 +123,7 @@ pub(in crate::store) fn accept(
     let (note, known) = Note::open(&place.path)?;
     note.write(&mark).map_err(|error| unwritable(&note_of(&place.path), &error))?;
     let accepted = Accepted {
-        path: place.path.clone(),
+        store: place.path.display().to_string(),
         earlier: noted.map(|noted| noted.path).filter(|earlier| *earlier != place.path),
         last_cycle_id: mark.last_cycle_id,
         noted_cycle_id: known

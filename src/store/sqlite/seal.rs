@@ -24,8 +24,8 @@ static PUT_META: LazyLock<String> = LazyLock::new(|| {
     format!("UPDATE meta SET {} WHERE epoch = ?", columns.join(", "))
 });
 
-/// Write a row of each of [`TABLES`]: its sealed columns, and then its seal. Each commit needs them, so they are not put
-/// together there.
+/// Write a row of each of [`TABLES`]: its sealed columns, and then its seal. Each commit needs them, so they are not
+/// put together there.
 static PUT_ROW: LazyLock<Vec<String>> = LazyLock::new(|| {
     let put = |table: &&Table| {
         let (columns, places) = (table.columns.join(", "), "?, ".repeat(table.columns.len()));
@@ -69,7 +69,7 @@ pub(super) fn put<const N: usize>(
     table: &Table,
     values: [&dyn ToSql; N],
 ) -> rusqlite::Result<()> {
-    let outputs = values.iter().map(|value| value.to_sql()).collect::<rusqlite::Result<Vec<_>>>()?;
+    let outputs = values.into_iter().map(ToSql::to_sql).collect::<rusqlite::Result<Vec<_>>>()?;
     let sealed = outputs.iter().map(|value| value_of_output(value)).collect::<rusqlite::Result<Vec<_>>>()?;
     let seal = sealer.row(table, sealed);
     let statement = TABLES.iter().position(|known| *known == table).map_or("", |index| &PUT_ROW[index]);
