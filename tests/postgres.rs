@@ -85,6 +85,24 @@ async fn what_was_acknowledged_is_there_after_the_process_was_killed() {
 }
 
 #[tokio::test]
+async fn a_new_name_and_the_former_ones_are_kept_with_the_output() {
+    let Some(server) = shared() else { return };
+    let mut stage = Stage::at(home(server)).await;
+    stage.register_all(&["a", "b"]).await;
+    stage.client.run().await.unwrap();
+    let output = stage.client.subsystem("a").await.unwrap().output;
+    for (former, name) in [("a", "x"), ("x", "y")] {
+        let (code, said) = call(&stage.service, &["subsystems", "rename", former, name]).await;
+        assert_eq!(code, 0, "{said}");
+    }
+    let mut stage = stage.killed().await;
+    let renamed = stage.client.subsystem("y").await.unwrap();
+    assert_eq!(renamed.former_names, ["x", "a"]);
+    assert!(!output.is_empty() && renamed.output == output, "{renamed:?}");
+    assert_eq!(stage.client.subsystems().await.unwrap().len(), 2);
+}
+
+#[tokio::test]
 async fn an_exported_log_is_verified_with_its_key() {
     let Some(server) = shared() else { return };
     let mut stage = Stage::at(home(server)).await;

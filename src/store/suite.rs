@@ -19,8 +19,8 @@ use crate::{
         Signer, SigningKey,
     },
     model::{
-        CycleId, CycleState, Epoch, EventKind, Identity, LoopSpec, LoopState, Name, Output, Payload, RequestKey,
-        Revision, SubsystemSpec, TraceId, Trigger,
+        CycleId, CycleState, Epoch, EventKind, Identity, LoopSpec, LoopState, Name, Output, ParentCycle, Payload,
+        RequestKey, Revision, SubsystemSpec, TraceId, Trigger,
     },
     ports::{
         AuditEntry, Checks, Contents, EventFilter, EventRule, Excess, Filter, Found, FoundEvent, Log, LoggedEvent,
@@ -41,8 +41,13 @@ pub(super) fn at(second: i64) -> Timestamp {
 
 /// The keys of every store in tests.
 pub(super) fn keys() -> SealKeys {
-    let key = SigningKey::of_seed("log", [7; SigningKey::SEED]).unwrap();
-    SealKeys::of(&Signer { origin: "log".into(), keys: vec![key] })
+    keys_of([7])
+}
+
+/// The keys with these seeds, of which the first one seals.
+pub(super) fn keys_of<const N: usize>(seeds: [u8; N]) -> SealKeys {
+    let keys = seeds.map(|seed| SigningKey::of_seed("log", [seed; SigningKey::SEED]).unwrap()).into();
+    SealKeys::of(&Signer { origin: "log".into(), keys })
 }
 
 /// How every store in tests is taken over.
@@ -790,6 +795,54 @@ async fn a_new_name_gets_the_output_of_the_former_one_and_leaves_nothing_of_it(s
     assert_eq!(kept, [made("c", 2, "b"), made("x", 1, "a")]);
 }
 
+async fn the_first_commit_under_another_key_leaves_no_row_that_the_earlier_one_has_sealed(
+    store: &dyn Store,
+    epoch: Epoch,
+) {
+    let names = ["a", "b", "c"];
+    let write = Write {
+        open: vec![open_cycle(3), open_cycle(4)],
+        last_cycle_id: CycleId(4),
+        outputs: names.map(|of| (name(of), output(1, of))).into(),
+        subsystems: names.map(stored_subsystem).into(),
+        ..recorded(1..=2, epoch)
+    };
+    commit(store, write).await;
+    let epoch = store.take_over(Seals::Checked(keys_of([8, 7]))).await.unwrap().epoch;
+    // `b` changes, and its output does not.
+    let write = Write {
+        epoch,
+        last_cycle_id: CycleId(4),
+        records: vec![record_of(4, 3, epoch)],
+        renamed: [(name("a"), name("x"))].into(),
+        subsystems: [stored_subsystem("x"), stored_subsystem("b")].into(),
+        ..Write::default()
+    };
+    commit(store, write).await;
+    let contents = store.take_over(Seals::Checked(keys_of([8]))).await.unwrap();
+    assert_eq!(contents.open, [open_cycle(3)]);
+    let subsystems: Vec<_> = contents.subsystems.into_iter().map(|stored| stored.name).collect();
+    let outputs: Vec<_> = contents.outputs.into_iter().map(|stored| (stored.name, stored.output)).collect();
+    assert_eq!(subsystems, ["b", "c", "x"].map(name));
+    assert_eq!(outputs, [("b", "b"), ("c", "c"), ("x", "a")].map(|(of, by)| (name(of), output(1, by))));
+}
+
+async fn a_cycle_of_a_parent_is_one_while_it_is_open_and_in_the_history(store: &dyn Store, epoch: Epoch) {
+    let parent = ParentCycle::parse("hub/eu/1/2").unwrap();
+    let (trigger, request_id) = (Trigger::Parent(parent.clone()), Some(parent.to_string()));
+    let open = OpenCycle { trigger: trigger.clone(), request_id: request_id.clone(), ..open_cycle(3) };
+    commit(store, Write { open: vec![open.clone()], last_cycle_id: CycleId(3), ..recorded(1..=2, epoch) }).await;
+    let contents = store.take_over(seals()).await.unwrap();
+    assert_eq!(contents.open, [open]);
+    let record = Record { trigger, request_id, ..record_of(3, 3, contents.epoch) };
+    let records = vec![record.clone()];
+    commit(store, Write { epoch: contents.epoch, last_cycle_id: CycleId(3), records, ..Write::default() }).await;
+    assert_eq!(store.cycle(CycleId(3)).await.unwrap(), Some(Ok(record.clone())));
+    let filter = Filter { trigger: Some(TriggerKind::Parent), ..Filter::default() };
+    let page = store.cycles_before(Revision(4), filter, ALL).await.unwrap();
+    assert_eq!(page.records, [Ok(record)]);
+}
+
 /// The URL of a new store in PostgreSQL, if that is installed.
 fn postgres_url() -> Option<StoreUrl> {
     Some(StoreUrl::parse(&super::postgres::tests::server::shared()?.url()).unwrap())
@@ -839,6 +892,8 @@ every_store! {
     a_record_leaves_other_open_cycles_open
     a_second_takeover_reads_everything_and_fences_the_earlier_epoch
     a_new_name_gets_the_output_of_the_former_one_and_leaves_nothing_of_it
+    the_first_commit_under_another_key_leaves_no_row_that_the_earlier_one_has_sealed
+    a_cycle_of_a_parent_is_one_while_it_is_open_and_in_the_history
     another_epoch_is_fenced
     pages_go_from_the_newest_record_to_the_oldest
     pages_neither_skip_nor_repeat_records_while_others_are_added

@@ -22,7 +22,7 @@ use crate::{
     ports::{Seals, Store, StoreError},
     store::{
         StoreUrl,
-        suite::{ALL, CHECKS, keys, recorded, revisions},
+        suite::{ALL, CHECKS, commit, keys, name, output, recorded, revisions},
     },
 };
 
@@ -374,6 +374,21 @@ async fn opened(url: &str) -> (Arc<dyn Store>, Epoch) {
     let store = crate::store::open(&StoreUrl::parse(url).unwrap(), CHECKS, Clock::system()).await.unwrap();
     let epoch = store.take_over(Seals::Checked(keys())).await.unwrap().epoch;
     (store, epoch)
+}
+
+#[tokio::test]
+async fn an_output_that_was_changed_without_the_key_is_not_sealed_under_a_new_name() {
+    let Some(server) = shared() else { return };
+    let store_url = server.url();
+    let (store, epoch) = opened(&store_url).await;
+    let outputs = vec![(name("a"), output(1, "a")), (name("b"), output(2, "b"))];
+    commit(&*store, Write { outputs, ..recorded(1..=2, epoch) }).await;
+    let of_b = "UPDATE outputs SET payload = (SELECT payload FROM outputs WHERE name = 'b') WHERE name = 'a'";
+    server.change(&store_url, of_b).await;
+    let renamed = [(name("a"), name("x"))].into();
+    commit(&*store, Write { epoch, last_cycle_id: CycleId(2), renamed, ..Write::default() }).await;
+    let refused = store.take_over(Seals::Checked(keys())).await.unwrap_err();
+    assert!(refused.to_string().contains("the seal of its output \"a\""), "{refused}");
 }
 
 #[tokio::test]

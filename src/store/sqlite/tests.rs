@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     clock::Clock,
-    ledger::{RecordsPruned, SealKeys, Signer, SigningKey},
+    ledger::{RecordsPruned, SealKeys},
     model::{CycleId, CycleState, Epoch, LoopSpec, LoopState, Revision, TraceId, Trigger},
     ports::{
         Contents, Durability, EventRule, Excess, Filter, Found, Lost, OpenCycle, Page, PageLimits, Removal, Retention,
@@ -22,8 +22,8 @@ use crate::{
     store::{
         Accepted, NewKeys, OpenError, StoreUrl, look, open,
         suite::{
-            ALL, CHECKS, at, commit, cycle_of, encode_pruned, event, filled, keys, name, open_cycle, output, pruned,
-            record, record_of, recorded, refuses, request, seals, stored_subsystem, waiting_cycle,
+            ALL, CHECKS, at, commit, cycle_of, encode_pruned, event, filled, keys, keys_of, name, open_cycle, output,
+            pruned, record, record_of, recorded, refuses, request, seals, stored_subsystem, waiting_cycle,
         },
     },
 };
@@ -839,10 +839,6 @@ async fn a_log_without_its_seal_is_not_taken_over() {
 async fn another_key_takes_over_while_the_earlier_one_is_in_the_list_and_seals_everything_again() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("o.db");
-    let of = |seeds: &[u8]| {
-        let keys = seeds.iter().map(|seed| SigningKey::of_seed("log", [*seed; 32]).unwrap()).collect();
-        SealKeys::of(&Signer { origin: "log".into(), keys })
-    };
     let process = async |keys: SealKeys| {
         let store = open(&StoreUrl::Sqlite(path.clone()), CHECKS, Clock::system()).await?;
         let Contents { epoch, last_cycle_id, .. } = store.take_over(Seals::Checked(keys)).await?;
@@ -851,11 +847,11 @@ async fn another_key_takes_over_while_the_earlier_one_is_in_the_list_and_seals_e
             .await;
         Ok::<_, OpenError>(())
     };
-    process(of(&[1])).await.unwrap();
-    assert!(process(of(&[2])).await.unwrap_err().to_string().contains("the seal of its log"));
-    process(of(&[2, 1])).await.unwrap();
-    process(of(&[2])).await.unwrap();
-    assert!(process(of(&[1])).await.is_err());
+    process(keys_of([1])).await.unwrap();
+    assert!(process(keys_of([2])).await.unwrap_err().to_string().contains("the seal of its log"));
+    process(keys_of([2, 1])).await.unwrap();
+    process(keys_of([2])).await.unwrap();
+    assert!(process(keys_of([1])).await.is_err());
 }
 
 /// The first two records, unless they are there.
