@@ -81,7 +81,7 @@ pub use self::{
     retention::{PruneLimit, Pruned},
     status::{NotReady, Status, StoreEnded, WaitingCycle},
     tasks::{OrchestratorTasks, Stopped},
-    watch::{Event, From, WatchFilter, Watcher},
+    watch::{Event, From, Position, WatchFilter, Watcher},
 };
 
 /// Runs cycles over the registry, records them, and streams the record.

@@ -6,8 +6,13 @@ mod common;
 
 use std::{fs, os::unix::fs::PermissionsExt, path::Path, process::Command};
 
-use common::{Stage, service::Home};
+use common::{
+    Stage,
+    service::{Client, Home, because, next_event, reason},
+};
+use orchestrator_core::proto::orchestrator::v1::{CycleEvent, WatchCyclesRequest, cycle_event::Event};
 use rusqlite::Connection;
+use tonic::{Code, Status};
 
 /// Runs a command, and returns its exit code and what it prints.
 fn orchestrator(args: &[&str]) -> (Option<i32>, String) {
@@ -146,6 +151,40 @@ async fn a_restored_backup_is_served_under_enforce_and_what_it_replaced_is_kept(
     // What is kept is not overwritten.
     let (code, said) = orchestrator(&replace);
     assert!(code == Some(1) && said.contains("o.db.replaced exists, which an earlier"), "{said}");
+}
+
+/// The first event of a stream that resumes at this position.
+async fn resumed(client: &mut Client, after_revision: u64, after_epoch: u64) -> Result<CycleEvent, Status> {
+    let request =
+        WatchCyclesRequest { after_revision: Some(after_revision), after_epoch, ..WatchCyclesRequest::default() };
+    next_event(&mut client.watch_cycles(request).await?.into_inner()).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_watcher_learns_that_the_history_has_gone_on_from_a_backup() {
+    let mut stage = Stage::at(backed_up().await).await;
+    let third = resumed(&mut stage.client, 2, 0).await.unwrap();
+    let Some(Event::Recorded(_)) = third.event else { panic!("{third:?}") };
+    let up_to_date = resumed(&mut stage.client, 3, third.epoch).await.unwrap();
+    assert_eq!((up_to_date.revision, up_to_date.epoch), (3, third.epoch));
+    let Stage { home, service, .. } = stage;
+    assert!(service.stop().await.success());
+    let (code, said) = orchestrator(&["restore", text(&home.path("backup.db")), &url(&home), "--replace"]);
+    assert_eq!(code, Some(0), "{said}");
+
+    let mut stage = Stage::at(home).await;
+    let client = &mut stage.client;
+    // Without another third record, nothing shows it but the range.
+    let future = resumed(client, 3, third.epoch).await.unwrap_err();
+    assert_eq!(reason(&future).why, "REVISION_NOT_RETAINED", "{future}");
+    let other = client.run().await.unwrap();
+    assert_ne!(other.epoch, third.epoch);
+    let rewritten = resumed(client, 3, third.epoch).await.unwrap_err();
+    let epoch = other.epoch.to_string();
+    let expected = because(Code::FailedPrecondition, "HISTORY_REWRITTEN", [("revision", "3"), ("epoch", &epoch)]);
+    assert_eq!(reason(&rewritten), expected, "{rewritten}");
+    assert_eq!(resumed(client, 3, other.epoch).await.unwrap().revision, 3);
+    assert!(resumed(client, 2, 0).await.is_ok(), "it is not checked unless that is asked for");
 }
 
 #[tokio::test(flavor = "multi_thread")]

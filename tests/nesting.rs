@@ -188,6 +188,27 @@ async fn a_cycle_of_the_parent_is_one_cycle_of_the_child_with_its_parameters_and
 }
 
 #[tokio::test]
+async fn the_cycle_of_a_parent_with_a_long_id_is_found_by_its_request_id() {
+    let mut child = child(CHILD).await;
+    child.register_all(&["a"]).await;
+    let hub = "h".repeat(128);
+    let mut parent = Parent::of(&child.service).await;
+    parent.initialize(&hub, EPOCH).await.unwrap();
+    parent.run(1).await.unwrap();
+    let mut listed = async |request_id: String| {
+        let request = pb::ListCyclesRequest { request_id, ..Default::default() };
+        child.client.list_cycles(request).await.map(|listed| listed.into_inner().cycles)
+    };
+    let request_id = format!("{hub}/eu/{EPOCH}/1");
+    let cycles = listed(request_id.clone()).await.unwrap();
+    let found: Vec<_> = cycles.into_iter().map(|it| pb::CycleTelemetry::decode(it).unwrap().request_id).collect();
+    assert_eq!(found, std::slice::from_ref(&request_id));
+    // Another text of that length is the id of no request.
+    let refused = listed(request_id.replace('/', "-")).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument, "{refused}");
+}
+
+#[tokio::test]
 async fn a_degraded_cycle_is_an_answer_with_an_issue_and_a_failed_one_a_failure() {
     let mut child = child(CHILD).await;
     child.register_all(&["a", "b"]).await;

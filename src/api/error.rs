@@ -79,6 +79,11 @@ pub(super) fn status(refusal: impl Into<Refusal>) -> Status {
             "REVISION_NOT_RETAINED",
             vec![("oldest_revision", oldest.to_string()), ("newest_revision", newest.to_string())],
         ),
+        Refusal::HistoryRewritten { after, now, .. } => (
+            Code::FailedPrecondition,
+            "HISTORY_REWRITTEN",
+            vec![("revision", after.to_string()), ("epoch", now.to_string())],
+        ),
         Refusal::CycleNotLogged(id) => {
             (Code::FailedPrecondition, "CYCLE_NOT_LOGGED", vec![("cycle_id", id.to_string())])
         }

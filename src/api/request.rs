@@ -14,11 +14,11 @@ use tonic::codegen::http::HeaderMap;
 use crate::{
     access::Reach,
     model::{
-        BreakerSpec, CatchUp, CycleId, CycleRequest, CycleState, EventKind, Identity, LimitsSpec, LoopChoice, LoopSpec,
-        LoopStart, Name, OverlapPolicy, ParentCycle, Payload, RetrySpec, Revision, Served, SpanContext, Subsystem,
-        SubsystemSpec, TlsSpec, Trigger, Violations,
+        BreakerSpec, CatchUp, CycleId, CycleRequest, CycleState, Epoch, EventKind, Identity, LimitsSpec, LoopChoice,
+        LoopSpec, LoopStart, Name, OverlapPolicy, ParentCycle, Payload, RetrySpec, Revision, Served, SpanContext,
+        Subsystem, SubsystemSpec, TlsSpec, Trigger, Violations,
     },
-    orchestrator::{From as WatchFrom, Logged, PruneLimit, WatchFilter},
+    orchestrator::{From as WatchFrom, Logged, Position, PruneLimit, WatchFilter},
     ports::{EventFilter, Filter, TriggerKind},
     proto::{bounds::MAX_REGISTRATIONS, orchestrator::v1 as pb, read_timestamp, subsystem::v1 as pbs},
     record::{self, PartFilter},
@@ -339,14 +339,19 @@ pub(super) fn interval_loop(settings: Option<pb::IntervalLoop>) -> Result<LoopSt
 }
 
 pub(super) fn watch(request: pb::WatchCyclesRequest) -> Result<(WatchFrom, WatchFilter, bool), Violations> {
-    let pb::WatchCyclesRequest { after_revision, from_oldest, progress, loops, states, subsystems } = request;
+    let pb::WatchCyclesRequest { after_revision, from_oldest, progress, loops, states, subsystems, after_epoch } =
+        request;
     let mut bad = Violations::default();
     if from_oldest && after_revision.is_some() {
         bad.add("from_oldest", "is set together with after_revision; give one of them");
     }
+    if after_epoch != 0 && after_revision.is_none() {
+        bad.add("after_epoch", "needs after_revision, to whose record it belongs");
+    }
+    let epoch = (after_epoch != 0).then_some(Epoch(after_epoch));
     let from = match after_revision {
         _ if from_oldest => WatchFrom::Oldest,
-        Some(revision) => WatchFrom::After(Revision(revision)),
+        Some(revision) => WatchFrom::After(Position { revision: Revision(revision), epoch }),
         None => WatchFrom::Now,
     };
     let filter = WatchFilter {
@@ -412,9 +417,9 @@ pub(super) fn events(request: pb::ListAuditEventsRequest) -> Result<Events, Viol
     bad.into_result(events)
 }
 
-/// The id of a request; `None` if it has none.
+/// The id of a request; `None` if it has none. That of a parent may be longer than those of other callers.
 fn request_id(bad: &mut Violations, request_id: String) -> Option<String> {
-    if request_id.len() > CycleRequest::MAX_REQUEST_ID {
+    if request_id.len() > CycleRequest::MAX_REQUEST_ID && ParentCycle::parse(&request_id).is_none() {
         let problem =
             format!("is {} bytes long; the limit is {} bytes", request_id.len(), CycleRequest::MAX_REQUEST_ID);
         bad.add("request_id", problem);

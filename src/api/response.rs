@@ -18,7 +18,7 @@ use crate::{
         CatchUp, CycleRequest, IntervalLoop, OverlapPolicy, Payload, Subsystem, SubsystemState, TickDisposition,
         TickRange,
     },
-    orchestrator::{Event, LiveCycle, Origin, Registered, RunningCycle, Status, Update, WaitingCycle},
+    orchestrator::{Event, LiveCycle, Origin, Position, Registered, RunningCycle, Status, Update, WaitingCycle},
     ports::{CallError, Snapshot, Unreadable},
     proto::{duration, orchestrator::v1 as pb, timestamp},
     record,
@@ -401,18 +401,22 @@ pub fn interval_loop(settings: &IntervalLoop) -> pb::IntervalLoop {
 
 pub(super) fn event(event: Event) -> pb::WatchCyclesResponse {
     use pb::cycle_event::Event as Is;
-    let (revision, event) = match event {
-        Event::Recorded(record) => (record.revision, Is::Recorded(record.bytes.clone())),
-        Event::Unreadable(it) => (it.revision, Is::Unreadable(unreadable(it))),
-        Event::Bookmark(revision, checkpoint) => {
-            (revision, Is::Bookmark(pb::Bookmark { checkpoint: checkpoint.as_deref().unwrap_or_default().to_owned() }))
+    let (Position { revision, epoch }, event) = match event {
+        Event::Recorded(record) => {
+            let position = Position { revision: record.revision, epoch: Some(record.epoch) };
+            (position, Is::Recorded(record.bytes.clone()))
         }
-        Event::Started(cycle, revision) => (revision, Is::Started(started(&cycle))),
-        Event::Progress(event, revision, lost) => {
-            (revision, Is::Progress(progress(&event.cycle, event.change.updates(), lost)))
+        Event::Unreadable(it) => (Position { revision: it.revision, epoch: None }, Is::Unreadable(unreadable(it))),
+        Event::Bookmark(position, checkpoint) => {
+            (position, Is::Bookmark(pb::Bookmark { checkpoint: checkpoint.as_deref().unwrap_or_default().to_owned() }))
+        }
+        Event::Started(cycle, position) => (position, Is::Started(started(&cycle))),
+        Event::Progress(event, position, lost) => {
+            (position, Is::Progress(progress(&event.cycle, event.change.updates(), lost)))
         }
     };
-    pb::WatchCyclesResponse { event: Some(pb::CycleEvent { revision: revision.0, event: Some(event) }) }
+    let epoch = epoch.unwrap_or_default().0;
+    pb::WatchCyclesResponse { event: Some(pb::CycleEvent { revision: revision.0, event: Some(event), epoch }) }
 }
 
 /// An unreadable record as a message of the contract.

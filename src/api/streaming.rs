@@ -191,7 +191,8 @@ mod tests {
 
     #[tokio::test]
     async fn sent_events_are_not_kept_and_available_ones_are_sent_together() {
-        let bookmark = || pb::WatchCyclesResponse { event: Some(pb::CycleEvent { revision: 1, event: None }) };
+        let bookmark =
+            || pb::WatchCyclesResponse { event: Some(pb::CycleEvent { revision: 1, ..pb::CycleEvent::default() }) };
         let events = stream::iter([Ok(bookmark()), Ok(bookmark()), Err(Status::unavailable("the end"))]);
         let mut body = Encoded { events: Box::pin(events), ended: None, is_over: false };
         let data = body.frame().await.unwrap().unwrap().into_data().unwrap();

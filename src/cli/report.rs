@@ -257,10 +257,10 @@ impl Report {
         let first = async { client.watch_cycles(request).await?.into_inner().message().await };
         let first = self.remote.quickly(first).await?.and_then(|response| response.event);
         match first {
-            Some(pb::CycleEvent { revision, event: Some(Event::Recorded(record)) }) => {
+            Some(pb::CycleEvent { revision, event: Some(Event::Recorded(record)), .. }) => {
                 Ok(Oldest { revision, finished_at: finished_at(&telemetry(&record)?) })
             }
-            Some(pb::CycleEvent { revision, event: Some(Event::Unreadable(_)) }) => {
+            Some(pb::CycleEvent { revision, event: Some(Event::Unreadable(_)), .. }) => {
                 Ok(Oldest { revision, finished_at: None })
             }
             _ => Ok(Oldest { revision: 0, finished_at: None }),

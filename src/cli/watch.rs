@@ -92,6 +92,7 @@ impl Watch {
             loops: self.loops,
             states: self.states.into_iter().map(Into::into).collect(),
             subsystems: self.subsystems,
+            after_epoch: 0,
         };
         let mut client = self.remote.connect().await?;
         // A misspelt name would wait forever.
@@ -326,6 +327,7 @@ impl Events {
                 Ok(Some(pb::WatchCyclesResponse { event: Some(event) })) => {
                     self.failures = 0;
                     self.request.after_revision = Some(event.revision);
+                    self.request.after_epoch = event.epoch;
                     self.request.from_oldest = false;
                     return Ok(event);
                 }

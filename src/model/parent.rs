@@ -28,7 +28,7 @@ pub struct ParentCycle {
 }
 
 impl ParentCycle {
-    /// Parses the form in which it is shown.
+    /// Parses the form in which it is shown, and no other one. So a text that this accepts has at most 234 bytes.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
         // The id may contain slashes; the other parts contain none.
@@ -37,7 +37,9 @@ impl ParentCycle {
         let (cycle_id, epoch) = (CycleId(number()?), Epoch(number()?));
         let subsystem = Name::parse(parts.next()?).ok()?;
         let orchestrator_id = parts.next().filter(|id| is_orchestrator_id(id))?.into();
-        Some(Self { orchestrator_id, subsystem, epoch, cycle_id })
+        let parent = Self { orchestrator_id, subsystem, epoch, cycle_id };
+        // A number may have zeros in front of it.
+        (parent.to_string() == text).then_some(parent)
     }
 }
 
@@ -168,11 +170,16 @@ mod tests {
 
     #[test]
     fn the_cycle_of_a_parent_is_parsed_as_it_is_shown() {
-        for text in ["hub/eu/1764374400000/17", "a/b/hub/eu/1/18446744073709551615"] {
+        let longest = format!("{}/{}/{max}/{max}", "h".repeat(MAX_ID), "e".repeat(Name::MAX_LEN), max = u64::MAX);
+        assert_eq!(longest.len(), 234);
+        for text in ["hub/eu/1764374400000/17", "a/b/hub/eu/1/18446744073709551615", &longest] {
             assert_eq!(ParentCycle::parse(text).unwrap().to_string(), text);
         }
         for text in ["", "hub", "hub/eu/1", "/eu/1/2", "hub/e u/1/2", "hub/eu/x/2", "hub/eu/1/-2", "h b/eu/1/2"] {
             assert_eq!(ParentCycle::parse(text), None, "{text}");
+        }
+        for text in ["hub/eu/1/02", "hub/eu/+1/2"] {
+            assert_eq!(ParentCycle::parse(text), None, "{text} is shown in another form");
         }
     }
 

@@ -4,7 +4,7 @@
 use crate::{
     engine::Ring,
     memory::Full,
-    model::{CycleId, Identity, Name, Revision, Subsystem, Violations, text::count},
+    model::{CycleId, Epoch, Identity, Name, Revision, Subsystem, Violations, text::count},
     ports::{StoreError, Unreadable, UnreadableEvent},
 };
 
@@ -89,6 +89,20 @@ pub enum Refusal {
         oldest: Revision,
         /// The newest revision.
         newest: Revision,
+    },
+    /// The history is another one than that which a watcher has seen.
+    #[error(
+        "the record with revision {after} was of epoch {epoch} and is of epoch {now}: the store was replaced by an \
+         earlier copy, from which the history has gone on. Find out with ListCycles from which revision on records \
+         differ, and watch from there"
+    )]
+    HistoryRewritten {
+        /// The revision after which records were requested.
+        after: Revision,
+        /// The epoch of its record, as the watcher has seen it.
+        epoch: Epoch,
+        /// Its epoch now.
+        now: Epoch,
     },
     /// Its record is older than the log.
     #[error("the record of cycle {0} is not in the log: an earlier version of this software recorded it")]

@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     memory::Held,
-    model::{CycleId, CycleState, Name, Revision, Trigger},
+    model::{CycleId, CycleState, Epoch, Name, Revision, Trigger},
     ports::{Found, PageLimits, Record, ResumeError, Unreadable},
     record::PartFilter,
 };
@@ -37,8 +37,18 @@ pub enum From {
     Now,
     /// From the oldest retained record.
     Oldest,
-    /// After this revision.
-    After(Revision),
+    /// After this position.
+    After(Position),
+}
+
+/// A position in the history: after the record with this revision.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Position {
+    /// The revision; 0 is before all records.
+    pub revision: Revision,
+    /// The epoch of the record, if it is known: that shows whether the history was rewritten since, from an earlier
+    /// point on.
+    pub epoch: Option<Epoch>,
 }
 
 /// The filter of a watcher.
@@ -57,6 +67,7 @@ impl Orchestrator {
     ///
     /// # Errors
     /// There are too many watchers, some of the requested records are missing, or there is no memory for the filter.
+    /// That the history was rewritten is the error of the first [event](Watcher::next).
     pub fn watch(&self, from: From, filter: WatchFilter, progress: bool) -> Result<Watcher, Refusal> {
         Watcher::new(self.0.clone(), from, filter, progress)
     }
@@ -92,13 +103,13 @@ pub enum Event {
     Recorded(Arc<Record>),
     /// A cycle was recorded, and its record can't be read.
     Unreadable(Unreadable),
-    /// A cycle has started. Every record up to this revision was sent before.
-    Started(Arc<LiveCycle>, Revision),
+    /// A cycle has started. Every record up to this position was sent before.
+    Started(Arc<LiveCycle>, Position),
     /// The progress or the state of a running cycle, with the number of its updates that were lost before.
-    Progress(Arc<LiveEvent>, Revision, u64),
-    /// Every record up to this revision that passes the filter was sent. With the newest checkpoint of the log, if it
+    Progress(Arc<LiveEvent>, Position, u64),
+    /// Every record up to this position that passes the filter was sent. With the newest checkpoint of the log, if it
     /// is newer than that of the last bookmark.
-    Bookmark(Revision, Option<Arc<str>>),
+    Bookmark(Position, Option<Arc<str>>),
 }
 
 /// Follows the record.
@@ -108,10 +119,12 @@ pub struct Watcher {
     filter: WatchFilter,
     /// Memory for the filter.
     _room: Held,
-    cursor: Revision,
+    cursor: Position,
+    /// True until the epoch of the cursor is compared with that of the record.
+    is_unchecked: bool,
     newest: watch::Receiver<Revision>,
-    /// Records from the store that are not sent yet, by revision, without those that don't pass.
-    page: VecDeque<(Revision, Option<Found>)>,
+    /// Records from the store that are not sent yet, by position, without those that don't pass.
+    page: VecDeque<(Position, Option<Found>)>,
     progress: bool,
     live: Option<Events>,
     /// Events from there, or the initial ones, that are not sent yet.
@@ -158,9 +171,14 @@ impl Watcher {
         let cursor = {
             let state = shared.state();
             match from {
-                From::Now => state.last_revision,
-                From::Oldest => state.pruned_to,
-                From::After(after) if after < state.pruned_to || after > state.last_revision => {
+                From::Now => {
+                    let last = state.last.as_ref().filter(|last| last.revision == state.last_revision);
+                    Position { revision: state.last_revision, epoch: last.map(|last| last.epoch) }
+                }
+                From::Oldest => Position { revision: state.pruned_to, epoch: None },
+                From::After(Position { revision: after, .. })
+                    if after < state.pruned_to || after > state.last_revision =>
+                {
                     return Err(Refusal::RevisionNotRetained {
                         after,
                         oldest: state.pruned_to.next(),
@@ -171,13 +189,14 @@ impl Watcher {
             }
         };
         let room = shared.watching.try_hold(filter.bytes())?;
-        let place = shared.watchers.enter(cursor, max).ok_or(Refusal::TooManyWatchers(max))?;
+        let place = shared.watchers.enter(cursor.revision, max).ok_or(Refusal::TooManyWatchers(max))?;
         Ok(Self {
             shared,
             place,
             filter,
             _room: room,
             cursor,
+            is_unchecked: matches!(from, From::After(Position { epoch: Some(_), .. })),
             newest,
             page: VecDeque::new(),
             progress,
@@ -194,17 +213,40 @@ impl Watcher {
     /// The next event. Ends with an error, and only with one.
     ///
     /// # Errors
-    /// The process shuts down, records were pruned before they could be given, or the store can't be read.
+    /// The process shuts down, records were pruned before they could be given, the history was rewritten since the
+    /// position from which it goes on, or the store can't be read.
     pub async fn next(&mut self) -> Result<Event, Refusal> {
         let event = self.find_next().await?;
-        self.place.given(self.cursor);
+        self.place.given(self.cursor.revision);
         Ok(event)
     }
 
+    /// Checks that the record at the cursor is the one that the watcher had before: of the same epoch. Retention may
+    /// have removed it meanwhile; then nothing shows it.
+    async fn check_cursor(&mut self) -> Result<(), Refusal> {
+        let Position { revision, epoch: Some(epoch) } = self.cursor else { return Ok(()) };
+        let before = Revision(revision.0.saturating_sub(1));
+        let limits = PageLimits { records: 1, bytes: 1 };
+        let found = match self.shared.store.cycles_after(before, limits).await {
+            Ok(found) => found.into_iter().next().and_then(Result::ok),
+            Err(ResumeError::NotRetained { .. }) => None,
+            Err(ResumeError::Store(error)) => return Err(error.into()),
+        };
+        match found.filter(|found| found.revision == revision) {
+            Some(found) if found.epoch != epoch => {
+                Err(Refusal::HistoryRewritten { after: revision, epoch, now: found.epoch })
+            }
+            _ => Ok(()),
+        }
+    }
+
     async fn find_next(&mut self) -> Result<Event, Refusal> {
+        if mem::take(&mut self.is_unchecked) {
+            self.check_cursor().await?;
+        }
         loop {
-            while let Some((revision, found)) = self.page.pop_front() {
-                self.cursor = revision;
+            while let Some((position, found)) = self.page.pop_front() {
+                self.cursor = position;
                 match found {
                     Some(Ok(record)) => return Ok(Event::Recorded(Arc::new(record))),
                     Some(Err(unreadable)) => {
@@ -214,7 +256,7 @@ impl Watcher {
                     None => {}
                 }
             }
-            if self.cursor < *self.newest.borrow_and_update() {
+            if self.cursor.revision < *self.newest.borrow_and_update() {
                 // Remaining progress of the cycles with the next records comes first.
                 if let Some(event) = self.before_next_record() {
                     return Ok(event);
@@ -254,7 +296,7 @@ impl Watcher {
                 },
                 changed = self.newest.changed() => changed.map_err(|_| Refusal::Draining)?,
                 () = self.shared.closed.cancelled() => {
-                    if self.cursor >= *self.newest.borrow() {
+                    if self.cursor.revision >= *self.newest.borrow() {
                         return Err(Refusal::Draining);
                     }
                 }
@@ -308,7 +350,8 @@ impl Watcher {
     fn live_event(&mut self, event: Arc<LiveEvent>) -> Option<Event> {
         let cursor = self.cursor;
         // Remaining progress of a cycle whose record was sent is outdated.
-        let is_old = |revision: &OnceLock<Revision>| revision.get().is_some_and(|revision| *revision <= cursor);
+        let is_old =
+            |revision: &OnceLock<Revision>| revision.get().is_some_and(|revision| *revision <= cursor.revision);
         if is_old(&event.cycle.revision) {
             return None;
         }
@@ -353,7 +396,7 @@ impl Watcher {
         };
         let parts = self.shared.with_all_names(&self.filter.parts);
         let wanted = self.filter.wants_outside(&recent.record) && recent.has(&parts).await;
-        self.cursor = recent.record.revision;
+        self.cursor = position(&recent.record);
         if !wanted {
             // There may be many of them.
             yield_now().await;
@@ -363,7 +406,7 @@ impl Watcher {
 
     /// The record after the cursor, if it is cached.
     fn at_hand(&self) -> Option<Arc<Recent>> {
-        let wanted = self.cursor.next();
+        let wanted = self.cursor.revision.next();
         let state = self.shared.state();
         let first = state.recent.front()?.record.revision;
         let skip = usize::try_from(wanted.0.checked_sub(first.0)?).ok()?;
@@ -379,10 +422,10 @@ impl Watcher {
             room = shared.history.hold(shared.max_record().max(Self::PAGE.bytes).min(shared.history.max())) => room,
             () = shared.closed.cancelled() => return Err(Refusal::Draining),
         };
-        let records = match shared.store.cycles_after(self.cursor, Self::PAGE).await {
+        let records = match shared.store.cycles_after(self.cursor.revision, Self::PAGE).await {
             Ok(records) => records,
             Err(ResumeError::NotRetained { oldest, newest }) => {
-                return Err(Refusal::RevisionNotRetained { after: self.cursor, oldest, newest });
+                return Err(Refusal::RevisionNotRetained { after: self.cursor.revision, oldest, newest });
             }
             Err(ResumeError::Store(error)) => return Err(error.into()),
         };
@@ -392,24 +435,30 @@ impl Watcher {
             let record = match found {
                 Ok(record) => record,
                 Err(unreadable) => {
-                    self.page.push_back((unreadable.revision, Some(Err(unreadable))));
+                    let position = Position { revision: unreadable.revision, epoch: None };
+                    self.page.push_back((position, Some(Err(unreadable))));
                     continue;
                 }
             };
-            let revision = record.revision;
+            let position = position(&record);
             if !has || !self.filter.wants_outside(&record) {
-                self.page.push_back((revision, None));
+                self.page.push_back((position, None));
             } else if is_first {
                 is_first = false;
-                self.page.push_back((revision, Some(Ok(with_room(record, &mut room)))));
+                self.page.push_back((position, Some(Ok(with_room(record, &mut room)))));
             } else if let Ok(mut room) = shared.watching.try_hold(record.bytes.len()) {
-                self.page.push_back((revision, Some(Ok(with_room(record, &mut room)))));
+                self.page.push_back((position, Some(Ok(with_room(record, &mut room)))));
             } else {
                 break;
             }
         }
         Ok(())
     }
+}
+
+/// The position after this record.
+fn position(record: &Record) -> Position {
+    Position { revision: record.revision, epoch: Some(record.epoch) }
 }
 
 impl Drop for Watcher {

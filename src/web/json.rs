@@ -388,7 +388,8 @@ pub(super) async fn events(asked: Asked) -> Response {
     let resumed = header("last-event-id").filter(|id| !id.is_empty());
     if let Some(revision) = &resumed {
         parameters.retain(|(name, _)| {
-            !["afterRevision", "after_revision", "fromOldest", "from_oldest"].contains(&name.as_str())
+            !["afterRevision", "after_revision", "afterEpoch", "after_epoch", "fromOldest", "from_oldest"]
+                .contains(&name.as_str())
         });
         parameters.push(("afterRevision".into(), revision.clone()));
     }
@@ -504,7 +505,7 @@ fn unwritable(event: &pb::CycleEvent) -> pb::CycleEvent {
     };
     let problem = JsonError::TooLarge.to_string();
     let unreadable = pb::UnreadableCycle { cycle_id: record.cycle_id, revision: event.revision, problem };
-    pb::CycleEvent { revision: event.revision, event: Some(Event::Unreadable(unreadable)) }
+    pb::CycleEvent { revision: event.revision, event: Some(Event::Unreadable(unreadable)), epoch: event.epoch }
 }
 
 /// The status of a request that can't be read.

@@ -10,7 +10,9 @@ use futures_util::FutureExt;
 use orchestrator_core::{
     memory::Shares,
     model::{CycleId, CycleRequest, CycleState, Name, Revision, Subsystem, Trigger},
-    orchestrator::{Event, From, Orchestrator, OrchestratorTasks, Refusal, Registrar, Settings, WatchFilter, Watcher},
+    orchestrator::{
+        Event, From, Orchestrator, OrchestratorTasks, Position, Refusal, Registrar, Settings, WatchFilter, Watcher,
+    },
     ports::{Filter, Retention, RetentionRule},
     record::{self, PartFilter},
     store,
@@ -57,6 +59,11 @@ async fn next(watcher: &mut Watcher) -> Result<Option<Revision>, Refusal> {
     }
 }
 
+/// After the record with this revision, whatever its epoch.
+fn after(revision: u64) -> From {
+    From::After(Position { revision: Revision(revision), epoch: None })
+}
+
 async fn revisions(watcher: &mut Watcher, count: usize) -> Vec<u64> {
     let mut revisions = Vec::new();
     while revisions.len() < count {
@@ -72,8 +79,7 @@ async fn a_watcher_gets_each_later_record_once_and_in_order_wherever_it_begins()
     let watch = |from| orchestrator.watch(from, WatchFilter::default(), false).unwrap();
     let mut now = watch(From::Now);
     // The first records are read from the store, the last ones from the cache.
-    for (from, first) in [(From::Oldest, 1), (From::After(Revision(0)), 1), (From::After(Revision(MANY - 3)), MANY - 2)]
-    {
+    for (from, first) in [(From::Oldest, 1), (after(0), 1), (after(MANY - 3), MANY - 2)] {
         let expected: Vec<_> = (first..=MANY).collect();
         let mut watcher = watch(from);
         assert_eq!(revisions(&mut watcher, expected.len()).await, expected, "{from:?}");
@@ -118,11 +124,11 @@ async fn an_idle_watcher_receives_a_bookmark_every_thirty_seconds() {
     for wait in [0, 30, 30] {
         let asked = Instant::now();
         let Event::Bookmark(up_to, _) = watcher.next().await.unwrap() else { panic!("a record came") };
-        assert_eq!((up_to, asked.elapsed().as_secs()), (Revision(1), wait));
+        assert_eq!((up_to.revision, asked.elapsed().as_secs()), (Revision(1), wait));
     }
     // A client that resumes after it misses no record.
     record(&orchestrator, 1).await;
-    let mut again = orchestrator.watch(From::After(Revision(1)), WatchFilter::default(), false).unwrap();
+    let mut again = orchestrator.watch(after(1), WatchFilter::default(), false).unwrap();
     assert_eq!(next(&mut again).await.unwrap(), Some(Revision(2)));
 }
 
@@ -169,11 +175,11 @@ async fn a_watcher_whose_next_record_was_removed_is_refused_with_the_retained_ra
         assert!(refused.to_string().contains(why), "{refused}");
     };
     is_refused(next(&mut behind).await.unwrap_err(), 0);
-    for after in [0, MANY - 11, MANY + 1] {
-        let refused = orchestrator.watch(From::After(Revision(after)), WatchFilter::default(), false);
-        is_refused(refused.err().unwrap(), after);
+    for revision in [0, MANY - 11, MANY + 1] {
+        let refused = orchestrator.watch(after(revision), WatchFilter::default(), false);
+        is_refused(refused.err().unwrap(), revision);
     }
-    let mut oldest = orchestrator.watch(From::After(Revision(MANY - 10)), WatchFilter::default(), false).unwrap();
+    let mut oldest = orchestrator.watch(after(MANY - 10), WatchFilter::default(), false).unwrap();
     assert_eq!(next(&mut oldest).await.unwrap(), Some(Revision(MANY - 9)));
 }
 
@@ -189,7 +195,7 @@ async fn progress_of_a_cycle_comes_before_its_record_and_beside_the_progress_of_
     while recorded.len() < 3 {
         match watcher.next().await.unwrap() {
             Event::Started(cycle, up_to) => {
-                assert_eq!(up_to.0, recorded.len() as u64);
+                assert_eq!(up_to.revision.0, recorded.len() as u64);
                 started.push(cycle.cycle_id);
             }
             Event::Progress(event, ..) => {
@@ -230,7 +236,7 @@ fn brief(event: &Event) -> (&'static str, u64) {
         Event::Started(cycle, _) => ("started", cycle.cycle_id.0),
         Event::Progress(event, ..) => ("progress", event.cycle.cycle_id.0),
         Event::Recorded(record) => ("recorded", record.cycle_id.0),
-        Event::Bookmark(revision, _) => ("bookmark", revision.0),
+        Event::Bookmark(position, _) => ("bookmark", position.revision.0),
         Event::Unreadable(unreadable) => panic!("{unreadable}"),
     }
 }
@@ -409,7 +415,7 @@ async fn cached(parts: &[usize]) -> usize {
     }
     // A watcher lags while its next record is not cached.
     let watchers: Vec<_> = (1..=parts.len() as u64)
-        .map(|sent| orchestrator.watch(From::After(Revision(sent)), WatchFilter::default(), false).unwrap())
+        .map(|sent| orchestrator.watch(after(sent), WatchFilter::default(), false).unwrap())
         .collect();
     watchers.len() - orchestrator.figures().lagging
 }

@@ -399,20 +399,22 @@ class UnreadableCycle(_message.Message):
     def __init__(self, cycle_id: _Optional[int] = ..., revision: _Optional[int] = ..., problem: _Optional[str] = ...) -> None: ...
 
 class CycleEvent(_message.Message):
-    __slots__ = ("revision", "recorded", "started", "progress", "bookmark", "unreadable")
+    __slots__ = ("revision", "recorded", "started", "progress", "bookmark", "unreadable", "epoch")
     REVISION_FIELD_NUMBER: _ClassVar[int]
     RECORDED_FIELD_NUMBER: _ClassVar[int]
     STARTED_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     BOOKMARK_FIELD_NUMBER: _ClassVar[int]
     UNREADABLE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     revision: int
     recorded: CycleTelemetry
     started: CycleStarted
     progress: CycleProgress
     bookmark: Bookmark
     unreadable: UnreadableCycle
-    def __init__(self, revision: _Optional[int] = ..., recorded: _Optional[_Union[CycleTelemetry, _Mapping]] = ..., started: _Optional[_Union[CycleStarted, _Mapping]] = ..., progress: _Optional[_Union[CycleProgress, _Mapping]] = ..., bookmark: _Optional[_Union[Bookmark, _Mapping]] = ..., unreadable: _Optional[_Union[UnreadableCycle, _Mapping]] = ...) -> None: ...
+    epoch: int
+    def __init__(self, revision: _Optional[int] = ..., recorded: _Optional[_Union[CycleTelemetry, _Mapping]] = ..., started: _Optional[_Union[CycleStarted, _Mapping]] = ..., progress: _Optional[_Union[CycleProgress, _Mapping]] = ..., bookmark: _Optional[_Union[Bookmark, _Mapping]] = ..., unreadable: _Optional[_Union[UnreadableCycle, _Mapping]] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class PlannedSubsystem(_message.Message):
     __slots__ = ("name", "phase", "level", "waits_for", "skip_reason", "expected_duration_ms", "skip_requirement", "breaker")
@@ -668,20 +670,22 @@ class GetStatusResponse(_message.Message):
     def __init__(self, status: _Optional[_Union[OrchestratorStatus, _Mapping]] = ...) -> None: ...
 
 class WatchCyclesRequest(_message.Message):
-    __slots__ = ("after_revision", "from_oldest", "progress", "loops", "states", "subsystems")
+    __slots__ = ("after_revision", "from_oldest", "progress", "loops", "states", "subsystems", "after_epoch")
     AFTER_REVISION_FIELD_NUMBER: _ClassVar[int]
     FROM_OLDEST_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     LOOPS_FIELD_NUMBER: _ClassVar[int]
     STATES_FIELD_NUMBER: _ClassVar[int]
     SUBSYSTEMS_FIELD_NUMBER: _ClassVar[int]
+    AFTER_EPOCH_FIELD_NUMBER: _ClassVar[int]
     after_revision: int
     from_oldest: bool
     progress: bool
     loops: _containers.RepeatedScalarFieldContainer[str]
     states: _containers.RepeatedScalarFieldContainer[CycleState]
     subsystems: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, after_revision: _Optional[int] = ..., from_oldest: bool = ..., progress: bool = ..., loops: _Optional[_Iterable[str]] = ..., states: _Optional[_Iterable[_Union[CycleState, str]]] = ..., subsystems: _Optional[_Iterable[str]] = ...) -> None: ...
+    after_epoch: int
+    def __init__(self, after_revision: _Optional[int] = ..., from_oldest: bool = ..., progress: bool = ..., loops: _Optional[_Iterable[str]] = ..., states: _Optional[_Iterable[_Union[CycleState, str]]] = ..., subsystems: _Optional[_Iterable[str]] = ..., after_epoch: _Optional[int] = ...) -> None: ...
 
 class WatchCyclesResponse(_message.Message):
     __slots__ = ("event",)
