@@ -70,6 +70,8 @@ pub struct Config {
     pub memory: MemorySettings,
     /// The store.
     pub store: StoreSettings,
+    /// The replicas over one store.
+    pub cluster: ClusterSettings,
     /// The audit.
     pub audit: AuditSettings,
     /// The log of the history.
@@ -183,6 +185,21 @@ pub struct StoreSettings {
     pub url: StoreUrl,
     /// Default: the newest 100,000 cycles. At a cycle every 5 s that is five days, and with 28 subsystems about 300 MB.
     pub retention: Retention,
+}
+
+/// The replicas over one store in PostgreSQL.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClusterSettings {
+    /// The name of this replica, by the rule of [`is_orchestrator_id`]. Default: the name of the host.
+    pub replica: Option<String>,
+    /// Where other replicas reach the gRPC server of this one: an `http` or `https` endpoint. Default: none, and they
+    /// can't.
+    pub advertise: Option<Endpoint>,
+    /// How long a leader is waited for that has stopped to renew its lease. Default 10 s; the same for all replicas.
+    ///
+    /// 1 s to 5 min: a lease is renewed at each quarter of it, within which a commit has to return, also on a busy
+    /// machine; and no cycle runs for as long when the leader is gone.
+    pub lease_ttl: Duration,
 }
 
 /// Whether calls that change nothing have audit events.
@@ -605,6 +622,7 @@ impl Default for Config {
             limits: CallerLimits::default(),
             memory: MemorySettings { max_bytes: None },
             store: StoreSettings { url: StoreUrl::Sqlite("orchestrator.db".into()), retention: default_retention() },
+            cluster: ClusterSettings { replica: None, advertise: None, lease_ttl: Duration::from_secs(10) },
             audit: AuditSettings { reads: AuditReads::Summary, retention: DEFAULT_AUDIT },
             ledger: LedgerSettings::default(),
             cycle: CycleSettings {
@@ -745,6 +763,16 @@ fn orchestrator_id(text: &str) -> Result<String, String> {
         Ok(text.to_owned())
     } else {
         Err("give 1 to 128 letters, digits and signs, without spaces".into())
+    }
+}
+
+/// The address of a replica for the others.
+fn advertised(text: &str) -> Result<Endpoint, String> {
+    match Endpoint::parse(text) {
+        Ok(endpoint @ (Endpoint::Http(_) | Endpoint::Https(_))) => Ok(endpoint),
+        Ok(Endpoint::Unix(_)) | Err(_) => Err("give http://host:port or https://host:port of server.listen, as other \
+                                               machines reach it"
+            .into()),
     }
 }
 

@@ -25,7 +25,8 @@
 //! - [`orchestrator`]: the use cases, behind one handle
 //!
 //! What the core reaches:
-//! - [`store`]: keeps the history, in memory or in SQLite
+//! - [`store`]: keeps the history, in memory, in SQLite or in PostgreSQL
+//! - [`cluster`]: the replicas over one store, and which of them leads
 //! - [`dial`]: the client side, which calls subsystems
 //!
 //! What reaches the core:
@@ -61,6 +62,8 @@ pub mod api;
 pub mod cli;
 #[cfg(feature = "service")]
 pub mod clock;
+#[cfg(feature = "service")]
+pub mod cluster;
 #[cfg(feature = "service")]
 pub mod config;
 #[cfg(feature = "service")]

@@ -1,10 +1,13 @@
-//! The interfaces that the core needs: a [`Store`] for records, [`Subsystems`] to call, and [`Spans`] for traces.
+//! The interfaces that the core needs: a [`Store`] for records, [`Subsystems`] to call, [`Spans`] for traces, and
+//! [`Leadership`] where several replicas share a store.
 
+mod leadership;
 mod spans;
 mod store;
 mod subsystems;
 
 pub use self::{
+    leadership::{Claim, ClaimId, Claimed, Leadership, Observed, Renewed},
     spans::{Spans, Untraced},
     store::{
         AuditEntry, Check, Checks, Contents, ControlDecoder, Durability, EventCheck, EventFilter, EventPage, EventRule,

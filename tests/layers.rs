@@ -30,6 +30,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         &["clock", "engine", "host", "ledger", "memory", "model", "offload", "ports", "record", "schedule", "tasks"],
     ),
     ("store", &["clock", "file", "ledger", "model", "pem", "ports"]),
+    ("cluster", &["clock", "host", "model", "ports", "random"]),
     ("transport", &[]),
     ("dial", &["access", "clock", "memory", "model", "offload", "pem", "ports", "proto", "transport", "turn"]),
     ("listen", &["memory", "pem", "proto", "transport", "turn"]),
@@ -40,6 +41,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         &[
             "access",
             "clock",
+            "cluster",
             "engine",
             "ledger",
             "listen",
@@ -54,16 +56,20 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "tasks",
         ],
     ),
-    ("web", &["api", "listen", "memory", "model", "offload", "proto", "tasks", "telemetry", "transport"]),
+    ("web", &["api", "cluster", "listen", "memory", "model", "offload", "proto", "tasks", "telemetry", "transport"]),
     ("config", &["access", "engine", "file", "memory", "model", "ports", "store"]),
     // Metrics count the work of all of these.
-    ("telemetry", &["api", "config", "dial", "engine", "listen", "memory", "model", "orchestrator", "ports", "random"]),
+    (
+        "telemetry",
+        &["api", "cluster", "config", "dial", "engine", "listen", "memory", "model", "orchestrator", "ports", "random"],
+    ),
     (
         "serve",
         &[
             "access",
             "api",
             "clock",
+            "cluster",
             "config",
             "dial",
             "file",
@@ -171,6 +177,7 @@ const MAY_DEPEND: &[(&str, &[&str])] = &[
             "api",
             "cli",
             "clock",
+            "cluster",
             "dial",
             "engine",
             "file",

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{
     AuditReads, ClientAuth, DAY, GIB, HOUR, KIB, LogFormat, MIB, MS,
     OnReload::{Applies, NeedsRestart},
-    Setting, TlsVersion, admin_address, allowed, audit_retention, collector, directory, expected,
+    Setting, TlsVersion, admin_address, advertised, allowed, audit_retention, collector, directory, expected,
     jwt::claim,
     key_files, listen_address, log_filter, mode, orchestrator_id, origin, path, retention, revoked, socket_path,
 };
@@ -77,6 +77,9 @@ settings! {
     memory.max_bytes: NeedsRestart, number(64 * MIB..=1024 * GIB).map(Some);
     store.url: NeedsRestart, parsed(StoreUrl::parse);
     store.retention: Applies, group(retention);
+    cluster.replica: NeedsRestart, parsed(orchestrator_id).map(Some);
+    cluster.advertise: NeedsRestart, parsed(advertised).map(Some);
+    cluster.lease_ttl: NeedsRestart, duration(SECOND..=300 * SECOND);
     audit.reads: Applies, choice(AuditReads::WORDS);
     audit.retention: Applies, group(audit_retention);
     ledger.key_files: NeedsRestart, group(key_files);

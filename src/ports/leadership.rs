@@ -1,0 +1,95 @@
+//! The port to what several replicas agree by on which one leads.
+
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use jiff::Timestamp;
+
+use super::StoreError;
+use crate::model::{Epoch, Leader, Replica};
+
+/// The row of a database that says which replica leads. It has a beat, which the leader raises at short intervals; a
+/// replica for which it has stood still for long enough claims the row.
+///
+/// Each method is one statement. If its future is dropped, or it returns an error, it may have been executed, or may
+/// still be.
+pub trait Leadership: Send + Sync + 'static {
+    /// Reads the row.
+    ///
+    /// # Errors
+    /// It can't be read.
+    fn observe(&self) -> BoxFuture<'_, Result<Observed, StoreError>>;
+
+    /// Claims the row, if it is still as it was `seen`, for a new term, whose epoch is later than all earlier ones.
+    /// Nothing of an earlier epoch commits once this was executed. The store takes over for this term only once a claim
+    /// was acknowledged, here or by a [renewal](Self::renew).
+    ///
+    /// # Errors
+    /// The outcome is not known, or a commit of the earlier leader is in the way. Sessions of that leader which have
+    /// begun a commit and stopped in the middle of it are ended, so that a later claim succeeds.
+    fn claim<'a>(&'a self, seen: &'a Observed, claim: &'a Claim) -> BoxFuture<'a, Result<Claimed, StoreError>>;
+
+    /// Raises the beat of a term, as durably as commits are. Acknowledges the claim of that term as well.
+    ///
+    /// # Errors
+    /// The outcome is not known.
+    fn renew(&self, epoch: Epoch) -> BoxFuture<'_, Result<Renewed, StoreError>>;
+
+    /// Ends a term, so that another replica can claim the row at once.
+    ///
+    /// # Errors
+    /// The outcome is not known.
+    fn release(&self, epoch: Epoch) -> BoxFuture<'_, Result<(), StoreError>>;
+}
+
+/// The row as it was read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Observed {
+    /// The term of the row; the lowest epoch if no replica has ever claimed it.
+    pub epoch: Epoch,
+    /// Number of renewals of all terms.
+    pub beat: u64,
+    /// The id of the claim that began the term.
+    pub claim: ClaimId,
+    /// The replica of the term; `None` if no replica has ever claimed the row, or the term was released.
+    pub leader: Option<Leader>,
+    /// The TTL of the lease of that replica.
+    pub lease_ttl: Duration,
+    /// The time by the clock of the database.
+    pub time: Timestamp,
+}
+
+/// A number that no two claims have in common, chosen at random.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ClaimId(pub u64);
+
+/// A claim of a replica.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Claim {
+    /// Its id.
+    pub id: ClaimId,
+    /// The replica.
+    pub replica: Replica,
+    /// The TTL of its lease. Other replicas wait at least as long before they claim the row.
+    pub lease_ttl: Duration,
+    /// The lowest epoch of the new term, by the clock of the replica.
+    pub at_least: Epoch,
+}
+
+/// The outcome of a claim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Claimed {
+    /// The replica leads, for this term.
+    Won(Epoch),
+    /// The row was not as it was seen any more: the leader is alive, or another replica has claimed it.
+    Lost,
+}
+
+/// The outcome of a renewal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Renewed {
+    /// The row has the beat.
+    Acknowledged,
+    /// The row has another term: this one is over.
+    Superseded,
+}
