@@ -2,55 +2,140 @@
 //!
 //! [`Membership`] is what a replica knows of itself and of the leader; its [`Role`] changes during the life of the
 //! process. A store that one process has for itself makes that process its leader for good.
+//!
+//! How it goes, with the row that [`Leadership`](crate::ports::Leadership) stands for:
+//!
+//! - A leader renews its [`Lease`], and makes calls only while that is valid. Its records need no lease: a claim of
+//!   another replica fences its commits.
+//! - A [`Candidate`] observes the row, and claims it once its beat has stood still for the whole TTL by its own clock.
+//!   The lease of the leader is over by then, since it counts a shorter time from an earlier moment.
 
-use std::sync::Arc;
+mod candidate;
+mod lease;
+mod leased;
 
+use std::sync::{
+    Arc,
+    atomic::{AtomicI64, AtomicU64, Ordering},
+};
+
+use jiff::SignedDuration;
 use tokio::sync::watch;
 
+pub use self::{
+    candidate::{Candidate, Won},
+    lease::{Lease, keep},
+    leased::Leased,
+};
 use crate::model::{Epoch, Replica, Role};
 
 /// A replica and its role. All clones are of the same replica.
 #[derive(Clone, Debug)]
-pub struct Membership {
-    replica: Arc<Replica>,
+pub struct Membership(Arc<Member>);
+
+#[derive(Debug)]
+struct Member {
+    replica: Replica,
     /// False if the store admits only one process, so that there are no other replicas.
     has_peers: bool,
-    role: watch::Receiver<Role>,
+    role: watch::Sender<Role>,
+    lease: watch::Sender<Option<Lease>>,
+    /// Number of terms that this replica has seen begin, its own among them.
+    changes: AtomicU64,
+    /// By how many milliseconds the clock of the database is ahead; `i64::MIN` before it is known.
+    clock_offset: AtomicI64,
 }
 
 impl Membership {
-    /// A replica that shares its store with others. Also returns what changes its role: until then it is a follower,
-    /// and no leader is known.
-    pub fn of(replica: Replica) -> (Self, watch::Sender<Role>) {
-        let (change, role) = watch::channel(Role::Follower { leader: None });
-        (Self { replica: Arc::new(replica), has_peers: true, role }, change)
+    /// A replica that shares its store with others: a follower, to which no leader is known yet.
+    pub fn of(replica: Replica) -> Self {
+        Self::new(replica, true, Role::Follower { leader: None })
     }
 
     /// The only process of an orchestrator, which leads for this term.
-    #[must_use]
     pub fn alone(replica: Replica, epoch: Epoch) -> Self {
-        // A receiver keeps the last value of a sender that is gone.
-        let role = watch::channel(Role::Leader { epoch }).1;
-        Self { replica: Arc::new(replica), has_peers: false, role }
+        Self::new(replica, false, Role::Leader { epoch })
+    }
+
+    fn new(replica: Replica, has_peers: bool, role: Role) -> Self {
+        Self(Arc::new(Member {
+            replica,
+            has_peers,
+            role: watch::Sender::new(role),
+            lease: watch::Sender::new(None),
+            changes: AtomicU64::new(0),
+            clock_offset: AtomicI64::new(i64::MIN),
+        }))
     }
 
     /// This replica.
     pub fn replica(&self) -> &Replica {
-        &self.replica
+        &self.0.replica
     }
 
     /// True if other processes may share the store.
     pub fn has_peers(&self) -> bool {
-        self.has_peers
+        self.0.has_peers
     }
 
     /// Its role now.
     pub fn role(&self) -> Role {
-        self.role.borrow().clone()
+        self.0.role.borrow().clone()
     }
 
     /// Its role, and each change of it.
     pub fn roles(&self) -> watch::Receiver<Role> {
-        self.role.clone()
+        self.0.role.subscribe()
+    }
+
+    /// The lease of its term, if it leads and shares its store.
+    pub fn lease(&self) -> Option<Lease> {
+        self.0.lease.borrow().clone()
+    }
+
+    /// Number of terms that this replica has seen begin, its own among them.
+    pub fn changes(&self) -> u64 {
+        self.0.changes.load(Ordering::Relaxed)
+    }
+
+    /// By how much the clock of the database is ahead of that of this machine, by the last answer of the database.
+    pub fn clock_offset(&self) -> Option<SignedDuration> {
+        let offset = self.0.clock_offset.load(Ordering::Relaxed);
+        (offset != i64::MIN).then(|| SignedDuration::from_millis(offset))
+    }
+
+    /// It leads from now on, under this lease.
+    pub fn leads(&self, epoch: Epoch, lease: Lease) {
+        self.0.lease.send_replace(Some(lease));
+        self.set(Role::Leader { epoch });
+    }
+
+    /// It does not lead any more, if it did.
+    pub fn follows(&self) {
+        self.0.lease.send_replace(None);
+        if self.role().epoch().is_some() {
+            self.set(Role::Follower { leader: None });
+        }
+    }
+
+    /// Sets the role, and counts a term that has begun.
+    fn set(&self, role: Role) {
+        let begins = match &role {
+            Role::Leader { .. } => true,
+            Role::Follower { leader } => leader.is_some(),
+        };
+        let is_new = self.0.role.send_if_modified(|now| {
+            let is_new = *now != role;
+            *now = role;
+            is_new
+        });
+        if is_new && begins {
+            self.0.changes.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn set_clock_offset(&self, offset: SignedDuration) {
+        let millis = i64::try_from(offset.as_millis()).unwrap_or(i64::MAX);
+        self.0.clock_offset.store(millis, Ordering::Relaxed);
     }
 }

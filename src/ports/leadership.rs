@@ -59,9 +59,17 @@ pub struct Observed {
     pub time: Timestamp,
 }
 
-/// A number that no two claims have in common, chosen at random.
+/// A number that no two claims have in common.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ClaimId(pub u64);
+
+impl ClaimId {
+    /// The id with these random bits, less one that databases have no room for.
+    #[must_use]
+    pub fn of(random: u64) -> Self {
+        Self(random >> 1)
+    }
+}
 
 /// A claim of a replica.
 #[derive(Clone, Debug, PartialEq, Eq)]

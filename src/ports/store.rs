@@ -6,6 +6,7 @@ use bytes::Bytes;
 use futures_util::{future::BoxFuture, stream::BoxStream};
 use jiff::Timestamp;
 
+use super::Leadership;
 use crate::{
     ledger::{Control, Frontier, Hash, Node, Part, SealKeys},
     model::{
@@ -33,7 +34,14 @@ pub trait Store: Send + Sync + 'static {
     ///
     /// # Errors
     /// The state can't be read at all, no process could continue from it, or a seal does not belong to what it seals.
+    /// [`StoreError::Fenced`] when another replica has claimed a later term.
     fn take_over(&self, seals: Seals) -> BoxFuture<'_, Result<Contents, StoreError>>;
+
+    /// What the replicas agree by that share this store: `None` if it is open in one process at most. The store is taken
+    /// over for the term that this replica has claimed last; without a claim, for a term of its own.
+    fn leadership(&self) -> Option<Arc<dyn Leadership>> {
+        None
+    }
 
     /// Writes atomically, and returns once the outcome is known, however long that takes. With [`Durability::Durable`]
     /// the write then survives the loss of power, with [`Durability::Buffered`] the death of this process. If the

@@ -66,6 +66,9 @@ pub(super) struct Stored {
     pub(super) epoch: Epoch,
     /// Number of commits so far.
     pub(super) commits: u64,
+    /// The last epoch for which a replica has claimed to lead. A claim gives the row a new token before it commits
+    /// anything.
+    pub(super) claimed: Epoch,
 }
 
 /// The database, as far as the outcome of one commit depends on it. Each call is one statement.
@@ -159,7 +162,8 @@ impl Chain {
     /// The error for a row with a token that this process has not given it.
     fn superseded(&self, now: Stored) -> StoreError {
         let Self { store, epoch, stored, .. } = self;
-        if now.epoch < stored.epoch || now.epoch == stored.epoch && now.commits < stored.commits {
+        let lacks_commits = now.epoch == stored.epoch && now.commits < stored.commits;
+        if now.epoch < stored.epoch || now.claimed < stored.claimed || lacks_commits {
             let problem = format!(
                 "it has {} commits, the last ones of epoch {}, and {} were acknowledged, the last ones of epoch {}: an \
                  older copy has replaced it, such as a standby that did not have all of them",
@@ -168,8 +172,9 @@ impl Chain {
             return StoreError::Corrupt { store: store.clone(), problem };
         }
         // Another process that writes with this epoch was in the way, unless this one has begun it.
-        if now.epoch > *epoch || stored.epoch < *epoch {
-            return StoreError::Fenced { by: now.epoch };
+        let by = now.epoch.max(now.claimed);
+        if by > *epoch || stored.epoch < *epoch {
+            return StoreError::Fenced { by };
         }
         let problem = format!("{store} has the epoch of this process, and a token of another one");
         StoreError::Defect { problem }
@@ -177,7 +182,7 @@ impl Chain {
 
     /// The commit was acknowledged, and then the row had this token.
     fn kept(&mut self, last: Token) {
-        self.stored = Stored { epoch: self.epoch, commits: self.stored.commits + 1 };
+        self.stored = Stored { epoch: self.epoch, commits: self.stored.commits + 1, ..self.stored };
         self.last = last;
     }
 

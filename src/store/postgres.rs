@@ -14,6 +14,7 @@
 mod commit;
 mod connect;
 mod error;
+mod leader;
 mod rows;
 mod schema;
 #[cfg(test)]
@@ -33,8 +34,9 @@ use tokio_util::task::AbortOnDropHandle;
 
 use self::{
     commit::{DURABLE, Line},
-    connect::{Connection, Connector},
+    connect::{APPLICATION, Connection, Connector},
     error::explain,
+    leader::{LastClaim, LeaderRow},
     rows::{Failed, Snapshot, at_once},
     writer::{Writer, failure, read},
 };
@@ -54,8 +56,8 @@ use crate::{
     ledger::{Hash, Node, Part, SealKeys, Signer},
     model::{CycleId, RequestKey, Revision},
     ports::{
-        Checks, Contents, EventFilter, EventPage, Excess, Filter, Found, Log, Page, PageLimits, ResumeError, Retention,
-        Seals, Store, StoreError, StoreSize, Write,
+        Checks, Contents, EventFilter, EventPage, Excess, Filter, Found, Leadership, Log, Page, PageLimits,
+        ResumeError, Retention, Seals, Store, StoreError, StoreSize, Write,
     },
 };
 
@@ -68,46 +70,52 @@ pub(super) struct PostgresStore {
     checks: Checks,
     clock: Clock,
     /// `None` if the database is only looked at.
-    jobs: Option<Jobs>,
-    _writer: Option<AbortOnDropHandle<()>>,
+    writing: Option<Writing>,
     log: SharedLog,
     trouble: Trouble,
+}
+
+/// How a process writes.
+struct Writing {
+    jobs: Jobs,
+    leader: Arc<LeaderRow>,
+    _writer: AbortOnDropHandle<()>,
 }
 
 impl PostgresStore {
     pub(super) async fn open(url: &PostgresUrl, checks: Checks, clock: Clock) -> Result<Self, OpenError> {
         let connector = Arc::new(Connector::new(url.clone(), clock).await?);
-        let mut connection = connector.connect().await?;
+        let mut connection = connector.connect(APPLICATION).await?;
         schema::migrate(&connector, &mut connection).await?;
-        let log = SharedLog::default();
+        let (log, claim) = (SharedLog::default(), LastClaim::default());
         let (jobs, incoming) = Jobs::new();
-        let writer = Writer::new(connector.clone(), log.clone(), checks, clock);
+        let leader = Arc::new(LeaderRow::new(connector.clone(), claim.clone()));
+        let writer = Writer::new(connector.clone(), claim, log.clone(), (checks, clock));
         let writer = AbortOnDropHandle::new(tokio::spawn(writer.run(incoming)));
-        Ok(Self::new(connector, Some(connection), (checks, clock), log, Some((jobs, writer))))
+        Ok(Self::new(connector, connection, (checks, clock), log, Some(Writing { jobs, leader, _writer: writer })))
     }
 
     /// Opens a database to look at it: nothing is written, and [`Store::take_over`] only reads, with the epoch of the
     /// last process that wrote.
     pub(super) async fn look(url: &PostgresUrl, checks: Checks, clock: Clock) -> Result<Self, OpenError> {
         let connector = Arc::new(Connector::new(url.clone(), clock).await?);
-        let connection = connector.connect().await?;
+        let connection = connector.connect(APPLICATION).await?;
         schema::check(&connector, &connection).await?;
-        Ok(Self::new(connector, Some(connection), (checks, clock), SharedLog::default(), None))
+        Ok(Self::new(connector, connection, (checks, clock), SharedLog::default(), None))
     }
 
     fn new(
         connector: Arc<Connector>,
-        connection: Option<Connection>,
+        connection: Connection,
         (checks, clock): (Checks, Clock),
         log: SharedLog,
-        writer: Option<(Jobs, AbortOnDropHandle<()>)>,
+        writing: Option<Writing>,
     ) -> Self {
         let remedy = "see whether the server and the network work, and whether it waits for a standby that is away";
         let trouble = Trouble::new(connector.url().to_string(), remedy);
-        let idle = Mutex::new(connection.into_iter().collect());
+        let idle = Mutex::new(vec![connection]);
         let readers = Arc::new(Readers { connector, idle, permits: Semaphore::new(READERS) });
-        let (jobs, writer) = writer.unzip();
-        Self { readers, checks, clock, jobs, _writer: writer, log, trouble }
+        Self { readers, checks, clock, writing, log, trouble }
     }
 
     /// How records are read now.
@@ -116,7 +124,8 @@ impl PostgresStore {
     }
 
     fn jobs(&self) -> Result<&Jobs, StoreError> {
-        self.jobs.as_ref().ok_or_else(|| StoreError::Defect { problem: "it is only looked at".into() })
+        let jobs = self.writing.as_ref().map(|writing| &writing.jobs);
+        jobs.ok_or_else(|| StoreError::Defect { problem: "it is only looked at".into() })
     }
 }
 
@@ -137,7 +146,7 @@ impl Readers {
         let pooled = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
         match pooled.filter(|connection| !connection.is_closed() && !anew) {
             Some(connection) => Ok(connection),
-            None => self.connector.connect().await,
+            None => self.connector.connect(APPLICATION).await,
         }
     }
 
@@ -178,7 +187,7 @@ impl Readers {
 /// server of the URL takes writes.
 pub async fn migrate(url: &PostgresUrl, clock: Clock) -> Result<Migrated, OpenError> {
     let connector = Connector::new(url.clone(), clock).await?;
-    let mut connection = connector.connect().await?;
+    let mut connection = connector.connect(APPLICATION).await?;
     schema::migrate(&connector, &mut connection).await
 }
 
@@ -212,11 +221,16 @@ pub fn tables(url: &PostgresUrl) -> String {
 }
 
 impl Store for PostgresStore {
+    fn leadership(&self) -> Option<Arc<dyn Leadership>> {
+        let leader = self.writing.as_ref()?.leader.clone();
+        Some(leader)
+    }
+
     fn take_over(&self, seals: Seals) -> BoxFuture<'_, Result<Contents, StoreError>> {
         Box::pin(async move {
-            let Some(jobs) = &self.jobs else {
+            let Some(Writing { jobs, .. }) = &self.writing else {
                 let (connector, how) = (&self.readers.connector, (self.checks, self.clock));
-                let taken = read(connector, &mut Line::new(), how, seals, false).await?;
+                let taken = read(connector, &mut Line::new(APPLICATION), how, seals, false).await?;
                 self.log.begins_after(taken.term.unlogged_to);
                 self.log.set(&taken.term.frontier.log);
                 return Ok(Contents { epoch: taken.term.current, ..taken.contents });

@@ -83,8 +83,10 @@ impl Server {
 
     /// Ends all sessions of orchestrators, whatever they do.
     pub async fn end_sessions(&self) {
-        self.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'orchestrator'")
-            .await;
+        self.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'orchestrator%'",
+        )
+        .await;
     }
 
     /// Changes the tables of the store at this URL, as another program would.

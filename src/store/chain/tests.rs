@@ -76,6 +76,8 @@ enum Incident {
     None,
     /// Another process takes over.
     Rival,
+    /// Another process claims to lead, and has not committed yet.
+    Claim,
     /// An older copy replaces the database, which lacks what was acknowledged.
     OlderCopy,
 }
@@ -84,6 +86,8 @@ enum Incident {
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Row {
     epoch: Epoch,
+    /// The epoch of the last claim, which is in another row.
+    claimed: Epoch,
     token: Token,
     found: Token,
     commits: Vec<Token>,
@@ -122,7 +126,7 @@ impl<'c> Simulated<'c> {
             Incident::None => (LOST, FAILOVERS),
             _ => (LOST_WITH_INCIDENT, FAILOVERS_WITH_INCIDENT),
         };
-        let row = Row { epoch: EARLIER, token: LEFT, found: LEFT, commits: Vec::new() };
+        let row = Row { epoch: EARLIER, claimed: EPOCH, token: LEFT, found: LEFT, commits: Vec::new() };
         Self {
             choices,
             fault,
@@ -197,9 +201,10 @@ impl<'c> Simulated<'c> {
 
     fn incident(&mut self) {
         self.happened = true;
-        if self.incident == Incident::Rival {
-            let row = Row { epoch: Epoch(EPOCH.0 + 1), token: RIVAL, ..self.row() };
-            self.rows.push(row);
+        if matches!(self.incident, Incident::Rival | Incident::Claim) {
+            let (row, rival) = (self.row(), Epoch(EPOCH.0 + 1));
+            let epoch = if self.incident == Incident::Rival { rival } else { row.epoch };
+            self.rows.push(Row { epoch, claimed: rival, token: RIVAL, ..row });
             self.acknowledged = self.rows.len();
         } else {
             // It lacks at least the last one of those that were acknowledged, unless there is only the first row.
@@ -246,13 +251,13 @@ impl Database for Simulated<'_> {
     }
 
     async fn read(&mut self) -> Result<Stored, StoreError> {
-        let Row { epoch, commits, .. } = self.row();
-        Ok(Stored { epoch, commits: commits.len() as u64 })
+        let Row { epoch, claimed, commits, .. } = self.row();
+        Ok(Stored { epoch, commits: commits.len() as u64, claimed })
     }
 }
 
 fn chain() -> Chain {
-    Chain::new("s".into(), EPOCH, (Stored { epoch: EARLIER, commits: 0 }, LEFT), GIVEN)
+    Chain::new("s".into(), EPOCH, (Stored { epoch: EARLIER, commits: 0, claimed: EPOCH }, LEFT), GIVEN)
 }
 
 /// One course: two commits, each with what the process learns of it, and then whatever is still on its way.
@@ -275,19 +280,20 @@ async fn course(database: &mut Simulated<'_>) -> Result<(), String> {
         let statement = database.late.remove(0);
         database.execute(&statement);
     }
-    let Row { epoch, token, commits, .. } = database.row();
+    let Row { claimed, token, commits, .. } = database.row();
+    let has_rival = matches!(database.incident, Incident::Rival | Incident::Claim);
     match ended {
         Some(error) if !database.happened => Err(format!("ended, although nothing was in the way: {error}")),
-        Some(StoreError::Fenced { by }) if database.incident == Incident::Rival && by != epoch => {
-            Err(format!("fenced by epoch {by}, and not by {epoch}"))
+        Some(StoreError::Fenced { by }) if has_rival && by != claimed => {
+            Err(format!("fenced by epoch {by}, and not by {claimed}"))
         }
-        Some(StoreError::Fenced { .. }) if database.incident == Incident::Rival => Ok(()),
-        Some(error) if database.incident == Incident::Rival => Err(error.to_string()),
+        Some(StoreError::Fenced { .. }) if has_rival => Ok(()),
+        Some(error) if has_rival => Err(error.to_string()),
         _ if database.lacks => Ok(()),
         _ if commits != kept => Err(format!("{commits:?} are in the database, and {kept:?} were acknowledged")),
         _ => Ok(()),
     }?;
-    let is_taken_over = database.happened && database.incident == Incident::Rival;
+    let is_taken_over = database.happened && has_rival;
     if is_taken_over && token != RIVAL { Err(format!("wrote {token:?} after the rival")) } else { Ok(()) }
 }
 
@@ -317,8 +323,10 @@ fn each_commit_has_the_outcome_that_was_told_whatever_is_lost_late_or_failed_ove
 
 #[test]
 fn a_process_that_another_one_has_fenced_writes_nothing_more() {
-    let (courses, problem) = all_courses(Fault::None, Incident::Rival);
-    assert_eq!(problem, None, "in course {courses}");
+    for incident in [Incident::Rival, Incident::Claim] {
+        let (courses, problem) = all_courses(Fault::None, incident);
+        assert_eq!(problem, None, "in course {courses}, {incident:?}");
+    }
 }
 
 #[test]

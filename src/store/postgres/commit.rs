@@ -505,14 +505,16 @@ impl<'w> Builder<'w, '_> {
 
 /// The connection of the writer, which is made anew after it was lost.
 pub(super) struct Line {
+    /// The name of its session.
+    application: String,
     connection: Option<Connection>,
     /// By their texts, on this connection.
     prepared: BTreeMap<String, tokio_postgres::Statement>,
 }
 
 impl Line {
-    pub(super) fn new() -> Self {
-        Self { connection: None, prepared: BTreeMap::new() }
+    pub(super) fn new(application: impl Into<String>) -> Self {
+        Self { application: application.into(), connection: None, prepared: BTreeMap::new() }
     }
 
     /// Takes the connection for other use; it is given back by [`Line::give`].
@@ -521,7 +523,7 @@ impl Line {
             return Ok(connection);
         }
         self.prepared.clear();
-        connector.connect().await
+        connector.connect(&self.application).await
     }
 
     pub(super) fn give(&mut self, connection: Connection) {
@@ -529,7 +531,7 @@ impl Line {
     }
 
     /// Executes a statement, and returns its row, if any.
-    async fn execute(
+    pub(super) async fn execute(
         &mut self,
         connector: &Connector,
         text: &str,
@@ -634,18 +636,23 @@ impl Database for Attempt<'_, '_> {
 
     async fn read(&mut self) -> Result<Stored, StoreError> {
         let store = self.connector.url().to_string();
-        let text = format!("SELECT epoch, commits FROM {}.meta WHERE id = 0", self.connector.url().schema());
+        let schema = self.connector.url().schema();
+        let text = format!(
+            "SELECT m.epoch, commits, l.epoch AS claimed FROM {schema}.meta m, {schema}.leader l
+             WHERE m.id = 0 AND l.id = 0"
+        );
         match self.line.execute(self.connector, &text, &[]).await {
             Answer::Executed(row) => {
                 let wrong = |wrong: crate::store::row::Wrong| StoreError::Corrupt {
                     store: store.clone(),
                     problem: wrong.to_string(),
                 };
-                let epoch = Epoch(number(&row, "epoch").map_err(wrong)?);
-                Ok(Stored { epoch, commits: number(&row, "commits").map_err(wrong)? })
+                let epoch = |column| number(&row, column).map(Epoch).map_err(wrong);
+                let commits = number(&row, "commits").map_err(wrong)?;
+                Ok(Stored { epoch: epoch("epoch")?, commits, claimed: epoch("claimed")? })
             }
             Answer::Superseded => {
-                let problem = "its table meta has no row".into();
+                let problem = "its table meta or leader has no row".into();
                 Err(StoreError::Corrupt { store, problem })
             }
             Answer::Refused(error) | Answer::Lost(error) => Err(error),

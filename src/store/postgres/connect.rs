@@ -21,7 +21,15 @@ use super::{
     error::explain,
     url::{CONNECT, PostgresUrl, Verification},
 };
-use crate::{clock::Clock, file, pem::Pem, ports::StoreError};
+use crate::{clock::Clock, file, model::Epoch, pem::Pem, ports::StoreError};
+
+/// The name of sessions that only read, or that write outside of a term.
+pub(super) const APPLICATION: &str = "orchestrator";
+
+/// The name of the sessions that write in the term of this epoch.
+pub(super) fn application_of(epoch: Epoch) -> String {
+    format!("{APPLICATION}/{epoch}")
+}
 
 /// Connects to the servers of one URL.
 pub(super) struct Connector {
@@ -78,15 +86,16 @@ impl Connector {
     }
 
     /// Connects to the first of the hosts that takes writes. Their names are resolved each time, since a failover may
-    /// change where they lead.
+    /// change where they lead. The server shows the session under the name `application`.
     ///
     /// # Errors
     /// None of them does; the message says why of each.
-    pub(super) async fn connect(&self) -> Result<Connection, StoreError> {
+    pub(super) async fn connect(&self, application: &str) -> Result<Connection, StoreError> {
         let store = self.url.to_string();
         let password = self.password().await?;
         let mut problems = Vec::new();
         for (host, mut config) in self.url.of_hosts() {
+            config.application_name(application);
             if let Some(password) = &password {
                 config.password(password);
             }

@@ -36,6 +36,20 @@ CREATE TABLE SCHEMA.meta (
 ) WITH (fillfactor = 10);
 INSERT INTO SCHEMA.meta (id, store_id) VALUES (0, decode(replace(gen_random_uuid()::text, '-', ''), 'hex'));
 
+-- One row: which replica leads. The leader raises `beat` at short intervals. Not in `meta`, which is locked while a
+-- commit waits for a standby.
+CREATE TABLE SCHEMA.leader (
+    id       smallint PRIMARY KEY CHECK (id = 0),
+    epoch    bigint   NOT NULL DEFAULT 0,         -- of the last claim
+    claim    bigint   NOT NULL DEFAULT 0,         -- the id of the last claim, which is random
+    beat     bigint   NOT NULL DEFAULT 0,         -- renewals of all terms, and claims
+    released boolean  NOT NULL DEFAULT true,      -- the term has ended
+    replica  text     NOT NULL DEFAULT '',        -- its name
+    address  text,                                -- where other replicas reach it
+    lease_ms bigint   NOT NULL DEFAULT 0          -- the TTL of its lease
+) WITH (fillfactor = 10);
+INSERT INTO SCHEMA.leader (id) VALUES (0);
+
 -- The history. `record` is the encoded CycleTelemetry, byte for byte as it was first written; the other columns only
 -- find it. It does not compress, so no time is spent on that.
 CREATE TABLE SCHEMA.cycles (

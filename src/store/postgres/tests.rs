@@ -44,7 +44,7 @@ async fn connector(of: &str) -> Connector {
 }
 
 async fn connect(to: &str) -> Result<Connection, StoreError> {
-    connector(to).await.connect().await
+    connector(to).await.connect(APPLICATION).await
 }
 
 async fn migrated(of: &str) -> Result<Migrated, OpenError> {
@@ -275,7 +275,7 @@ async fn a_server_proves_its_name_and_a_user_their_password() {
         (to("localhost", "c.pem"), "c.pem can't be read"),
     ] {
         let refused = match Connector::new(self::url(&url), Clock::system()).await {
-            Ok(connector) => connector.connect().await.map(drop).unwrap_err(),
+            Ok(connector) => connector.connect(APPLICATION).await.map(drop).unwrap_err(),
             Err(error) => error,
         };
         assert!(refused.to_string().contains(said), "{url}: {refused}");

@@ -104,7 +104,6 @@ impl PostgresUrl {
         }
         let mut config = Config::new();
         config
-            .application_name("orchestrator")
             .connect_timeout(CONNECT)
             .keepalives_idle(IDLE)
             .keepalives_interval(PROBE_INTERVAL)

@@ -7,8 +7,9 @@ use tokio::sync::mpsc;
 
 use super::{
     commit::{Attempt, Before, Line, Renewed, Statement},
-    connect::Connector,
+    connect::{APPLICATION, Connector, application_of},
     error::{explain, is_worth_repeating},
+    leader::LastClaim,
     rows::{Failed, Snapshot, at_once},
 };
 use crate::{
@@ -35,6 +36,8 @@ const ATTEMPTS: usize = 5;
 pub(super) struct Taken {
     pub(super) contents: Contents,
     pub(super) term: Term,
+    /// The last epoch for which a replica has claimed to lead.
+    claimed: Epoch,
     /// The token of the row `meta`.
     last: Token,
     /// The token before those that this process gives.
@@ -50,6 +53,8 @@ pub(super) struct Writer {
     term: Option<(Term, Chain)>,
     /// The last epoch that was fixed.
     fixed: Option<Epoch>,
+    /// The term that this replica has claimed last.
+    claim: LastClaim,
     /// For what retention removes.
     searches: Searches,
     /// The log as of the last commit.
@@ -57,9 +62,14 @@ pub(super) struct Writer {
 }
 
 impl Writer {
-    pub(super) fn new(connector: Arc<Connector>, log: SharedLog, checks: Checks, clock: Clock) -> Self {
-        let searches = Searches::default();
-        Self { connector, checks, clock, line: Line::new(), term: None, fixed: None, searches, log }
+    pub(super) fn new(
+        connector: Arc<Connector>,
+        claim: LastClaim,
+        log: SharedLog,
+        (checks, clock): (Checks, Clock),
+    ) -> Self {
+        let (line, searches) = (Line::new(APPLICATION), Searches::default());
+        Self { connector, checks, clock, line, term: None, fixed: None, claim, searches, log }
     }
 
     /// Does the jobs in their order, until no more can come.
@@ -78,11 +88,21 @@ impl Writer {
 
     async fn take_over(&mut self, seals: Seals) -> Result<Contents, StoreError> {
         self.term = None;
+        let claim = self.claim.get();
+        if let Some(epoch) = claim {
+            self.line = Line::new(application_of(epoch));
+        }
         let taken = read(&self.connector, &mut self.line, (self.checks, self.clock), seals, true).await?;
-        let Taken { mut contents, mut term, last, given } = taken;
-        contents.epoch = contents.epoch.max(self.fixed.map(Epoch::next).unwrap_or_default());
+        let Taken { mut contents, mut term, claimed, last, given } = taken;
+        contents.epoch = match claim {
+            Some(epoch) if epoch != claimed || epoch <= term.current => {
+                return Err(StoreError::Fenced { by: claimed.max(term.current) });
+            }
+            Some(epoch) => epoch,
+            None => contents.epoch.max(claimed.next()).max(self.fixed.map(Epoch::next).unwrap_or_default()),
+        };
         (term.epoch, self.fixed) = (contents.epoch, Some(contents.epoch));
-        let stored = Stored { epoch: term.current, commits: term.commits };
+        let stored = Stored { epoch: term.current, commits: term.commits, claimed };
         let chain = Chain::new(self.connector.url().to_string(), term.epoch, (stored, last), given);
         self.log.begins_after(term.unlogged_to);
         self.log.set(&term.frontier.log);
@@ -188,18 +208,20 @@ pub(super) async fn read(
             let (mut contents, term) = read_contents(snapshot, checks, clock, seals)?;
             // The first bits of a random id.
             let tokens = "SELECT token, ('x' || left(replace(gen_random_uuid()::text, '-', ''), 15))::bit(60)::bigint
-                          AS given, (SELECT note FROM SCHEMA.checkpoint) AS note FROM SCHEMA.meta";
+                          AS given, (SELECT note FROM SCHEMA.checkpoint) AS note,
+                          (SELECT epoch FROM SCHEMA.leader) AS claimed FROM SCHEMA.meta";
             let row = snapshot.one(tokens, &[])?;
+            let claimed = Epoch(number(&row, "claimed").map_err(Failed::from)?);
             contents.checkpoint = optional_text(&row, "note").map_err(Failed::from)?;
             let token = |column| Ok::<_, Failed>(Token(integer_of(&row, column)?));
-            Ok((contents, term, token("token")?, token("given")?))
+            Ok((contents, term, claimed, token("token")?, token("given")?))
         })
         .await;
         if let Some((connection, ())) = back {
             line.give(connection);
         }
         match read {
-            Ok((contents, term, last, given)) => return Ok(Taken { contents, term, last, given }),
+            Ok((contents, term, claimed, last, given)) => return Ok(Taken { contents, term, claimed, last, given }),
             Err(Refused::Unreadable(Failed::Statement(error))) if is_worth_repeating(&error) && attempts < ATTEMPTS => {
             }
             Err(Refused::Unreadable(failed)) => return Err(failure(connector, &failed)),

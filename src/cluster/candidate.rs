@@ -1,0 +1,181 @@
+//! A follower that takes over once no replica leads.
+
+use std::{mem, sync::Arc, time::Duration};
+
+use jiff::SignedDuration;
+use tokio::time::{Instant, sleep};
+
+use super::{Membership, lease::Lease};
+use crate::{
+    host::Host,
+    model::{Epoch, Role},
+    ports::{Claim, ClaimId, Claimed, Leadership, Observed, Renewed, StoreError},
+};
+
+/// The row is observed ten times in each TTL, and at least at this interval: a released term is taken over in less than
+/// a second.
+const LOOKS: u32 = 10;
+const LONGEST_PAUSE: Duration = Duration::from_millis(250);
+/// Largest difference between the clock of a leader and that of the database. Each leader dates ticks by its own clock,
+/// and a loop waits for a clock that was set back by up to a minute.
+const MAX_OFFSET: SignedDuration = SignedDuration::from_secs(45);
+
+/// Observes the row, and claims it once no replica leads.
+pub struct Candidate {
+    leadership: Arc<dyn Leadership>,
+    membership: Membership,
+    lease_ttl: Duration,
+    host: Host,
+    /// The row, and when the first answer arrived that showed it so.
+    seen: Option<(Observed, Instant)>,
+    /// The last claim of this replica, and whether its outcome is known.
+    claimed: Option<(ClaimId, Outcome)>,
+    /// True while its clock is too far off, which is logged once.
+    is_off: bool,
+    /// True while the row can't be read, likewise.
+    is_blind: bool,
+}
+
+/// What is known of a claim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outcome {
+    Known,
+    Unknown,
+}
+
+/// A term that this replica has begun.
+#[derive(Debug)]
+pub struct Won {
+    /// Its epoch.
+    pub epoch: Epoch,
+    /// Its lease.
+    pub lease: Lease,
+}
+
+impl Candidate {
+    /// A candidate for terms with leases of this TTL.
+    pub fn new(leadership: Arc<dyn Leadership>, membership: Membership, lease_ttl: Duration, host: Host) -> Self {
+        Self { leadership, membership, lease_ttl, host, seen: None, claimed: None, is_off: false, is_blind: false }
+    }
+
+    /// Waits until this replica leads. It has to be a follower.
+    pub async fn wins(&mut self) -> Won {
+        loop {
+            match self.look(true).await {
+                Ok(Some(won)) => return won,
+                Ok(None) => self.is_blind = false,
+                Err(error) => {
+                    if !mem::replace(&mut self.is_blind, true) {
+                        tracing::warn!(%error, "it is not known which replica leads");
+                    }
+                }
+            }
+            self.pause().await;
+        }
+    }
+
+    /// Follows, and never leads.
+    pub async fn only_follows(&mut self) {
+        loop {
+            let _ = self.look(false).await;
+            self.pause().await;
+        }
+    }
+
+    async fn pause(&self) {
+        sleep((self.lease_ttl / LOOKS).min(LONGEST_PAUSE)).await;
+    }
+
+    /// Observes the row once, and claims it if no replica leads and this one `may_lead`.
+    ///
+    /// # Errors
+    /// The row can't be read, or the outcome of a claim is not known.
+    pub async fn look(&mut self, may_lead: bool) -> Result<Option<Won>, StoreError> {
+        let asked = Instant::now();
+        let observed = match self.leadership.observe().await {
+            Ok(observed) => observed,
+            Err(error) => {
+                // What was seen before says nothing of the time since.
+                self.seen = None;
+                self.membership.set(Role::Follower { leader: None });
+                return Err(error);
+            }
+        };
+        let arrived = Instant::now();
+        // Half of the time that the answer took.
+        let read_at = self.host.clock.now().saturating_sub(asked.elapsed() / 2).unwrap_or_default();
+        let offset = observed.time.duration_since(read_at);
+        self.membership.set_clock_offset(offset);
+        let own = self.claimed.filter(|(id, _)| *id == observed.claim).map(|(_, outcome)| outcome);
+        if own == Some(Outcome::Unknown) {
+            return self.confirm(observed.epoch).await;
+        }
+        let place = |observed: &Observed| (observed.epoch, observed.beat);
+        let since = match &self.seen {
+            Some((seen, since)) if place(seen) == place(&observed) => *since,
+            _ => arrived,
+        };
+        let waits_for = observed.lease_ttl.max(self.lease_ttl);
+        // A term of its own is over: otherwise it would not look.
+        let is_free = observed.leader.is_none() || own.is_some() || since.elapsed() >= waits_for;
+        self.seen = Some((observed.clone(), since));
+        self.membership.set(Role::Follower { leader: observed.leader.clone().filter(|_| !is_free) });
+        if !is_free || !may_lead || !self.has_good_clock(offset) {
+            return Ok(None);
+        }
+        self.claim(&observed).await
+    }
+
+    async fn claim(&mut self, seen: &Observed) -> Result<Option<Won>, StoreError> {
+        let Host { clock, random } = &self.host;
+        let id = ClaimId::of(random.id64());
+        let claim = Claim {
+            id,
+            replica: self.membership.replica().clone(),
+            lease_ttl: self.lease_ttl,
+            at_least: Epoch::by_clock(clock.now()),
+        };
+        self.claimed = Some((id, Outcome::Unknown));
+        let sent = clock.moment();
+        let claimed = self.leadership.claim(seen, &claim).await?;
+        self.claimed = Some((id, Outcome::Known));
+        Ok(match claimed {
+            Claimed::Won(epoch) => Some(self.won(epoch, Lease::new(self.lease_ttl, self.host.clock, sent))),
+            Claimed::Lost => None,
+        })
+    }
+
+    /// Finds out whether a claim holds that was executed, although its answer was lost: it may be lost in a failover.
+    async fn confirm(&mut self, epoch: Epoch) -> Result<Option<Won>, StoreError> {
+        let sent = self.host.clock.moment();
+        let renewed = self.leadership.renew(epoch).await?;
+        self.claimed = self.claimed.map(|(id, _)| (id, Outcome::Known));
+        Ok(match renewed {
+            Renewed::Acknowledged => Some(self.won(epoch, Lease::new(self.lease_ttl, self.host.clock, sent))),
+            Renewed::Superseded => None,
+        })
+    }
+
+    fn won(&mut self, epoch: Epoch, lease: Lease) -> Won {
+        self.seen = None;
+        tracing::info!(epoch = epoch.0, replica = self.membership.replica().name, "this replica has claimed to lead");
+        Won { epoch, lease }
+    }
+
+    /// False if its clock is too far from that of the database.
+    fn has_good_clock(&mut self, offset: SignedDuration) -> bool {
+        let is_off = offset.abs() > MAX_OFFSET;
+        if is_off && !mem::replace(&mut self.is_off, is_off) {
+            tracing::error!(
+                ?offset,
+                "this replica does not lead: its clock differs from that of the database by more than {MAX_OFFSET:#}; \
+                 set both by NTP"
+            );
+        }
+        self.is_off = is_off;
+        !is_off
+    }
+}
+
+#[cfg(test)]
+mod tests;

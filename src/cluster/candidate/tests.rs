@@ -1,0 +1,283 @@
+//! Candidates over a row in memory, on paused time.
+
+use std::sync::{Mutex, MutexGuard};
+
+use futures_util::future::BoxFuture;
+use jiff::Timestamp;
+use tokio::time::{Instant, advance, timeout};
+
+use super::*;
+use crate::{
+    clock::Clock,
+    cluster::keep,
+    model::{Leader, Replica},
+};
+
+const TTL: Duration = Duration::from_secs(10);
+const PAUSE: Duration = Duration::from_millis(250);
+
+/// A row in memory. All clones are the same.
+#[derive(Clone)]
+struct Row(Arc<Mutex<State>>);
+
+struct State {
+    row: Observed,
+    clock: Clock,
+    /// True while nothing can be read or written.
+    is_away: bool,
+    /// What happens to the next claim.
+    next_claim: NextClaim,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum NextClaim {
+    Answered,
+    /// It is executed, and its answer is lost.
+    AnswerLost,
+    /// It is not executed, and there is no answer.
+    Lost,
+}
+
+impl Row {
+    fn new(clock: Clock) -> Self {
+        let row = Observed {
+            epoch: Epoch(0),
+            beat: 0,
+            claim: ClaimId(0),
+            leader: None,
+            lease_ttl: Duration::ZERO,
+            time: clock.now(),
+        };
+        Self(Arc::new(Mutex::new(State { row, clock, is_away: false, next_claim: NextClaim::Answered })))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap()
+    }
+
+    fn set_away(&self, is_away: bool) {
+        self.state().is_away = is_away;
+    }
+
+    /// Does this, unless the row is away.
+    fn ask<T: Send + 'static>(
+        &self,
+        ask: impl FnOnce(&mut State) -> Result<T, StoreError>,
+    ) -> BoxFuture<'static, Result<T, StoreError>> {
+        let mut state = self.state();
+        let answer = if state.is_away { Err(away()) } else { ask(&mut state) };
+        Box::pin(async { answer })
+    }
+}
+
+fn away() -> StoreError {
+    StoreError::Unavailable { store: "s".into(), problem: "away".into() }
+}
+
+impl Leadership for Row {
+    fn observe(&self) -> BoxFuture<'_, Result<Observed, StoreError>> {
+        self.ask(|state| Ok(Observed { time: state.clock.now(), ..state.row.clone() }))
+    }
+
+    fn claim<'a>(&'a self, seen: &'a Observed, claim: &'a Claim) -> BoxFuture<'a, Result<Claimed, StoreError>> {
+        self.ask(|state| {
+            let next = mem::replace(&mut state.next_claim, NextClaim::Answered);
+            if next == NextClaim::Lost {
+                return Err(away());
+            }
+            if (seen.epoch, seen.beat) != (state.row.epoch, state.row.beat) {
+                return Ok(Claimed::Lost);
+            }
+            let epoch = state.row.epoch.next().max(claim.at_least);
+            state.row = Observed {
+                epoch,
+                beat: state.row.beat + 1,
+                claim: claim.id,
+                leader: Some(Leader { replica: claim.replica.clone(), epoch }),
+                lease_ttl: claim.lease_ttl,
+                time: state.row.time,
+            };
+            if next == NextClaim::AnswerLost { Err(away()) } else { Ok(Claimed::Won(epoch)) }
+        })
+    }
+
+    fn renew(&self, epoch: Epoch) -> BoxFuture<'_, Result<Renewed, StoreError>> {
+        self.ask(|state| {
+            if state.row.epoch != epoch || state.row.leader.is_none() {
+                return Ok(Renewed::Superseded);
+            }
+            state.row.beat += 1;
+            Ok(Renewed::Acknowledged)
+        })
+    }
+
+    fn release(&self, epoch: Epoch) -> BoxFuture<'_, Result<(), StoreError>> {
+        self.ask(|state| {
+            if state.row.epoch == epoch {
+                (state.row.leader, state.row.beat) = (None, state.row.beat + 1);
+            }
+            Ok(())
+        })
+    }
+}
+
+fn replica(name: &str) -> Replica {
+    Replica { name: name.into(), address: None }
+}
+
+fn candidate(row: &Row, name: &str, clock: Clock) -> (Candidate, Membership) {
+    let membership = Membership::of(replica(name));
+    let random = Host::simulated(Timestamp::UNIX_EPOCH, name.bytes().map(u64::from).sum()).random;
+    let host = Host { clock, random };
+    (Candidate::new(Arc::new(row.clone()), membership.clone(), TTL, host), membership)
+}
+
+fn clock() -> Clock {
+    Clock::simulated(Timestamp::UNIX_EPOCH)
+}
+
+/// A leader whose lease is renewed, until this is aborted.
+async fn leading(row: &Row, name: &str, clock: Clock) -> (Epoch, tokio::task::JoinHandle<()>) {
+    let (mut candidate, _) = candidate(row, name, clock);
+    let Won { epoch, lease } = candidate.wins().await;
+    let row = row.clone();
+    (epoch, tokio::spawn(async move { keep(&row, epoch, &lease).await }))
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_several_candidates_one_leads_and_the_others_know_it() {
+    let clock = clock();
+    let row = Row::new(clock);
+    let (mut one, _) = candidate(&row, "one", clock);
+    let won = one.look(true).await.unwrap().unwrap();
+    let (mut other, followed) = candidate(&row, "other", clock);
+    assert!(other.look(true).await.unwrap().is_none());
+    let leader = Leader { replica: replica("one"), epoch: won.epoch };
+    assert_eq!(followed.role(), Role::Follower { leader: Some(leader) });
+    assert_eq!(followed.changes(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_leader_that_is_gone_is_waited_for_during_its_ttl() {
+    let clock = clock();
+    let row = Row::new(clock);
+    let (first, renewing) = leading(&row, "one", clock).await;
+    let (mut other, followed) = candidate(&row, "other", clock);
+    assert!(timeout(TTL * 3, other.wins()).await.is_err());
+    renewing.abort();
+    let gone = Instant::now();
+    let won = other.wins().await;
+    assert!(won.epoch > first);
+    // The last renewal came up to a quarter before, and was seen up to a pause later.
+    assert!(gone.elapsed() > TTL * 3 / 4 - PAUSE && gone.elapsed() <= TTL + PAUSE * 2, "{:?}", gone.elapsed());
+    assert_eq!(followed.role(), Role::Follower { leader: None });
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_leader_with_a_longer_lease_is_waited_for_as_long() {
+    let clock = clock();
+    let row = Row::new(clock);
+    let (_, renewing) = leading(&row, "one", clock).await;
+    renewing.abort();
+    row.state().row.lease_ttl = TTL * 5;
+    let (mut other, _) = candidate(&row, "other", clock);
+    assert!(timeout(TTL * 5 - PAUSE, other.wins()).await.is_err());
+    assert!(timeout(PAUSE * 4, other.wins()).await.is_ok());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failed_read_restarts_the_wait() {
+    let clock = clock();
+    let row = Row::new(clock);
+    let (_, renewing) = leading(&row, "one", clock).await;
+    renewing.abort();
+    let (mut other, _) = candidate(&row, "other", clock);
+    assert!(timeout(TTL * 9 / 10, other.wins()).await.is_err());
+    row.set_away(true);
+    assert!(other.look(true).await.is_err());
+    row.set_away(false);
+    assert!(timeout(TTL * 9 / 10, other.wins()).await.is_err());
+    assert!(timeout(TTL / 2, other.wins()).await.is_ok());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_candidate_that_was_stopped_looks_again_before_it_claims() {
+    let clock = clock();
+    let row = Row::new(clock);
+    let (_, renewing) = leading(&row, "one", clock).await;
+    let (mut other, _) = candidate(&row, "other", clock);
+    assert!(other.look(true).await.unwrap().is_none());
+    // The leader goes on meanwhile.
+    tokio::time::sleep(TTL * 3).await;
+    assert!(other.look(true).await.unwrap().is_none());
+    renewing.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_released_term_is_claimed_at_once() {
+    let clock = clock();
+    let row = Row::new(clock);
+    let (epoch, renewing) = leading(&row, "one", clock).await;
+    row.release(epoch).await.unwrap();
+    renewing.await.unwrap();
+    let (mut other, _) = candidate(&row, "other", clock);
+    assert!(other.look(true).await.unwrap().unwrap().epoch > epoch);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_claim_whose_answer_was_lost_holds_once_a_renewal_is_acknowledged() {
+    let clock = clock();
+    let row = Row::new(clock);
+    let (mut one, _) = candidate(&row, "one", clock);
+    row.state().next_claim = NextClaim::AnswerLost;
+    one.look(true).await.unwrap_err();
+    let (mut other, _) = candidate(&row, "other", clock);
+    assert!(other.look(true).await.unwrap().is_none());
+    let won = one.look(true).await.unwrap().unwrap();
+    assert_eq!(won.epoch, row.state().row.epoch);
+    assert_eq!(won.lease.remaining(), TTL * 9 / 10);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_claim_that_was_lost_is_no_term() {
+    let clock = clock();
+    let row = Row::new(clock);
+    let (mut one, _) = candidate(&row, "one", clock);
+    row.state().next_claim = NextClaim::Lost;
+    one.look(true).await.unwrap_err();
+    let (epoch, renewing) = leading(&row, "other", clock).await;
+    assert!(one.look(true).await.unwrap().is_none());
+    assert_eq!(row.state().row.epoch, epoch);
+    renewing.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_replica_whose_clock_is_wrong_does_not_lead() {
+    for (offset, leads) in [(44, true), (-44, true), (46, false), (-46, false)] {
+        let of_database = Clock::simulated(Timestamp::from_second(1000).unwrap());
+        let row = Row::new(of_database);
+        let off = Clock::simulated(Timestamp::from_second(1000 + offset).unwrap());
+        let (mut one, membership) = candidate(&row, "one", off);
+        assert_eq!(one.look(true).await.unwrap().is_some(), leads, "{offset}");
+        assert_eq!(membership.clock_offset(), Some(SignedDuration::from_secs(-offset)));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_lease_is_valid_any_more_when_another_replica_leads() {
+    let clock = clock();
+    let row = Row::new(clock);
+    let (mut one, _) = candidate(&row, "one", clock);
+    let Won { epoch, lease } = one.wins().await;
+    // Its last renewal, whose answer takes a while.
+    advance(Duration::from_secs(2)).await;
+    let sent = clock.moment();
+    row.renew(epoch).await.unwrap();
+    let (mut other, _) = candidate(&row, "other", clock);
+    let takes_over = tokio::spawn(async move { other.wins().await.epoch });
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    lease.renewed(sent);
+    lease.lapsed().await;
+    assert!(!takes_over.is_finished());
+    takes_over.await.unwrap();
+}

@@ -1,0 +1,225 @@
+//! The row that says which replica leads. Its renewals are as durable as commits: otherwise a primary that has lost its
+//! standby would keep its leader, while another one leads on the standby that was promoted.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use futures_util::future::BoxFuture;
+use jiff::Timestamp;
+use tokio::sync::Mutex;
+use tokio_postgres::types::ToSql;
+
+use super::{
+    commit::{DURABLE, Line},
+    connect::{APPLICATION, Connector, application_of},
+};
+use crate::{
+    model::{Endpoint, Epoch, Leader, Replica},
+    ports::{Claim, ClaimId, Claimed, Leadership, Observed, Renewed, StoreError},
+    store::{
+        chain::Answer,
+        contents::check_unsealed_epoch,
+        row::{Wrong, flag, integer, integer_of, number, optional_text},
+    },
+};
+
+/// Longest time that a claim waits for a commit or a renewal of the earlier leader that is under way. Longer than these
+/// take, and short beside the smallest TTL.
+const LOCK_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// The term that this replica has claimed last, and whose claim was acknowledged. All clones are the same.
+#[derive(Clone, Debug, Default)]
+pub(super) struct LastClaim(Arc<AtomicU64>);
+
+impl LastClaim {
+    /// `None` if there is none.
+    pub(super) fn get(&self) -> Option<Epoch> {
+        Some(Epoch(self.0.load(Ordering::Acquire))).filter(|epoch| *epoch != Epoch::default())
+    }
+
+    /// Epochs only rise.
+    fn set(&self, epoch: Epoch) {
+        self.0.fetch_max(epoch.0, Ordering::AcqRel);
+    }
+}
+
+/// The row, over a connection of its own: renewals must not wait for commits.
+pub(super) struct LeaderRow {
+    connector: Arc<Connector>,
+    line: Mutex<Line>,
+    claim: LastClaim,
+}
+
+impl LeaderRow {
+    pub(super) fn new(connector: Arc<Connector>, claim: LastClaim) -> Self {
+        Self { connector, line: Mutex::new(Line::new(candidates())), claim }
+    }
+
+    fn schema(&self) -> &str {
+        self.connector.url().schema()
+    }
+
+    /// Executes a statement. If this is dropped, so is the connection.
+    async fn execute(
+        &self,
+        text: &str,
+        parameters: &[&(dyn ToSql + Sync)],
+    ) -> Result<Option<tokio_postgres::Row>, StoreError> {
+        match self.line.lock().await.execute(&self.connector, text, parameters).await {
+            Answer::Executed(row) => Ok(Some(row)),
+            Answer::Superseded => Ok(None),
+            Answer::Refused(error) | Answer::Lost(error) => Err(error),
+        }
+    }
+
+    fn corrupt(&self, wrong: &Wrong) -> StoreError {
+        StoreError::Corrupt { store: self.connector.url().to_string(), problem: format!("leader: {wrong}") }
+    }
+
+    /// Ends sessions that have locked a row and don't go on: their processes have stopped between two messages of a
+    /// commit, or within a transaction, and no timeout of the server would free the row. Never those that wait for a
+    /// standby: their commits may be kept.
+    async fn end_stalled(&self, earlier: Epoch) -> Result<(), StoreError> {
+        let schema = self.schema();
+        let text = format!(
+            "SELECT pid, pg_terminate_backend(pid) FROM pg_stat_activity a
+             WHERE datname = current_database() AND application_name IN ($1, $2)
+                 AND wait_event = 'ClientRead' AND backend_xid IS NOT NULL
+                 AND state_change < clock_timestamp() - interval '{} ms'
+                 AND EXISTS (SELECT 1 FROM pg_locks k
+                             WHERE k.pid = a.pid AND k.mode IN ('RowExclusiveLock', 'RowShareLock')
+                                 AND k.relation IN ('{schema}.meta'::regclass, '{schema}.leader'::regclass))
+             LIMIT 1",
+            LOCK_TIMEOUT.as_millis()
+        );
+        if let Some(row) = self.execute(&text, &[&application_of(earlier), &candidates()]).await? {
+            let pid: i32 = row.get(0);
+            tracing::warn!(pid, "ended a session of the earlier leader, which had stopped in the middle of a commit");
+        }
+        Ok(())
+    }
+}
+
+/// The name of sessions that may claim the row.
+fn candidates() -> String {
+    format!("{APPLICATION}/candidate")
+}
+
+impl Leadership for LeaderRow {
+    fn observe(&self) -> BoxFuture<'_, Result<Observed, StoreError>> {
+        Box::pin(async move {
+            let text = format!(
+                "SELECT epoch, claim, beat, released, replica, address, lease_ms,
+                        (extract(epoch FROM clock_timestamp()) * 1000)::bigint AS time
+                 FROM {}.leader WHERE id = 0",
+                self.schema()
+            );
+            let row = self.execute(&text, &[]).await?;
+            let row = row.ok_or_else(|| self.corrupt(&Wrong::new("row", "is not there")))?;
+            observed(&row).map_err(|wrong| self.corrupt(&wrong))
+        })
+    }
+
+    fn claim<'a>(&'a self, seen: &'a Observed, claim: &'a Claim) -> BoxFuture<'a, Result<Claimed, StoreError>> {
+        Box::pin(async move {
+            let schema = self.schema();
+            // The new token of `meta` fences the commits of earlier epochs, and of those no other column changes: they
+            // are sealed.
+            let text = format!(
+                "WITH {DURABLE},
+                 patience AS (SELECT set_config('lock_timeout', '{}ms', true) FROM durable),
+                 claimed AS (
+                     UPDATE {schema}.leader l
+                     SET epoch = greatest(l.epoch + 1, m.epoch + 1, $3), claim = $4, beat = beat + 1, released = false,
+                         replica = $5, address = $6, lease_ms = $7
+                     FROM patience, {schema}.meta m WHERE l.id = 0 AND m.id = 0 AND l.epoch = $1 AND l.beat = $2
+                     RETURNING l.epoch
+                 ),
+                 fenced AS (UPDATE {schema}.meta SET token = $4 FROM claimed WHERE id = 0 RETURNING 1)
+                 SELECT epoch FROM claimed, fenced",
+                LOCK_TIMEOUT.as_millis()
+            );
+            let Claim { id, replica, lease_ttl, at_least } = claim;
+            let address = replica.address.as_ref().map(ToString::to_string);
+            let lease_ms = i64::try_from(lease_ttl.as_millis()).unwrap_or(i64::MAX);
+            let (epoch, beat, at_least) = (integer(seen.epoch.0), integer(seen.beat), integer(at_least.0));
+            let parameters: [&(dyn ToSql + Sync); 7] =
+                [&epoch, &beat, &at_least, &integer(id.0), &replica.name, &address, &lease_ms];
+            let row = match self.execute(&text, &parameters).await {
+                Ok(row) => row,
+                Err(error) => {
+                    self.end_stalled(seen.epoch).await?;
+                    return Err(error);
+                }
+            };
+            let Some(row) = row else { return Ok(Claimed::Lost) };
+            let epoch = Epoch(number(&row, "epoch").map_err(|wrong| self.corrupt(&wrong))?);
+            self.claim.set(epoch);
+            // So that a later candidate recognizes the session.
+            *self.line.lock().await = Line::new(application_of(epoch));
+            Ok(Claimed::Won(epoch))
+        })
+    }
+
+    fn renew(&self, epoch: Epoch) -> BoxFuture<'_, Result<Renewed, StoreError>> {
+        Box::pin(async move {
+            let text = format!(
+                "WITH {DURABLE}
+                 UPDATE {}.leader SET beat = beat + 1 FROM durable WHERE id = 0 AND epoch = $1 AND NOT released
+                 RETURNING 1",
+                self.schema()
+            );
+            let row = self.execute(&text, &[&integer(epoch.0)]).await?;
+            Ok(match row {
+                Some(_) => {
+                    self.claim.set(epoch);
+                    Renewed::Acknowledged
+                }
+                None => Renewed::Superseded,
+            })
+        })
+    }
+
+    fn release(&self, epoch: Epoch) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(async move {
+            let text = format!(
+                "WITH {DURABLE}
+                 UPDATE {}.leader SET beat = beat + 1, released = true FROM durable WHERE id = 0 AND epoch = $1
+                 RETURNING 1",
+                self.schema()
+            );
+            self.execute(&text, &[&integer(epoch.0)]).await?;
+            *self.line.lock().await = Line::new(candidates());
+            Ok(())
+        })
+    }
+}
+
+fn observed(row: &tokio_postgres::Row) -> Result<Observed, Wrong> {
+    let epoch = Epoch(number(row, "epoch")?);
+    // Nothing seals the row.
+    check_unsealed_epoch(epoch).map_err(|problem| Wrong::new("epoch", problem))?;
+    let leader = if flag(row, "released")? || epoch == Epoch::default() {
+        None
+    } else {
+        let address = optional_text(row, "address")?;
+        let address = address.map(|address| Endpoint::parse(&address)).transpose();
+        let address = address.map_err(|problem| Wrong::new("address", problem))?;
+        let name = optional_text(row, "replica")?.unwrap_or_default();
+        Some(Leader { replica: Replica { name, address }, epoch })
+    };
+    let time = Timestamp::from_millisecond(integer_of(row, "time")?);
+    Ok(Observed {
+        epoch,
+        beat: number(row, "beat")?,
+        claim: ClaimId(number(row, "claim")?),
+        leader,
+        lease_ttl: Duration::from_millis(number(row, "lease_ms")?),
+        time: time.map_err(|error| Wrong::new("time", error.to_string()))?,
+    })
+}
