@@ -40,6 +40,8 @@ struct Member {
     has_peers: bool,
     role: watch::Sender<Role>,
     lease: watch::Sender<Option<Lease>>,
+    /// True if the database has answered when it was asked last who leads.
+    sees: watch::Sender<bool>,
     /// Number of terms that this replica has seen begin, its own among them.
     changes: AtomicU64,
     /// By how many milliseconds the clock of the database is ahead; `i64::MIN` before it is known.
@@ -52,9 +54,10 @@ impl Membership {
         Self::new(replica, true, Role::Follower { leader: None })
     }
 
-    /// The only process of an orchestrator, which leads for this term.
-    pub fn alone(replica: Replica, epoch: Epoch) -> Self {
-        Self::new(replica, false, Role::Leader { epoch })
+    /// The only process of an orchestrator, which leads for this term; `None` if it only looks at its store.
+    pub fn alone(replica: Replica, epoch: Option<Epoch>) -> Self {
+        let role = epoch.map_or(Role::Follower { leader: None }, |epoch| Role::Leader { epoch });
+        Self::new(replica, false, role)
     }
 
     fn new(replica: Replica, has_peers: bool, role: Role) -> Self {
@@ -63,6 +66,7 @@ impl Membership {
             has_peers,
             role: watch::Sender::new(role),
             lease: watch::Sender::new(None),
+            sees: watch::Sender::new(true),
             changes: AtomicU64::new(0),
             clock_offset: AtomicI64::new(i64::MIN),
         }))
@@ -104,6 +108,11 @@ impl Membership {
         (offset != i64::MIN).then(|| SignedDuration::from_millis(offset))
     }
 
+    /// True if the database has answered when it was asked last who leads, and each change of that.
+    pub fn sees(&self) -> watch::Receiver<bool> {
+        self.0.sees.subscribe()
+    }
+
     /// It leads from now on, under this lease.
     pub fn leads(&self, epoch: Epoch, lease: Lease) {
         self.0.lease.send_replace(Some(lease));
@@ -132,6 +141,10 @@ impl Membership {
         if is_new && begins {
             self.0.changes.fetch_add(1, Ordering::Relaxed);
         }
+    }
+
+    fn set_sees(&self, sees: bool) {
+        self.0.sees.send_if_modified(|now| std::mem::replace(now, sees) != sees);
     }
 
     fn set_clock_offset(&self, offset: SignedDuration) {

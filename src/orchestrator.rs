@@ -9,16 +9,18 @@
 //! - reads: `status`, `history`, `watch` (the stream) with `live` (progress), `snapshots`, `figures` (for metrics),
 //!   `checkpoints` and proofs of the log;
 //! - the process: `recovery` at its start, `tasks` and its end, `reload`, `retention`, `audit` of calls that change
-//!   nothing.
+//!   nothing, `lead` where another replica may lead.
 
 mod admission;
 mod attended;
 mod audit;
 mod checkpoints;
 mod conductor;
+mod ended;
 mod entries;
 mod figures;
 mod history;
+mod lead;
 mod line;
 mod live;
 mod loops;
@@ -168,6 +170,8 @@ struct State {
     /// The unreadable records that were logged.
     unreadable: BTreeSet<(CycleId, Revision)>,
     draining: bool,
+    /// True while this replica can't confirm that it leads.
+    has_lapsed: bool,
     counts: Counts,
 }
 

@@ -265,6 +265,17 @@ impl Loops {
         set_back
     }
 
+    /// Accounts for ticks that were due while none could fire, as if no process had run, and plans the next ones.
+    pub fn catch_up(&mut self, now: Timestamp) {
+        let with_ticks = |(name, entry): (&Name, &LoopEntry)| entry.next.is_some().then(|| name.clone());
+        for name in self.entries.iter().filter_map(with_ticks).collect::<Vec<_>>() {
+            if let Some(entry) = self.entries.get_mut(&name) {
+                entry.catch_up(now, &self.random);
+            }
+            self.touch(name);
+        }
+    }
+
     /// When the next tick fires.
     pub fn next_at(&self) -> Option<Timestamp> {
         self.entries.values().filter_map(|entry| entry.next).map(|tick| tick.fires_at).min()
@@ -597,6 +608,16 @@ mod tests {
         assert_eq!(fire(&mut loops, at(105)), [at(100)]);
         let ticks = loops.get(&name()).unwrap().state.ticks;
         assert_eq!((ticks.missed, ticks.coalesced, ticks.ran), (3, 5, 1));
+    }
+
+    #[test]
+    fn a_time_in_which_no_tick_could_fire_counts_as_downtime() {
+        let mut loops = Loops::new(Random::seeded(0));
+        loops.put(loops.started(every(10, CatchUp::None), LoopOrigin::Rpc, at(3)));
+        loops.catch_up(at(55));
+        let state = &loops.get(&name()).unwrap().state;
+        assert_eq!((state.ticks.missed, state.ticks.ran, state.accounted_to), (5, 0, Some(at(50))));
+        assert_eq!(loops.next_at(), Some(at(60)));
     }
 
     #[test]

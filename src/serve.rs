@@ -3,32 +3,38 @@
 mod log;
 mod manager;
 mod operator;
+mod terms;
 mod tls;
 
 use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use rustix::process::{Resource, Rlimit, geteuid, getrlimit, setrlimit};
 use tokio::{join, select, time::timeout};
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::{
+    sync::{CancellationToken, DropGuard},
+    task::AbortOnDropHandle,
+};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 pub use self::{log::LogBreak, operator::Operator, tls::check_tls};
 use self::{
     operator::{Wish, aborted},
+    terms::{Parts, Terms},
     tls::Certificates,
 };
 use crate::{
     access::{Mode, Policy},
     api::{self, Api},
+    cluster::Membership,
     config::{self, Config, ConfigError, OutOfReach, Reload},
     dial::Dialer,
     file::Changes,
     host::Host,
     listen::{self, Connections, Entrance, Limits, Peer},
     memory::{self, Memory, Shares},
-    model::Begin,
-    orchestrator::{Declared, Orchestrator, OrchestratorTasks, Refusal, Settings, Stopped},
-    ports::{Retention, Spans, StoreError, Untraced},
+    model::{Begin, Replica, is_orchestrator_id},
+    orchestrator::{Declared, Refusal, Settings, Stopped, Sums, TakenOver},
+    ports::{Leadership, Retention, Spans, Store, StoreError, Untraced},
     record,
     store::{self, KeyFileError, OpenError, StoreUrl},
     tasks::{Task, TaskEnded, Tasks},
@@ -42,6 +48,9 @@ use crate::{
 
 /// The name under which `grpc.health.v1` knows the service; the empty name stands for the whole process.
 const SERVICE: &str = "dreamnet.orchestrator.v1.Orchestrator";
+
+/// The name under which the health service says whether this replica leads.
+const LEADER: &str = "dreamnet.orchestrator.v1.Orchestrator/leader";
 
 /// The service that shows callers their identity.
 const ACCESS: &str = "dreamnet.orchestrator.v1.Access";
@@ -142,9 +151,10 @@ pub struct Service {
     api: Api,
     certificates: Arc<Certificates>,
     dialer: Arc<Dialer>,
-    orchestrator: Arc<Orchestrator>,
-    tasks: OrchestratorTasks,
+    terms: Terms,
     health: HealthReporter,
+    /// Keeps the health service up to date with the role of the replica.
+    health_of_role: AbortOnDropHandle<()>,
     servers: Tasks,
     stop_server: CancellationToken,
     _cut_off: DropGuard,
@@ -207,12 +217,8 @@ impl Service {
         let (connect_timeout, tls) = (config.dial.connect_timeout, certificates.dial());
         let dialer = Arc::new(Dialer::with(transport, connect_timeout, replies, tls, config.reach()));
         dialer.revoke(config.access.revoked.clone());
-        let taken_over = if begin == Begin::ReadOnly {
-            log::look(config, store::look(&config.store.url, record::CHECKS, host.clock).await?).await?
-        } else {
-            let store = store::open(&config.store.url, record::CHECKS, host.clock).await?;
-            log::take_over(config, begin, host.random.id128(), store).await?
-        };
+        let sums = Sums::new(host.clock, settings(config).audit_reads);
+        let source = Source::open(config, begin, &host, &sums).await?;
         let (mut exporting, stop_exporting) = (Tasks::default(), CancellationToken::new());
         let (mut exporter, mut spans): (_, Arc<dyn Spans>) = (None, Arc::new(Untraced));
         if let Some(endpoint) = &config.tracing.otlp_endpoint {
@@ -224,25 +230,28 @@ impl Service {
         }
         let for_parents = if config.serves.is_empty() { &[][..] } else { &[SUBSYSTEM] };
         let reflection = listen::reflection(&[&[SERVICE, ACCESS, LEDGER], for_parents].concat())?;
-        let clock = host.clock;
-        let (settings, declared) = (settings(config), declared(config));
-        // The last step that may fail. It begins the new epoch: until then nothing is taken over.
-        let (orchestrator, tasks) =
-            Orchestrator::start(settings, &memory, host, dialer.clone(), taken_over, declared, spans).await?;
-
-        let orchestrator = Arc::new(orchestrator);
-        let (health, health_service) = tonic_health::server::health_reporter();
-        health.set_service_status(SERVICE, ServingStatus::Serving).await;
         let is_insecure = config.is_insecure();
+        let membership = source.membership(config);
+        let (by, requests) = ((host.clock, sums.clone()), memory.requests.clone());
+        let api = Api::new(membership.clone(), policy, by, requests, config.reach(), is_insecure);
+        api.serve_as(config.serves.clone());
+        // The last step that may fail. It begins the new epoch: until then nothing is taken over.
+        let parts = Parts { memory: memory.clone(), host, dialer: dialer.clone(), spans, sums };
+        let terms = match source {
+            Source::Alone(taken_over) => Terms::alone(config, parts, taken_over, api.clone()).await?,
+            Source::Shared(store, leadership) => {
+                Terms::shared(config, begin, parts, (store, leadership), api.clone()).await?
+            }
+        };
+
+        let (health, health_service) = tonic_health::server::health_reporter();
+        let health_of_role = tokio::spawn(keep_health(health.clone(), membership.clone()));
         if is_insecure {
             tracing::warn!(
                 "other machines may be able to use this service without any right: access.mode is not \"enforce\", and \
                  server.insecure_listen_beyond_loopback is set"
             );
         }
-        let requests = memory.requests.clone();
-        let api = Api::new(orchestrator.clone(), policy, clock, requests, config.reach(), is_insecure);
-        api.serve_as(config.serves.clone());
         let of_reflection = api.clone();
         let reflection = reflection.behind(move |request| {
             let peer = request.extensions().get::<Peer>().cloned().unwrap_or_default();
@@ -277,7 +286,7 @@ impl Service {
             let expiries = Box::new(move || of_files.expiries());
             let (dialed, memory_of_all) = (dialer.counts(), memory.clone());
             let metrics = Metrics::default().and_of(calls, exporter, in_front, dialed, expiries, memory_of_all);
-            web.open(api.clone(), metrics.into(), &memory);
+            web.open(api.clone(), metrics.and_of_replica(membership).into(), &memory);
         }
         if let Some(address) = admin_address {
             tracing::info!(%address, "dashboard");
@@ -288,9 +297,9 @@ impl Service {
             api,
             certificates,
             dialer,
-            orchestrator,
-            tasks,
+            terms,
             health,
+            health_of_role: AbortOnDropHandle::new(health_of_role),
             servers,
             stop_server,
             _cut_off: cut_off.drop_guard(),
@@ -332,7 +341,7 @@ impl Service {
         // First, so that a revocation does not wait for the store.
         self.api.apply(policy);
         self.dialer.revoke(config.access.revoked.clone());
-        self.orchestrator.reload(settings(config), declared(config)).await?;
+        self.terms.reload(config).await?;
         self.api.serve_as(config.serves.clone());
         self.drain_grace = config.server.drain_grace;
         warn_of_limits(config, &self.memory);
@@ -359,7 +368,7 @@ impl Service {
     async fn end(&mut self) -> End {
         select! {
             biased;
-            finished = self.tasks.finished() => match finished {
+            finished = self.terms.ended() => match finished {
                 Err(Stopped::Other(ended)) => End::Task(ended),
                 finished => End::Orchestrator(finished),
             },
@@ -389,16 +398,21 @@ impl Service {
 
     async fn drain(mut self) -> Exit {
         tracing::info!(grace = ?self.drain_grace, "shutting down: running cycles may finish");
-        self.health.set_service_status(SERVICE, ServingStatus::NotServing).await;
-        self.health.set_service_status("", ServingStatus::NotServing).await;
-        self.orchestrator.drain();
-        let finished = if let Ok(finished) = timeout(self.drain_grace, self.tasks.finished()).await {
+        self.health_of_role.abort();
+        for service in ["", SERVICE, LEADER] {
+            self.health.set_service_status(service, ServingStatus::NotServing).await;
+        }
+        self.terms.drain();
+        let finished = if let Ok(finished) = timeout(self.drain_grace, self.terms.finished()).await {
             finished
         } else {
             tracing::warn!("the grace period has passed: cancelling running cycles");
-            self.orchestrator.cancel_running();
-            let last = timeout(LAST_WRITE, self.tasks.finished()).await;
-            last.unwrap_or_else(|_| Err(Stopped::Store(self.orchestrator.store_error().unwrap_or_else(not_in_time))))
+            if let Some(orchestrator) = self.terms.orchestrator() {
+                orchestrator.cancel_running();
+            }
+            let last = timeout(LAST_WRITE, self.terms.finished()).await;
+            let why = self.terms.orchestrator().and_then(|orchestrator| orchestrator.store_error());
+            last.unwrap_or_else(|_| Err(Stopped::Store(why.unwrap_or_else(not_in_time))))
         };
         self.ended(finished).await
     }
@@ -408,7 +422,8 @@ impl Service {
         /// Time for the spans of the last cycles, which are sent at the same time as the open answers.
         const LAST_SPANS: Duration = Duration::from_secs(3);
         // Watches of the health service would keep the server running.
-        for service in ["", SERVICE] {
+        self.health_of_role.abort();
+        for service in ["", SERVICE, LEADER] {
             self.health.clear_service_status(service).await;
         }
         self.stop_server.cancel();
@@ -443,6 +458,69 @@ impl Service {
                 ended.log("a task of the service has ended: stopped");
                 Exit::Failed
             }
+        }
+    }
+}
+
+/// What the store says of the terms of this process.
+enum Source {
+    /// It has one, and has taken the store over, or looks at it.
+    Alone(TakenOver),
+    /// It shares the store with other replicas.
+    Shared(Arc<dyn Store>, Arc<dyn Leadership>),
+}
+
+impl Source {
+    async fn open(config: &Config, begin: Begin, host: &Host, sums: &Sums) -> Result<Self, StartError> {
+        let (url, checks) = (&config.store.url, record::CHECKS);
+        let taken_over = if begin == Begin::ReadOnly {
+            log::look(config, store::look(url, checks, host.clock).await?).await?
+        } else {
+            let store = store::open(url, checks, host.clock).await?;
+            if let Some(leadership) = store.leadership() {
+                return Ok(Self::Shared(store, leadership));
+            }
+            log::take_over(config, begin, host.random.id128(), store).await?
+        };
+        Ok(Self::Alone(TakenOver { sums: Some(sums.clone()), ..taken_over }))
+    }
+
+    /// This process, as one of several or as the only one.
+    fn membership(&self, config: &Config) -> Membership {
+        let replica = replica(config);
+        match self {
+            Self::Alone(TakenOver { begin: Begin::ReadOnly, .. }) => Membership::alone(replica, None),
+            Self::Alone(TakenOver { contents, .. }) => Membership::alone(replica, Some(contents.epoch)),
+            Self::Shared(..) => Membership::of(replica),
+        }
+    }
+}
+
+/// This replica: by its configured name, or by that of the host.
+fn replica(config: &Config) -> Replica {
+    let name = config.cluster.replica.clone().unwrap_or_else(|| {
+        let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+        if is_orchestrator_id(&host) { host } else { "replica".into() }
+    });
+    Replica { name, address: config.cluster.advertise.clone() }
+}
+
+/// Tells clients of the health service whether this replica leads, and whether it can read its store.
+async fn keep_health(health: HealthReporter, membership: Membership) {
+    let (mut roles, mut sees) = (membership.roles(), membership.sees());
+    let serving = |is_serving| if is_serving { ServingStatus::Serving } else { ServingStatus::NotServing };
+    loop {
+        let leads = roles.borrow_and_update().epoch().is_some();
+        let sees_now = *sees.borrow_and_update();
+        health.set_service_status(LEADER, serving(leads)).await;
+        for service in ["", SERVICE] {
+            health.set_service_status(service, serving(leads || sees_now || !membership.has_peers())).await;
+        }
+        // The senders are in `membership`.
+        select! {
+            biased;
+            _ = roles.changed() => {}
+            _ = sees.changed() => {}
         }
     }
 }

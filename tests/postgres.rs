@@ -10,7 +10,7 @@ use common::{
     Stage, command,
     command::orchestrator,
     postgres::{Server, shared},
-    service::{Home, Service, reason},
+    service::{Home, Service},
 };
 use orchestrator_core::ledger::SigningKey;
 use tokio::process::Command;
@@ -19,7 +19,8 @@ use tokio::process::Command;
 fn home(server: &Server) -> Home {
     let home = Home::new();
     let key_file = home.path("log.key").display().to_string();
-    home.with_store(&server.url()).with_config(&format!("[ledger]\nkey_files = [{key_file:?}]\n"))
+    let config = format!("[ledger]\nkey_files = [{key_file:?}]\n[cluster]\nlease_ttl = \"1s\"\n");
+    home.with_store(&server.url()).with_config(&config)
 }
 
 /// Runs a command against a service.
@@ -75,6 +76,7 @@ async fn what_was_acknowledged_is_there_after_the_process_was_killed() {
     }
     let history = stage.client.history().await.unwrap();
     let mut stage = stage.killed().await;
+    stage.service.leads().await;
     assert_eq!(stage.client.history().await.unwrap(), history);
     let names: Vec<_> =
         stage.client.subsystems().await.unwrap().into_iter().map(|it| it.registration.unwrap().name).collect();
@@ -96,6 +98,7 @@ async fn a_new_name_and_the_former_ones_are_kept_with_the_output() {
         assert_eq!(code, 0, "{said}");
     }
     let mut stage = stage.killed().await;
+    stage.service.leads().await;
     let renamed = stage.client.subsystem("y").await.unwrap();
     assert_eq!(renamed.former_names, ["x", "a"]);
     assert!(!output.is_empty() && renamed.output == output, "{renamed:?}");
@@ -119,17 +122,21 @@ async fn an_exported_log_is_verified_with_its_key() {
 }
 
 #[tokio::test]
-async fn a_process_ends_once_another_one_has_taken_over() {
+async fn a_store_that_is_accepted_is_taken_from_its_leader_which_then_leads_again() {
     let Some(server) = shared() else { return };
     let mut stage = Stage::at(home(server)).await;
+    stage.register_all(&["a"]).await;
     stage.client.run().await.unwrap();
-    let later = stage.home.serve().await;
-    assert_eq!(later.client().await.run().await.unwrap().cycle_id, 2);
-    let refused = stage.client.run().await.unwrap_err();
-    assert_eq!(reason(&refused).why, "STORE_UNAVAILABLE", "{refused:?}");
-    assert!(refused.message().contains("has taken over this store"), "{refused:?}");
-    assert_eq!(stage.service.ended().await.code(), Some(3), "{}", stage.home.log());
-    assert_eq!(later.client().await.history().await.unwrap().len(), 2);
+    let epoch = stage.client.status().await.unwrap().epoch;
+    let key = stage.home.path("log.key").display().to_string();
+    let (code, said) = orchestrator(None, &["store", "accept", stage.home.store(), "--key-file", &key]).await;
+    assert_eq!(code, 0, "{said}");
+    // It learns of that when it writes.
+    assert!(stage.client.run().await.is_err());
+    stage.home.logged("this replica follows from now on", 1).await;
+    stage.service.leads().await;
+    assert_eq!(stage.client.run().await.unwrap().cycle_id, 2);
+    assert!(stage.client.status().await.unwrap().epoch > epoch);
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 use std::{
     collections::HashMap,
     fmt::{self, Display},
+    time::Duration,
 };
 
 use tonic::{Code, Status};
@@ -13,8 +14,8 @@ use super::{
     usage::{LimitReached, Load},
 };
 use crate::{
-    access::{NoSession, Role, Unauthenticated},
-    model::{Name, Violation, Violations, excerpt, text::count},
+    access::{self, NoSession, Unauthenticated},
+    model::{Name, Replica, Role, Violation, Violations, excerpt, text::count},
     orchestrator::{NotOwner, Refusal},
     ports::{Unreadable, UnreadableEvent},
 };
@@ -124,6 +125,32 @@ pub(super) fn status(refusal: impl Into<Refusal>) -> Status {
         Refusal::Draining => (Code::Unavailable, "DRAINING", vec![]),
     };
     with_reason(code, message, reason, metadata)
+}
+
+/// The status of a call that only the leader answers, by a replica with this role.
+pub(super) fn not_leader(role: &Role) -> Status {
+    /// A term begins within this time, once it is known that none is valid.
+    const RETRY: Duration = Duration::from_secs(1);
+    let leader = match role {
+        Role::Follower { leader: Some(leader) } => leader,
+        Role::Follower { leader: None } | Role::Leader { .. } => {
+            let message = "no replica leads now; try again".to_owned();
+            return with_retry(message, "NO_LEADER", HashMap::new(), RETRY);
+        }
+    };
+    let Replica { name, address } = &leader.replica;
+    let at = address.as_ref().map_or_else(String::new, |address| format!(", at {address}"));
+    let message = format!("this replica does not lead: ask {name}{at}");
+    let mut metadata = HashMap::from([("leader".to_owned(), name.clone())]);
+    metadata.extend(address.as_ref().map(|address| ("leader_address".to_owned(), address.to_string())));
+    with_retry(message, "NOT_LEADER", metadata, RETRY)
+}
+
+/// A status of a replica that can't answer now.
+fn with_retry(message: String, reason: &str, metadata: HashMap<String, String>, retry: Duration) -> Status {
+    let mut details = ErrorDetails::with_error_info(reason, DOMAIN, metadata);
+    details.set_retry_info(Some(retry));
+    Status::with_error_details(Code::Unavailable, shortened(message, MAX_MESSAGE), details)
 }
 
 /// A status of the contract of subsystems, which has plain codes.
@@ -265,7 +292,7 @@ impl Display for Denied {
                  makes, or show a certificate"
             ),
             Self::NotAllowed { identity, call, target, roles } => {
-                let roles = roles.iter().map(|role| Role::word(*role)).collect::<Vec<_>>().join(" or ");
+                let roles = roles.iter().map(|role| access::Role::word(*role)).collect::<Vec<_>>().join(" or ");
                 if target.is_empty() {
                     write!(f, "{identity} may not call {call}; it needs a grant with the role {roles}")
                 } else {

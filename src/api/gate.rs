@@ -2,7 +2,7 @@
 //! makes an [`Entered`], which is required to reach the orchestrator. So callers are refused here, by the rules of
 //! `rules`, and calls are counted here.
 
-use std::{future::pending, sync::Arc, task::Poll};
+use std::{borrow::Borrow, collections::BTreeMap, future::pending, sync::Arc, task::Poll};
 
 use futures_util::{FutureExt, Stream, StreamExt, future::BoxFuture, stream};
 use jiff::Timestamp;
@@ -13,6 +13,7 @@ use super::{
     calls::{Audited, CallCounts, CountedCall},
     error::status,
     judge::{Authority, Denied, Judge},
+    leading::Leading,
     rpc::{Asks, Rpc},
     rules::{REFLECTION, REGISTRARS},
     usage::{LimitReached, Load, Usage, Used},
@@ -21,13 +22,13 @@ use crate::{
     access::Targets,
     memory::{Held, Memory},
     model::{AuditTargets, Cause, Decision, Identity, Name, OwnEvent},
-    orchestrator::{NotReady, Orchestrator, Refusal, StoreEnded, Sum},
+    orchestrator::{Orchestrator, Refusal, Sum},
 };
 
 /// Lets callers in. All clones share their counts.
 #[derive(Clone)]
 pub(super) struct Gate {
-    orchestrator: Arc<Orchestrator>,
+    pub(super) leading: Leading,
     /// Memory for decoded requests until they are answered.
     requests: Memory,
     calls: Arc<CallCounts>,
@@ -40,9 +41,10 @@ pub(super) struct Gate {
 #[derive(Clone)]
 pub struct Begun(Option<Used>);
 
-/// A call that was let in. It reaches the orchestrator, for as long as it lives: a stream keeps it to its end.
-pub struct Entered<Q> {
-    orchestrator: Arc<Orchestrator>,
+/// A call that was let in. It reaches the orchestrator, for as long as it lives: a stream keeps it to its end. `O` is
+/// `Option<Arc<Orchestrator>>` for calls that followers answer as well.
+pub struct Entered<Q, O = Arc<Orchestrator>> {
+    orchestrator: O,
     pub(super) caller: Caller,
     pub(super) authority: Authority,
     identity: Identity,
@@ -79,9 +81,12 @@ impl<Q> Entered<Q> {
     }
 }
 
+/// A call that followers answer as well.
+pub type EnteredHere<Q> = Entered<Q, Option<Arc<Orchestrator>>>;
+
 /// For the metrics, which are read from an orchestrator.
-impl<Q> AsRef<Orchestrator> for Entered<Q> {
-    fn as_ref(&self) -> &Orchestrator {
+impl<Q> Borrow<Option<Arc<Orchestrator>>> for EnteredHere<Q> {
+    fn borrow(&self) -> &Option<Arc<Orchestrator>> {
         &self.orchestrator
     }
 }
@@ -102,11 +107,15 @@ impl<Q: Default> Entered<Q> {
         (self.take_request(), cause)
     }
 
+    /// Releases the memory of the request, which is no longer needed.
+    pub(super) fn forget_request(&mut self) {
+        self.room = None;
+    }
+}
+
+impl<Q: Asks, O> Entered<Q, O> {
     /// This call from `peer`, for the audit.
-    fn cause(&self, peer: String) -> Cause
-    where
-        Q: Asks,
-    {
+    fn cause(&self, peer: String) -> Cause {
         Cause {
             rpc: Q::RPC.name().into(),
             caller: Some(self.identity.clone()),
@@ -118,26 +127,11 @@ impl<Q: Default> Entered<Q> {
             own_event: self.own_event.clone(),
         }
     }
-
-    /// Releases the memory of the request, which is no longer needed.
-    pub(super) fn forget_request(&mut self) {
-        self.room = None;
-    }
 }
 
 impl Gate {
-    pub(super) fn new(orchestrator: Arc<Orchestrator>, judge: Judge, requests: Memory) -> Self {
-        Self { orchestrator, requests, calls: Arc::default(), usage: Arc::default(), judge }
-    }
-
-    /// Checks that cycles and changes are accepted.
-    pub(super) fn check_ready(&self) -> Result<(), NotReady> {
-        self.orchestrator.check_ready()
-    }
-
-    /// Checks that writes are possible, now or later.
-    pub(super) fn check_alive(&self) -> Result<(), StoreEnded> {
-        self.orchestrator.check_alive()
+    pub(super) fn new(leading: Leading, judge: Judge, requests: Memory) -> Self {
+        Self { leading, requests, calls: Arc::default(), usage: Arc::default(), judge }
     }
 
     /// The counts of calls.
@@ -208,10 +202,27 @@ impl Gate {
     /// Admits a call, or refuses it.
     ///
     /// # Errors
-    /// The identity of its caller is not known, has no right to this call, or has reached one of its limits. It would
-    /// change something, and the store is only looked at. Or there is no memory for the decoded request, or it has no
-    /// caller, which is a defect.
+    /// The identity of its caller is not known, has no right to this call, or has reached one of its limits. This
+    /// process does not lead. It would change something, and the store is only looked at. Or there is no memory for the
+    /// decoded request, or it has no caller, which is a defect.
     pub(super) fn enter<Q: Asks>(&self, request: Request<Q>) -> Result<Entered<Q>, Status> {
+        let entered = self.enter_to(request, || {
+            let orchestrator = self.leading.orchestrator()?;
+            let renamed = if Q::RPC.takes_former_names() { orchestrator.renamed() } else { Arc::default() };
+            Ok((orchestrator, renamed))
+        })?;
+        if Q::RPC.changes() && entered.orchestrator.is_read_only() {
+            return Err(status(Refusal::ReadOnly));
+        }
+        Ok(entered)
+    }
+
+    /// Admits a call to what `reach` returns, with the names of renamed subsystems.
+    fn enter_to<Q: Asks, O>(
+        &self,
+        request: Request<Q>,
+        reach: impl FnOnce() -> Result<(O, Arc<BTreeMap<Name, Name>>), Status>,
+    ) -> Result<Entered<Q, O>, Status> {
         let (_, mut extensions, request) = request.into_parts();
         let caller = extensions.remove::<Caller>().ok_or_else(|| Status::internal("the caller is not known"))?;
         let begun = match extensions.remove::<Begun>() {
@@ -220,15 +231,12 @@ impl Gate {
             None => self.begin_rpc(&caller, Q::RPC)?,
         };
         self.has_arrived(&begun, &caller, Q::RPC.name())?;
-        let renamed = if Q::RPC.takes_former_names() { self.orchestrator.renamed() } else { Arc::default() };
+        let (orchestrator, renamed) = reach()?;
         let targets = || request.targets().by_present_names(&renamed);
         let judged = self.judge.check(&caller, Q::RPC, &self.calls, targets)?;
-        if Q::RPC.changes() && self.orchestrator.is_read_only() {
-            return Err(status(Refusal::ReadOnly));
-        }
         let room = self.room_of(&request)?;
         Ok(Entered {
-            orchestrator: self.orchestrator.clone(),
+            orchestrator,
             caller,
             authority: judged.authority,
             identity: judged.identity,
@@ -265,8 +273,34 @@ impl Gate {
     where
         F: Future<Output = Result<A, Status>>,
     {
-        let mut call = self.call(&request);
-        let answered = match self.enter(request) {
+        let call = self.call(&request);
+        self.answer_to(call, self.enter(request), handle).await
+    }
+
+    /// The same for a call that followers answer as well.
+    pub(super) async fn answer_here<Q: Asks, A, F>(
+        &self,
+        request: Request<Q>,
+        handle: impl FnOnce(EnteredHere<Q>) -> F,
+    ) -> Result<Response<A>, Status>
+    where
+        F: Future<Output = Result<A, Status>>,
+    {
+        let call = self.call(&request);
+        let entered = self.enter_to(request, || Ok((self.leading.get(), Arc::default())));
+        self.answer_to(call, entered, handle).await
+    }
+
+    async fn answer_to<Q: Asks, O, A, F>(
+        &self,
+        mut call: CountedCall,
+        entered: Result<Entered<Q, O>, Status>,
+        handle: impl FnOnce(Entered<Q, O>) -> F,
+    ) -> Result<Response<A>, Status>
+    where
+        F: Future<Output = Result<A, Status>>,
+    {
+        let answered = match entered {
             Ok(entered) => {
                 call.audit(self.audited(&entered));
                 handle(entered).await
@@ -311,10 +345,10 @@ impl Gate {
 
     /// What the audit sums up of a call that was let in. Nothing if callers are not told apart: then the sums would say
     /// little, and be written each minute while a dashboard is open.
-    fn audited<Q: Asks>(&self, entered: &Entered<Q>) -> Option<Audited> {
+    fn audited<Q: Asks, O>(&self, entered: &Entered<Q, O>) -> Option<Audited> {
         self.judge.reads_credentials().then(|| {
             let cause = entered.cause(entered.caller.peer.network());
-            Audited { sums: self.orchestrator.sums(), sum: Sum::Calls, cause }
+            Audited { sums: self.judge.sums(), sum: Sum::Calls, cause }
         })
     }
 

@@ -144,7 +144,7 @@ struct Shared {
     clock: Clock,
     denied: Repeated,
     sessions: Sessions,
-    /// Where denied calls are summed up for the audit.
+    /// Where calls are summed up for the audit.
     sums: Sums,
 }
 
@@ -153,6 +153,11 @@ impl Judge {
         let policy = watch::Sender::new(Arc::new(policy));
         let (denied, sessions) = (Repeated::default(), Sessions::default());
         Self(Arc::new(Shared { policy, clock, denied, sessions, sums }))
+    }
+
+    /// Where calls are summed up for the audit.
+    pub(super) fn sums(&self) -> Sums {
+        self.0.sums.clone()
     }
 
     /// Applies another policy. Open streams are judged by it at once, and sessions of tokens that it does not accept

@@ -8,6 +8,7 @@ mod error;
 mod gate;
 mod handlers;
 mod judge;
+mod leading;
 mod ledger;
 mod loops;
 mod registry;
@@ -30,7 +31,7 @@ use tonic::{Request, Response, Status, codegen::http::HeaderMap};
 pub use self::{
     caller::{Caller, Way},
     calls::CallCounts,
-    gate::{Begun, Entered},
+    gate::{Begun, Entered, EnteredHere},
     response::{interval_loop, plan, registration},
     rpc::{LogIn, Scrape},
 };
@@ -38,15 +39,17 @@ use self::{
     gate::Gate,
     handlers::Handlers,
     judge::Judge,
+    leading::Leading,
     rpc::Rpc,
     streaming::{Called, Watching},
 };
 use crate::{
     access::{Policy, Reach},
     clock::Clock,
+    cluster::Membership,
     listen::{Peer, Services},
     memory::Memory,
-    orchestrator::{NotReady, Orchestrator, StoreEnded},
+    orchestrator::{NotReady, Orchestrator, StoreEnded, Sums},
     proto::orchestrator::v1::{
         self as pb,
         access_server::{Access, AccessServer},
@@ -90,19 +93,37 @@ pub struct Api {
 }
 
 impl Api {
-    /// The RPCs of this orchestrator, for callers that `policy` allows. The time of requests comes from `clock`.
-    /// Decoded requests are held under the limit `requests`. Subsystems are registered within `reach`. The status says
-    /// `is_insecure`.
+    /// The RPCs of this replica, for callers that `policy` allows. The time of requests comes from `clock`. Calls
+    /// without an event of their own are summed up in `sums`. Decoded requests are held under the limit `requests`.
+    /// Subsystems are registered within `reach`. The status says `is_insecure`.
+    ///
+    /// There is no orchestrator before [`Api::lead`].
     pub fn new(
-        orchestrator: Arc<Orchestrator>,
+        membership: Membership,
         policy: Policy,
-        clock: Clock,
+        (clock, sums): (Clock, Sums),
         requests: Memory,
         reach: Reach,
         is_insecure: bool,
     ) -> Self {
-        let judge = Judge::new(policy, clock, orchestrator.sums());
-        Self { gate: Gate::new(orchestrator, judge, requests), handlers: Handlers::new(clock, is_insecure, reach) }
+        let judge = Judge::new(policy, clock, sums);
+        let gate = Gate::new(Leading::new(membership), judge, requests);
+        Self { gate, handlers: Handlers::new(clock, is_insecure, reach) }
+    }
+
+    /// Calls reach this orchestrator from now on: this replica leads.
+    pub fn lead(&self, orchestrator: Arc<Orchestrator>) {
+        self.gate.leading.set(Some(orchestrator));
+    }
+
+    /// Calls reach no orchestrator any more: this replica follows. Open calls keep the earlier one to their end.
+    pub fn follow(&self) {
+        self.gate.leading.set(None);
+    }
+
+    /// This replica, and its role.
+    pub fn membership(&self) -> &Membership {
+        self.gate.leading.membership()
     }
 
     /// Applies another policy, also to open streams.
@@ -188,8 +209,8 @@ impl Api {
     /// # Errors
     /// The token is missing, not valid, or has no right to the dashboard.
     pub async fn log_in(&self, caller: Caller, token: &str) -> Result<String, Status> {
-        let begin = |call: Entered<LogIn>| ready(self.gate.judge.begin_session(&call.caller));
-        self.gate.answer(caller.with_token(token).asks(LogIn {}), begin).await.map(Response::into_inner)
+        let begin = |call: EnteredHere<LogIn>| ready(self.gate.judge.begin_session(&call.caller));
+        self.gate.answer_here(caller.with_token(token).asks(LogIn {}), begin).await.map(Response::into_inner)
     }
 
     /// Ends the session of this text, if it is open, and its streams.
@@ -197,12 +218,13 @@ impl Api {
         self.gate.judge.end_session(text);
     }
 
-    /// Checks that cycles and changes are accepted. Public: the reason reveals nothing.
+    /// Checks that cycles and changes are accepted, or, by a follower, that the store can be read. Public: the reason
+    /// reveals nothing.
     ///
     /// # Errors
-    /// The service drains, or its store can't be written.
+    /// The service drains, or its store can't be written or read.
     pub fn check_ready(&self) -> Result<(), NotReady> {
-        self.gate.check_ready()
+        self.gate.leading.check_ready()
     }
 
     /// Checks that a restart is not the only way to write again.
@@ -210,7 +232,7 @@ impl Api {
     /// # Errors
     /// It is.
     pub fn check_alive(&self) -> Result<(), StoreEnded> {
-        self.gate.check_alive()
+        self.gate.leading.check_alive()
     }
 
     /// Number of ended calls by result.
@@ -222,8 +244,8 @@ impl Api {
     ///
     /// # Errors
     /// This caller may not.
-    pub async fn scrape(&self, request: Request<Scrape>) -> Result<Entered<Scrape>, Status> {
-        self.gate.answer(request, |call| ready(Ok(call))).await.map(Response::into_inner)
+    pub async fn scrape(&self, request: Request<Scrape>) -> Result<EnteredHere<Scrape>, Status> {
+        self.gate.answer_here(request, |call| ready(Ok(call))).await.map(Response::into_inner)
     }
 }
 
@@ -364,7 +386,7 @@ impl Service for Api {
 #[tonic::async_trait]
 impl Access for Api {
     async fn who_am_i(&self, request: Request<pb::WhoAmIRequest>) -> Answer<pb::WhoAmIResponse> {
-        let who = |call: Entered<pb::WhoAmIRequest>| ready(Ok(response::who(&self.gate.judge.who(&call.caller))));
-        self.gate.answer(request, who).await
+        let who = |call: EnteredHere<pb::WhoAmIRequest>| ready(Ok(response::who(&self.gate.judge.who(&call.caller))));
+        self.gate.answer_here(request, who).await
     }
 }

@@ -98,10 +98,12 @@ impl Candidate {
                 // What was seen before says nothing of the time since.
                 self.seen = None;
                 self.membership.set(Role::Follower { leader: None });
+                self.membership.set_sees(false);
                 return Err(error);
             }
         };
         let arrived = Instant::now();
+        self.membership.set_sees(true);
         // Half of the time that the answer took.
         let read_at = self.host.clock.now().saturating_sub(asked.elapsed() / 2).unwrap_or_default();
         let offset = observed.time.duration_since(read_at);

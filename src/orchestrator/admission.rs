@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     NotCancelled, NotRecorded, Orchestrator, Refusal, Shared, State,
-    attended::Ended,
+    ended::Ended,
     line::{Locks, max_running},
     refusal::NotAdmitted,
 };

@@ -11,6 +11,7 @@ use tokio::{
 use super::{
     NotRecorded, Orchestrator, Refusal, Shared, State, Ticket,
     admission::{Admitted, Asked},
+    ended::Ended,
 };
 use crate::{
     model::{CycleId, CycleRequest, Epoch, Name},
@@ -35,42 +36,6 @@ struct Attendance {
     is_ending: bool,
 }
 
-/// Why the service itself ends a cycle of a parent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Ended {
-    /// No call has waited for it for a while.
-    Alone,
-    /// Its deadline passed before its turn.
-    Late,
-    /// A later term of the parent has begun.
-    Superseded,
-}
-
-impl Ended {
-    /// As audit events call it.
-    pub(super) fn action(self) -> &'static str {
-        match self {
-            Self::Alone => "parent_gone",
-            Self::Late => "parent_deadline",
-            Self::Superseded => "parent_superseded",
-        }
-    }
-
-    /// The error of a cancelled cycle, with this reason after its first word.
-    pub(super) fn explain(self, cancelled: &str) -> String {
-        let why = match self {
-            Self::Alone => "since no call of its parent waits for it",
-            Self::Late => "since its deadline passed",
-            Self::Superseded => "since a later epoch of its parent has begun",
-        };
-        let (first, rest) = cancelled.split_at(cancelled.find([' ', ';']).unwrap_or(cancelled.len()));
-        match rest.strip_prefix(' ') {
-            Some(rest) => format!("{first} {rest}, {why}"),
-            None => format!("{first}, {why}{rest}"),
-        }
-    }
-}
-
 impl Attended {
     /// Adds a cycle that enters the line.
     pub(super) fn enter(&mut self, admitted: &Admitted) {
@@ -82,6 +47,13 @@ impl Attended {
     /// Removes a cycle, if it is one of these.
     pub(super) fn leave(&mut self, cycle_id: CycleId) {
         self.0.remove(&cycle_id);
+    }
+
+    /// A cycle is cancelled, if it is one of these.
+    pub(super) fn ends(&mut self, cycle_id: CycleId) {
+        if let Some(attendance) = self.0.get_mut(&cycle_id) {
+            attendance.is_ending = true;
+        }
     }
 
     /// The time until the deadline of a cycle that counts from its call.
@@ -157,18 +129,6 @@ impl Orchestrator {
 }
 
 impl State {
-    /// Cancels a parent's cycle.
-    fn end(&mut self, cycle_id: CycleId, why: Ended) {
-        if let Some(attendance) = self.attended.0.get_mut(&cycle_id) {
-            attendance.is_ending = true;
-        }
-        if let Some(admitted) = self.live.get(&cycle_id) {
-            admitted.end(why);
-        }
-        self.cancel(cycle_id);
-        tracing::info!(cycle_id = cycle_id.0, why = why.action(), "a cycle of a parent is cancelled");
-    }
-
     /// Ends the cycles that nobody waits for, and those whose deadline has passed before their turn. Returns when the
     /// next one may have to end, and whether one has ended.
     fn end_unattended(&mut self, now: Instant) -> (Option<Instant>, bool) {

@@ -90,7 +90,8 @@ struct Waiting {
 type Key = (Option<Identity>, String, Cow<'static, str>, Decision, Option<Code>, &'static str);
 
 impl Sums {
-    pub(super) fn new(clock: Clock, reads: bool) -> Self {
+    /// No calls so far. With `reads`, also calls that are not denied are summed up.
+    pub fn new(clock: Clock, reads: bool) -> Self {
         let (waiting, begun) = (Mutex::default(), Notify::new());
         Self(Arc::new(Inner { clock, reads: AtomicBool::new(reads), waiting, begun }))
     }
@@ -123,7 +124,8 @@ impl Sums {
         }
     }
 
-    pub(super) fn set_reads(&self, reads: bool) {
+    /// Whether calls that are not denied are summed up from now on.
+    pub fn set_reads(&self, reads: bool) {
         self.0.reads.store(reads, Ordering::Relaxed);
     }
 

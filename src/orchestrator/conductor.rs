@@ -123,7 +123,7 @@ impl Shared {
         if let Some(cancelled) = state.cancelled.pop_front() {
             return Some(cancelled);
         }
-        if state.draining {
+        if !state.may_begin() {
             return None;
         }
         let max = max_running(state.registry.relations());

@@ -186,6 +186,9 @@ impl Shared {
         let now = self.clock.now();
         let max_queued = self.settings().max_queued;
         let mut state = self.state();
+        if state.has_lapsed {
+            return;
+        }
         state.follow_clock(now);
         for (settings, due_at) in state.loops.due(now) {
             let request = Arc::new(CycleRequest {

@@ -56,12 +56,15 @@ pub struct TakenOver {
     pub published: Published,
     /// How the process begins.
     pub begin: Begin,
+    /// What the process has summed up before. `None`: nothing.
+    pub sums: Option<Sums>,
 }
 
 impl TakenOver {
     /// A store whose log goes on, for a process that begins where the earlier one ended.
     pub fn new(store: Arc<dyn Store>, contents: Contents, signer: Signer) -> Self {
-        Self { store, contents, signer, began: None, published: Published::default(), begin: Begin::Again }
+        let published = Published::default();
+        Self { store, contents, signer, began: None, published, begin: Begin::Again, sums: None }
     }
 }
 
@@ -80,7 +83,7 @@ impl Orchestrator {
         declared: Declared,
         spans: Arc<dyn Spans>,
     ) -> Result<(Self, OrchestratorTasks), Refusal> {
-        let TakenOver { store, mut contents, signer, began, published, begin: how } = taken_over;
+        let TakenOver { store, mut contents, signer, began, published, begin: how, sums } = taken_over;
         let is_read_only = how == Begin::ReadOnly;
         let Host { clock, random } = host;
         let (now, begin) = (clock.now(), Instant::now());
@@ -110,6 +113,7 @@ impl Orchestrator {
             store_error: latest::Sender::new(None),
             unreadable: BTreeSet::new(),
             draining: false,
+            has_lapsed: false,
             counts: Counts::default(),
         };
         match contents.last_record.take() {
@@ -280,7 +284,7 @@ impl Orchestrator {
             live: Live::new(watching.clone()),
             is_read_only,
             checkpoints: Checkpoints::new(signer, published),
-            sums: Sums::new(clock, settings.audit_reads),
+            sums: sums.unwrap_or_else(|| Sums::new(clock, settings.audit_reads)),
             watching,
             reading_log,
             // With their known state, if requested.

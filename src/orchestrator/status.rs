@@ -82,6 +82,9 @@ pub enum NotReady {
     /// The store can't be written, or a commit is late.
     #[error("the store can't be written")]
     StoreUnavailable,
+    /// The process follows, and can't read the store.
+    #[error("the store can't be read")]
+    StoreUnreadable,
 }
 
 /// No more writes are possible, so the process ends.

@@ -6,7 +6,7 @@
 
 mod definitions;
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
+use std::{borrow::Borrow, collections::BTreeMap, path::PathBuf, sync::Arc};
 
 use futures_util::{Stream, stream};
 use jiff::Timestamp;
@@ -24,6 +24,7 @@ pub use self::definitions::{ALL, Definition, Kind};
 use super::otlp::Exporter;
 use crate::{
     api::CallCounts,
+    cluster::Membership,
     dial,
     engine::{BreakerState, SubsystemCounts},
     listen::Connections,
@@ -52,6 +53,7 @@ pub struct Metrics {
     dialed: Option<Arc<dial::Counts>>,
     expiries: Option<Expiries>,
     memory: Option<Shares>,
+    membership: Option<Membership>,
     #[cfg(target_os = "linux")]
     process: ProcessCollector,
 }
@@ -80,6 +82,7 @@ impl Default for Metrics {
             dialed: None,
             expiries: None,
             memory: None,
+            membership: None,
             #[cfg(target_os = "linux")]
             process: ProcessCollector::for_self(),
         }
@@ -101,10 +104,16 @@ impl Metrics {
         Self { calls, exporter, servers, dialed, expiries, memory, ..self }
     }
 
-    /// Writes all metrics of an orchestrator, piece by piece. It is kept to the end.
+    /// Adds metrics of this replica.
+    #[must_use]
+    pub fn and_of_replica(self, membership: Membership) -> Self {
+        Self { membership: Some(membership), ..self }
+    }
+
+    /// Writes all metrics, piece by piece, with those of the orchestrator if there is one. It is kept to the end.
     pub fn scrape<O>(self: Arc<Self>, orchestrator: O) -> impl Stream<Item = Result<String, Error>>
     where
-        O: AsRef<Orchestrator>,
+        O: Borrow<Option<Arc<Orchestrator>>>,
     {
         stream::unfold((Position::Start, orchestrator), move |(position, orchestrator)| {
             let this = self.clone();
@@ -112,13 +121,13 @@ impl Metrics {
                 let (text, next) = match position {
                     Position::Start => {
                         let next = Position::Subsystems { family: 0, begun: false, after: None };
-                        (encode(&this.general(orchestrator.as_ref()).await), next)
+                        (encode(&this.general(orchestrator.borrow().as_deref()).await), next)
                     }
                     Position::Subsystems { family, begun, after } => {
                         // Cycles take precedence.
                         yield_now().await;
                         let _turn = this.turn.acquire().await;
-                        page(orchestrator.as_ref(), family, begun, after.as_ref())?
+                        page(orchestrator.borrow().as_deref()?, family, begun, after.as_ref())?
                     }
                 };
                 Some((text, (next, orchestrator)))
@@ -127,35 +136,14 @@ impl Metrics {
     }
 
     /// All metrics that are not by subsystem.
-    async fn general(&self, orchestrator: &Orchestrator) -> Vec<MetricFamily> {
-        let figures = orchestrator.figures();
+    async fn general(&self, orchestrator: Option<&Orchestrator>) -> Vec<MetricFamily> {
         let runtime = Handle::current().metrics();
-        let mut families = of_process_and_cycles(&figures);
-        families.extend(of_loops(&figures));
-        families.extend([
-            SUBSYSTEMS.family(vec![
-                SUBSYSTEMS.value(&["config"], count(figures.declared)),
-                SUBSYSTEMS.value(&["rpc"], count(figures.registered)),
-            ]),
-            SUBSYSTEMS_MISSING.single(count(figures.missing)),
-            LEASES.single(count(figures.leases)),
-            WATCHERS.single(count(figures.watchers)),
-            WATCHERS_LAGGING.single(count(figures.lagging)),
-            WATCHER_EVENTS.single(number(figures.events)),
-            STORE_COMMIT_DURATION.family(
-                [("durable", Durability::Durable), ("buffered", Durability::Buffered)]
-                    .map(|(label, kind)| STORE_COMMIT_DURATION.durations(&[label], &figures.counts.commits(kind)))
-                    .into(),
-            ),
-            STORE_COMMIT_ERRORS.single(number(figures.counts.commit_errors)),
-            STORE_UNREADABLE.single(number(figures.counts.unreadable_records)),
-        ]);
-        match orchestrator.store_size().await {
-            Ok(size) => {
-                families.extend([STORE_SIZE.single(number(size.bytes)), STORE_RECORDS.single(number(size.records))]);
-            }
-            // The other metrics are all the more important then.
-            Err(error) => tracing::warn!(%error, "the size of the store is missing in the metrics"),
+        let mut families = vec![
+            BUILD_INFO.family(vec![BUILD_INFO.value(&[env!("CARGO_PKG_VERSION"), env!("BUILD_COMMIT")], 1.0)]),
+        ];
+        families.extend(self.membership.iter().flat_map(of_replica));
+        if let Some(orchestrator) = orchestrator {
+            families.extend(of_orchestrator(orchestrator).await);
         }
         let by_server = |of: &Definition, figure: fn(&Connections) -> usize| {
             of.family(self.servers.iter().map(|(name, it)| of.value(&[name], count(figure(it)))).collect())
@@ -173,7 +161,6 @@ impl Metrics {
         let dialed = self.dialed.iter();
         let failures = dialed.clone().flat_map(|it| it.failures());
         let failures = failures.map(|(step, failures)| DIAL_FAILURES.value(&[step], number(failures)));
-        families.extend(of_tasks(&figures.counts));
         families.extend([
             CALLS.family(calls.collect()),
             CALLS_WOULD_BE_DENIED.family(denied.collect()),
@@ -239,6 +226,56 @@ fn without_head(text: &str) -> &str {
 // ---------------------------------------------------------------------------------------------------------------
 // The metrics
 
+/// The metrics of an orchestrator that are not by subsystem.
+async fn of_orchestrator(orchestrator: &Orchestrator) -> Vec<MetricFamily> {
+    let figures = orchestrator.figures();
+    let mut families = of_process_and_cycles(&figures);
+    families.extend(of_loops(&figures));
+    families.extend([
+        SUBSYSTEMS.family(vec![
+                SUBSYSTEMS.value(&["config"], count(figures.declared)),
+                SUBSYSTEMS.value(&["rpc"], count(figures.registered)),
+            ]),
+            SUBSYSTEMS_MISSING.single(count(figures.missing)),
+            LEASES.single(count(figures.leases)),
+            WATCHERS.single(count(figures.watchers)),
+            WATCHERS_LAGGING.single(count(figures.lagging)),
+            WATCHER_EVENTS.single(number(figures.events)),
+            STORE_COMMIT_DURATION.family(
+                [("durable", Durability::Durable), ("buffered", Durability::Buffered)]
+                    .map(|(label, kind)| STORE_COMMIT_DURATION.durations(&[label], &figures.counts.commits(kind)))
+                    .into(),
+            ),
+            STORE_COMMIT_ERRORS.single(number(figures.counts.commit_errors)),
+            STORE_UNREADABLE.single(number(figures.counts.unreadable_records)),
+        ]);
+        match orchestrator.store_size().await {
+            Ok(size) => {
+                families.extend([STORE_SIZE.single(number(size.bytes)), STORE_RECORDS.single(number(size.records))]);
+            }
+            // The other metrics are all the more important then.
+            Err(error) => tracing::warn!(%error, "the size of the store is missing in the metrics"),
+        }
+    families.extend(of_tasks(&figures.counts));
+    families
+}
+
+/// Whether this replica leads.
+fn of_replica(membership: &Membership) -> Vec<MetricFamily> {
+    let is_leader = membership.role().epoch().is_some();
+    let mut families = vec![IS_LEADER.single(truth(is_leader))];
+    if membership.has_peers() {
+        let remaining = membership.lease().map(|lease| LEASE_REMAINING.value(&[], lease.remaining().as_secs_f64()));
+        let offset = membership.clock_offset().map(|offset| CLOCK_OFFSET.value(&[], offset.as_secs_f64()));
+        families.extend([
+            LEASE_REMAINING.family(remaining.into_iter().collect()),
+            LEADER_CHANGES.single(number(membership.changes())),
+            CLOCK_OFFSET.family(offset.into_iter().collect()),
+        ]);
+    }
+    families
+}
+
 fn of_process_and_cycles(figures: &Figures) -> Vec<MetricFamily> {
     const TRIGGERS: [(&str, TriggerKind); 4] = [
         ("manual", TriggerKind::Manual),
@@ -254,7 +291,6 @@ fn of_process_and_cycles(figures: &Figures) -> Vec<MetricFamily> {
     let durations = CycleState::ALL.into_iter().filter(|state| *state != CycleState::Interrupted);
     let durations = durations.map(|it| CYCLE_DURATION.durations(&[it.key()], &figures.counts.durations(it)));
     vec![
-        BUILD_INFO.family(vec![BUILD_INFO.value(&[env!("CARGO_PKG_VERSION"), env!("BUILD_COMMIT")], 1.0)]),
         START_TIME.single(unix_time(figures.started_at)),
         EPOCH.single(number(figures.epoch.0)),
         DRAINING.single(truth(figures.draining)),

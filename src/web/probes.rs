@@ -1,5 +1,5 @@
-//! Probes of supervisors, such as Kubernetes: `/livez` and `/readyz`. They are public, so an answer is `ok`, or one of
-//! few reasons with status 503.
+//! Probes of supervisors, such as Kubernetes: `/livez` and `/readyz`, and `/leader` for a load balancer. They are public,
+//! so an answer is `ok`, or one of few reasons with status 503.
 
 use std::fmt::Display;
 
@@ -14,7 +14,7 @@ use axum::{
 use super::Web;
 
 pub(super) fn routes() -> Router<Web> {
-    Router::new().route("/livez", get(livez)).route("/readyz", get(readyz))
+    Router::new().route("/livez", get(livez)).route("/readyz", get(readyz)).route("/leader", get(leader))
 }
 
 /// Fails if only a restart can help. A start may take long, such as to migrate a large store, and counts as life.
@@ -22,10 +22,19 @@ async fn livez(State(web): State<Web>) -> Response {
     answer(web.started().map_or(Ok(()), |started| started.api.check_alive()))
 }
 
-/// Fails while no cycle or change is accepted.
+/// Fails while no cycle or change is accepted, or, by a follower, while the store can't be read.
 async fn readyz(State(web): State<Web>) -> Response {
     match web.started() {
         Some(started) => answer(started.api.check_ready()),
+        None => answer(Err("starting")),
+    }
+}
+
+/// Fails unless this replica leads.
+async fn leader(State(web): State<Web>) -> Response {
+    match web.started() {
+        Some(started) if started.api.membership().role().epoch().is_some() => answer(Ok::<_, &str>(())),
+        Some(_) => answer(Err("this replica does not lead")),
         None => answer(Err("starting")),
     }
 }

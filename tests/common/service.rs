@@ -28,7 +28,7 @@ use tonic::{
 };
 use tonic_types::StatusExt;
 
-use super::patiently;
+use super::{http, patiently};
 
 /// The files of a service: its database, its configuration and its log survive its restarts.
 pub struct Home {
@@ -245,6 +245,12 @@ impl Service {
     pub async fn client_with(&self, tls: ClientTlsConfig) -> Result<Client, tonic::transport::Error> {
         let endpoint = Endpoint::from_shared(format!("https://{}", self.address)).unwrap().tls_config(tls)?;
         Ok(Client::new(patiently("a connection to the service", endpoint.connect()).await?))
+    }
+
+    /// Waits until it leads.
+    pub async fn leads(&self) {
+        let leads = async { while http::get(self.admin, "/leader").await.status != 200 {} };
+        patiently("the replica to lead", leads).await;
     }
 
     /// Sends it a signal.

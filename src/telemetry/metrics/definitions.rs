@@ -49,6 +49,15 @@ definitions! {
     BUILD_INFO: Gauge "orchestrator_build_info" ["version", "commit"]
         "1, with the version of this software, and the commit that it was built from, which is empty if the build did not \
          know it.";
+    IS_LEADER: Gauge "orchestrator_is_leader" []
+        "1 if this replica leads and runs cycles, else 0.";
+    LEASE_REMAINING: Gauge "orchestrator_lease_remaining_seconds" []
+        "How long this leader may still call subsystems if its lease is not renewed. Missing unless it leads.";
+    LEADER_CHANGES: Counter "orchestrator_leader_changes_total" []
+        "Terms of leaders that this replica has seen begin, its own included.";
+    CLOCK_OFFSET: Gauge "orchestrator_clock_offset_seconds" []
+        "By how much the clock of the database is ahead of that of this replica, by its last answer while this one \
+         followed. Beyond 45 s, the replica does not lead.";
     START_TIME: Gauge "orchestrator_start_time_seconds" []
         "When this process began to run cycles, as Unix time.";
     EPOCH: Gauge "orchestrator_epoch" []

@@ -1,0 +1,63 @@
+//! The orchestrator of this process, which it has while it leads.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tonic::Status;
+
+use super::error;
+use crate::{
+    cluster::Membership,
+    orchestrator::{NotReady, Orchestrator, StoreEnded},
+};
+
+/// The orchestrator, if this process leads. All clones have the same.
+#[derive(Clone)]
+pub(super) struct Leading {
+    now: Arc<Mutex<Option<Arc<Orchestrator>>>>,
+    membership: Membership,
+}
+
+impl Leading {
+    /// None yet.
+    pub(super) fn new(membership: Membership) -> Self {
+        Self { now: Arc::default(), membership }
+    }
+
+    pub(super) fn membership(&self) -> &Membership {
+        &self.membership
+    }
+
+    /// Calls reach this orchestrator from now on; `None`: none.
+    pub(super) fn set(&self, orchestrator: Option<Arc<Orchestrator>>) {
+        let earlier = std::mem::replace(&mut *self.now.lock().unwrap_or_else(PoisonError::into_inner), orchestrator);
+        // It may be the last one to hold a lot of memory, so not under the lock.
+        drop(earlier);
+    }
+
+    /// The orchestrator, if there is one.
+    pub(super) fn get(&self) -> Option<Arc<Orchestrator>> {
+        self.now.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The orchestrator.
+    ///
+    /// # Errors
+    /// This process does not lead.
+    pub(super) fn orchestrator(&self) -> Result<Arc<Orchestrator>, Status> {
+        self.get().ok_or_else(|| error::not_leader(&self.membership.role()))
+    }
+
+    /// Checks that cycles and changes are accepted, or, by a follower, that the store can be read.
+    pub(super) fn check_ready(&self) -> Result<(), NotReady> {
+        match self.get() {
+            Some(orchestrator) => orchestrator.check_ready(),
+            None if *self.membership.sees().borrow() => Ok(()),
+            None => Err(NotReady::StoreUnreadable),
+        }
+    }
+
+    /// Checks that writes are possible, now or later.
+    pub(super) fn check_alive(&self) -> Result<(), StoreEnded> {
+        self.get().map_or(Ok(()), |orchestrator| orchestrator.check_alive())
+    }
+}
