@@ -5,19 +5,38 @@
 
 mod common;
 
-use std::{path::Path, time::Duration};
+use std::{
+    collections::BTreeMap,
+    env,
+    net::SocketAddr,
+    path::Path,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use bytes::Bytes;
 
 use common::{
     fleet::{Fleet, Run},
     http, patiently,
     postgres::{Server, shared},
-    service::{Client, Home, Service, because, decode, reason, registration},
+    service::{Client, Home, Service, because, decode, next_event, reason, registration},
 };
 use futures_util::future::join_all;
-use orchestrator_core::proto::orchestrator::v1::{CycleState, CycleTelemetry};
+use orchestrator_core::proto::orchestrator::v1::{
+    CycleState, CycleTelemetry, Registration, RunCycleRequest, cycle_event::Event,
+};
 use rustix::process::Signal;
-use tokio::time::{Instant, sleep, timeout};
-use tonic::Code;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{
+        UnixListener, UnixStream,
+        unix::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    sync::watch,
+    time::{Instant, sleep, timeout},
+};
+use tonic::{Code, Status, transport::Endpoint};
 
 /// The TTL of leases.
 const TTL: Duration = Duration::from_secs(1);
@@ -45,8 +64,14 @@ fn home(name: &str, store: &str, shared: &Path) -> Home {
 impl Replicas {
     /// As many as there are names, started together.
     async fn start(server: &Server, names: &[&str]) -> Self {
-        let (shared, store) = (tempfile::tempdir().unwrap(), server.url());
-        let homes: Vec<_> = names.iter().map(|name| home(name, &store, shared.path())).collect();
+        let store = server.url();
+        Self::at(names.iter().map(|name| (*name, store.clone()))).await
+    }
+
+    /// Those with these names and URLs of their common store.
+    async fn at(replicas: impl Iterator<Item = (&str, String)>) -> Self {
+        let shared = tempfile::tempdir().unwrap();
+        let homes: Vec<_> = replicas.map(|(name, store)| home(name, &store, shared.path())).collect();
         let services = join_all(homes.iter().map(Home::serve)).await.into_iter().map(Some).collect();
         let replicas = Self { homes, services, fleet: Fleet::start().await, _shared: shared };
         replicas.leader().await;
@@ -92,6 +117,55 @@ impl Replicas {
     fn logs(&self) -> String {
         let of_each = self.homes.iter().map(|home| format!("{}\n", home.log()));
         of_each.collect::<Vec<_>>().join("---\n")
+    }
+}
+
+/// A socket in front of the server, which can stop to pass anything on, as a network does that is cut.
+struct Network {
+    directory: tempfile::TempDir,
+    is_cut: watch::Sender<bool>,
+}
+
+impl Network {
+    fn before(server: &Server) -> Self {
+        const NAME: &str = ".s.PGSQL.5432";
+        let (directory, is_cut) = (tempfile::tempdir().unwrap(), watch::Sender::new(false));
+        let listener = UnixListener::bind(directory.path().join(NAME)).unwrap();
+        let (server, cut) = (server.directory().join(NAME), is_cut.clone());
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                let (server, cut) = (server.clone(), cut.subscribe());
+                tokio::spawn(async move {
+                    let server = UnixStream::connect(server).await.unwrap();
+                    let ((from_client, to_client), (from_server, to_server)) =
+                        (client.into_split(), server.into_split());
+                    let both = (pass_on(from_client, to_server, cut.clone()), pass_on(from_server, to_client, cut));
+                    tokio::join!(both.0, both.1)
+                });
+            }
+        });
+        Self { directory, is_cut }
+    }
+
+    fn set_cut(&self, is_cut: bool) {
+        self.is_cut.send_replace(is_cut);
+    }
+
+    /// The URL of the store at `url`, by way of this.
+    fn url(&self, url: &str) -> String {
+        let (_, schema) = url.rsplit_once("schema=").unwrap();
+        let host = self.directory.path().display().to_string().replace('/', "%2F");
+        format!("postgres://owner@{host}/postgres?schema={schema}")
+    }
+}
+
+async fn pass_on(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut is_cut: watch::Receiver<bool>) {
+    let mut bytes = vec![0; 1 << 16];
+    while let Ok(read @ 1..) = from.read(&mut bytes).await {
+        let _ = is_cut.wait_for(|is_cut| !is_cut).await;
+        if to.write_all(&bytes[..read]).await.is_err() {
+            return;
+        }
     }
 }
 
@@ -190,10 +264,7 @@ async fn a_leader_that_was_stopped_makes_no_calls_when_it_goes_on_and_follows() 
     let mut client = replicas.client(leader).await;
     let epoch = client.status().await.unwrap().epoch;
     // `t` would be called next.
-    let after = orchestrator_core::proto::orchestrator::v1::Registration {
-        after: vec!["s".into()],
-        ..registration("t", replicas.fleet.endpoint())
-    };
+    let after = Registration { after: vec!["s".into()], ..registration("t", replicas.fleet.endpoint()) };
     client.register(after).await.unwrap();
     replicas.fleet.run("s", Run::Hold);
     let cut = client.admit().await.unwrap();
@@ -228,6 +299,62 @@ async fn a_leader_that_was_stopped_makes_no_calls_when_it_goes_on_and_follows() 
 }
 
 #[tokio::test]
+async fn a_leader_that_is_cut_from_the_database_ends_its_calls_before_another_one_makes_any() {
+    let Some(server) = shared() else { return };
+    let (url, network) = (server.url(), Network::before(server));
+    let replicas = Replicas::at([("a", network.url(&url))].into_iter()).await;
+    let other = home("b", &url, replicas._shared.path());
+    let other = other.serve().await;
+    replicas.register(0, &["s"]).await;
+    let mut client = replicas.client(0).await;
+    replicas.fleet.run("s", Run::Hang);
+    let cut = client.admit().await.unwrap();
+    replicas.fleet.until("the call", |state| state.runs("s").next().is_some()).await;
+    network.set_cut(true);
+    other.leads().await;
+    replicas.fleet.run("s", Run::Echo);
+    let mut of_other = other.client().await;
+    assert_eq!(of_other.run().await.unwrap().cycle_id, cut + 1);
+    replicas.fleet.until("the call to end", |state| state.runs("s").all(|call| call.ended.is_some())).await;
+    let (first, second) = {
+        let runs = replicas.fleet.runs("s");
+        (runs[0].clone(), runs[1].clone())
+    };
+    assert!(first.ended.unwrap().0 < second.began, "{first:?}, {second:?}: {}", replicas.logs());
+    // Meanwhile it can't note further cycles, and calls nothing.
+    assert!(timeout(TTL / 2, client.run()).await.map_or(true, |ran| ran.is_err()));
+    network.set_cut(false);
+    replicas.homes[0].logged("this replica follows from now on", 1).await;
+    let interrupted: Vec<_> =
+        history(&mut of_other).await.iter().map(|cycle| (cycle.cycle_id, cycle.state())).collect();
+    assert_eq!(interrupted, [(cut, CycleState::Interrupted), (cut + 1, CycleState::Succeeded)]);
+}
+
+#[tokio::test]
+async fn a_leader_whose_lease_has_ended_goes_on_if_it_is_renewed_before_another_one_claims_to_lead() {
+    let Some(server) = shared() else { return };
+    let (url, network) = (server.url(), Network::before(server));
+    let replicas = Replicas::at([("a", network.url(&url))].into_iter()).await;
+    replicas.register(0, &["s"]).await;
+    let mut client = replicas.client(0).await;
+    let epoch = client.status().await.unwrap().epoch;
+    replicas.fleet.run("s", Run::Hang);
+    let cut = client.admit().await.unwrap();
+    replicas.fleet.until("the call", |state| state.runs("s").next().is_some()).await;
+    network.set_cut(true);
+    replicas.homes[0].logged("could not confirm in time that it leads", 1).await;
+    replicas.fleet.until("the call to end", |state| state.runs("s").all(|call| call.ended.is_some())).await;
+    network.set_cut(false);
+    replicas.homes[0].logged("this replica leads on", 1).await;
+    replicas.fleet.run("s", Run::Echo);
+    let cancelled = client.recorded(cut).await;
+    assert_eq!(cancelled.state(), CycleState::Cancelled);
+    assert!(cancelled.error.contains("could not confirm that it leads"), "{}", cancelled.error);
+    let next = client.run().await.unwrap();
+    assert_eq!((next.cycle_id, next.epoch, next.state()), (cut + 1, epoch, CycleState::Succeeded));
+}
+
+#[tokio::test]
 async fn a_follower_says_within_a_second_that_no_replica_leads() {
     let Some(server) = shared() else { return };
     let replicas = Replicas::start(server, &["a", "b"]).await;
@@ -240,4 +367,118 @@ async fn a_follower_says_within_a_second_that_no_replica_leads() {
     if let Err(refused) = answered {
         assert!(["NOT_LEADER", "NO_LEADER"].contains(&&*reason(&refused).why), "{refused:?}");
     }
+}
+
+/// The addresses of the replicas.
+type Addresses = watch::Receiver<Vec<SocketAddr>>;
+
+/// A client of a replica; `None` if that does not answer in time.
+async fn client_of(address: SocketAddr) -> Option<Client> {
+    let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
+    let connected = timeout(TTL, endpoint.connect()).await.ok()?;
+    connected.ok().map(Client::new)
+}
+
+/// Runs cycles, one after another, each by one request that is repeated, at whichever replica, until it is answered.
+async fn run_cycles(addresses: Addresses, acknowledged: Arc<Mutex<BTreeMap<String, CycleTelemetry>>>) {
+    for number in 0.. {
+        let request_id = format!("request-{number}");
+        let answer = 'answered: loop {
+            let now = addresses.borrow().clone();
+            for address in now {
+                let Some(mut client) = client_of(address).await else { continue };
+                let request = RunCycleRequest { request_id: request_id.clone(), ..RunCycleRequest::default() };
+                if let Ok(Ok(telemetry)) = timeout(TTL, client.run_with(request)).await {
+                    break 'answered telemetry;
+                }
+            }
+        };
+        acknowledged.lock().unwrap().insert(request_id, answer);
+    }
+}
+
+/// Watches the records from the first one on, at whichever replica.
+async fn watch_records(addresses: Addresses, watched: watch::Sender<Vec<Bytes>>) {
+    loop {
+        let now = addresses.borrow().clone();
+        for address in now {
+            let Some(mut client) = client_of(address).await else { continue };
+            let after = watched.borrow().last().map_or(0, |record| decode(record.clone()).revision);
+            let Ok(Ok(mut events)) = timeout(TTL, client.watch_after(after)).await else { continue };
+            // A replica that was stopped sends nothing.
+            while let Ok(Ok::<_, Status>(event)) = timeout(TTL * 3, next_event(&mut events)).await {
+                if let Some(Event::Recorded(record)) = event.event {
+                    watched.send_modify(|watched| watched.push(record));
+                }
+            }
+        }
+    }
+}
+
+/// `ORCHESTRATOR_TEST_ROUNDS` sets the number of rounds, and `ORCHESTRATOR_TEST_SEED` what happens in them.
+#[tokio::test(flavor = "multi_thread")]
+async fn promises_hold_whatever_happens_to_replicas_and_their_sessions() {
+    // Of its own, since all sessions are ended.
+    let Some(server) = Server::start("", None) else { return };
+    let number = |name: &str| env::var(name).ok().map(|text| text.parse::<u64>().unwrap());
+    let rounds = number("ORCHESTRATOR_TEST_ROUNDS").unwrap_or(10);
+    let seed = number("ORCHESTRATOR_TEST_SEED").unwrap_or_else(|| fastrand::u64(..));
+    println!("{rounds} rounds, ORCHESTRATOR_TEST_SEED={seed}");
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let mut replicas = Replicas::start(&server, &["a", "b", "c"]).await;
+    replicas.register(replicas.leader().await, &["s", "t"]).await;
+    replicas.fleet.run("t", Run::Late(Duration::from_millis(20), Box::new(Run::Echo)));
+
+    let of = |replicas: &Replicas| replicas.services.iter().flatten().map(Service::address).collect::<Vec<_>>();
+    let addresses = watch::Sender::new(of(&replicas));
+    let (acknowledged, watched) = (Arc::default(), watch::Sender::new(Vec::new()));
+    let runner = tokio::spawn(run_cycles(addresses.subscribe(), Arc::clone(&acknowledged)));
+    let watcher = tokio::spawn(watch_records(addresses.subscribe(), watched.clone()));
+    for round in 0..rounds {
+        sleep(TTL.mul_f64(rng.f64())).await;
+        let leader = replicas.leader().await;
+        let it = if rng.u8(..4) == 0 { rng.usize(..3) } else { leader };
+        match rng.u8(..4) {
+            0 => {
+                replicas.services[it].take().unwrap().kill().await;
+                replicas.services[it] = Some(replicas.homes[it].serve().await);
+            }
+            1 => {
+                assert!(replicas.services[it].take().unwrap().stop().await.success(), "{}", replicas.logs());
+                replicas.services[it] = Some(replicas.homes[it].serve().await);
+            }
+            2 => {
+                replicas.service(it).signal(Signal::STOP);
+                sleep(TTL.mul_f64(rng.f64() * 3.0)).await;
+                replicas.service(it).signal(Signal::CONT);
+            }
+            _ => server.end_sessions().await,
+        }
+        addresses.send_replace(of(&replicas));
+        assert!(!runner.is_finished() && !watcher.is_finished(), "round {round}: {}", replicas.logs());
+    }
+    let mut client = replicas.client(replicas.leader().await).await;
+    runner.abort();
+    let last = client.run().await.unwrap();
+    let all = watched
+        .subscribe()
+        .wait_for(|watched| watched.last().is_some_and(|record| decode(record.clone()).revision >= last.revision))
+        .await
+        .unwrap()
+        .clone();
+    watcher.abort();
+    let history = client.history().await.unwrap();
+    assert_eq!(all, history, "the watcher has seen other records");
+    let cycles: Vec<_> = history.into_iter().map(decode).collect();
+    let mut ids: Vec<_> = cycles.iter().map(|cycle| cycle.cycle_id).collect();
+    ids.sort_unstable();
+    assert_eq!(ids, (1..=last.cycle_id).collect::<Vec<_>>(), "{}", replicas.logs());
+    assert!(cycles.is_sorted_by_key(|cycle| (cycle.epoch, cycle.revision)), "{}", replicas.logs());
+    let acknowledged = acknowledged.lock().unwrap().clone();
+    for (request_id, answer) in &acknowledged {
+        let of_request: Vec<_> = cycles.iter().filter(|cycle| cycle.request_id == *request_id).collect();
+        assert_eq!(of_request, [answer], "{request_id}: {}", replicas.logs());
+    }
+    let terms = cycles.iter().map(|cycle| cycle.epoch).collect::<std::collections::BTreeSet<_>>().len();
+    println!("{} cycles of {terms} terms, {} acknowledged", cycles.len(), acknowledged.len());
 }

@@ -14,8 +14,8 @@ use super::{
     usage::{LimitReached, Load},
 };
 use crate::{
-    access::{self, NoSession, Unauthenticated},
-    model::{Name, Replica, Role, Violation, Violations, excerpt, text::count},
+    access::{NoSession, Role, Unauthenticated},
+    model::{self, Name, Replica, Violation, Violations, excerpt, text::count},
     orchestrator::{NotOwner, Refusal},
     ports::{Unreadable, UnreadableEvent},
 };
@@ -128,12 +128,12 @@ pub(super) fn status(refusal: impl Into<Refusal>) -> Status {
 }
 
 /// The status of a call that only the leader answers, by a replica with this role.
-pub(super) fn not_leader(role: &Role) -> Status {
+pub(super) fn not_leader(role: &model::Role) -> Status {
     /// A term begins within this time, once it is known that none is valid.
     const RETRY: Duration = Duration::from_secs(1);
     let leader = match role {
-        Role::Follower { leader: Some(leader) } => leader,
-        Role::Follower { leader: None } | Role::Leader { .. } => {
+        model::Role::Follower { leader: Some(leader) } => leader,
+        model::Role::Follower { leader: None } | model::Role::Leader { .. } => {
             let message = "no replica leads now; try again".to_owned();
             return with_retry(message, "NO_LEADER", HashMap::new(), RETRY);
         }
@@ -292,7 +292,7 @@ impl Display for Denied {
                  makes, or show a certificate"
             ),
             Self::NotAllowed { identity, call, target, roles } => {
-                let roles = roles.iter().map(|role| access::Role::word(*role)).collect::<Vec<_>>().join(" or ");
+                let roles = roles.iter().map(|role| Role::word(*role)).collect::<Vec<_>>().join(" or ");
                 if target.is_empty() {
                     write!(f, "{identity} may not call {call}; it needs a grant with the role {roles}")
                 } else {

@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     access::Targets,
+    cluster::Membership,
     memory::{Held, Memory},
     model::{AuditTargets, Cause, Decision, Identity, Name, OwnEvent},
     orchestrator::{Orchestrator, Refusal, Sum},
@@ -45,6 +46,7 @@ pub struct Begun(Option<Used>);
 /// `Option<Arc<Orchestrator>>` for calls that followers answer as well.
 pub struct Entered<Q, O = Arc<Orchestrator>> {
     orchestrator: O,
+    membership: Membership,
     pub(super) caller: Caller,
     pub(super) authority: Authority,
     identity: Identity,
@@ -113,9 +115,17 @@ impl<Q: Default> Entered<Q> {
     }
 }
 
-impl<Q: Asks, O> Entered<Q, O> {
+impl<Q, O> Entered<Q, O> {
+    /// This replica, and its role.
+    pub(super) fn membership(&self) -> &Membership {
+        &self.membership
+    }
+
     /// This call from `peer`, for the audit.
-    fn cause(&self, peer: String) -> Cause {
+    fn cause(&self, peer: String) -> Cause
+    where
+        Q: Asks,
+    {
         Cause {
             rpc: Q::RPC.name().into(),
             caller: Some(self.identity.clone()),
@@ -237,6 +247,7 @@ impl Gate {
         let room = self.room_of(&request)?;
         Ok(Entered {
             orchestrator,
+            membership: self.leading.membership().clone(),
             caller,
             authority: judged.authority,
             identity: judged.identity,

@@ -12,11 +12,12 @@ use super::{
 };
 use crate::{
     access::{Mode, Right, Role},
+    cluster::Membership,
     engine::{BreakerState, PlannedSubsystem, Schedule},
     ledger::DigestKey,
     model::{
-        CatchUp, CycleRequest, IntervalLoop, OverlapPolicy, Payload, Subsystem, SubsystemState, TickDisposition,
-        TickRange,
+        self, CatchUp, CycleRequest, IntervalLoop, OverlapPolicy, Payload, Replica, Subsystem, SubsystemState,
+        TickDisposition, TickRange,
     },
     orchestrator::{Event, LiveCycle, Origin, Position, Registered, RunningCycle, Status, Update, WaitingCycle},
     ports::{CallError, Snapshot, Unreadable},
@@ -32,7 +33,7 @@ pub(super) const AROUND: usize = 8;
 const COMMIT: &str = env!("BUILD_COMMIT");
 
 /// The status, without its loops and the last cycle. `insecure`: other machines may need no right.
-pub(super) fn status(status: Status, insecure: bool) -> pb::OrchestratorStatus {
+pub(super) fn status(status: Status, insecure: bool, membership: &Membership) -> pb::OrchestratorStatus {
     let Status {
         last: _,
         total_cycles,
@@ -80,6 +81,27 @@ pub(super) fn status(status: Status, insecure: bool) -> pb::OrchestratorStatus {
         insecure,
         loops_paused,
         read_only,
+        ..of_replica(membership)
+    }
+}
+
+/// The part of the status that says which replica answers, and which one leads.
+fn of_replica(membership: &Membership) -> pb::OrchestratorStatus {
+    let replica = |replica: &Replica| pb::Replica {
+        name: replica.name.clone(),
+        address: replica.address.as_ref().map(ToString::to_string).unwrap_or_default(),
+    };
+    let own = membership.replica();
+    let (role, leader) = match membership.role() {
+        model::Role::Leader { .. } => (pb::ReplicaRole::Leader, Some(replica(own))),
+        model::Role::Follower { leader } => (pb::ReplicaRole::Follower, leader.map(|leader| replica(&leader.replica))),
+    };
+    pb::OrchestratorStatus {
+        replica: Some(replica(own)),
+        role: role.into(),
+        leader,
+        lease_remaining: membership.lease().and_then(|lease| duration(lease.remaining())),
+        ..pb::OrchestratorStatus::default()
     }
 }
 

@@ -22,7 +22,7 @@ impl Handlers {
             status.last = None;
         }
         let (loops, last) = (std::mem::take(&mut status.loops), status.last.take());
-        let mut answer = response::status(status, self.is_insecure);
+        let mut answer = response::status(status, self.is_insecure, call.membership());
         if let Some(last) = last {
             answer.last_cycle = call.orchestrator().keep(&last).await.map_err(refused)?;
         }

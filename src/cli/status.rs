@@ -95,6 +95,10 @@ fn shown(status: &pb::OrchestratorStatus, last: Option<&pb::CycleTelemetry>, pag
     facts.fact("orchestrator", format!("{}, version {}{commit}", status.orchestrator_id, status.version));
     let uptime = status.uptime.as_ref().map(|uptime| prost_types::Duration { nanos: 0, ..*uptime });
     facts.fact("up", format!("{}, epoch {}", duration(uptime.as_ref()), status.epoch));
+    // Where there can be others.
+    if status.lease_remaining.is_some() || status.role() == pb::ReplicaRole::Follower && !status.read_only {
+        facts.fact("replica", replica(status));
+    }
     facts.fact("subsystems", grouped(status.subsystem_count.into()));
     facts.fact("cycles", format!("{} recorded", grouped(status.total_cycles)));
     facts.fact("last", last.map_or_else(|| "-".to_owned(), in_short));
@@ -128,6 +132,22 @@ fn shown(status: &pb::OrchestratorStatus, last: Option<&pb::CycleTelemetry>, pag
     let subsystems = table.finish_unless_empty(page);
     let snapshots = snapshots(&status.subsystems).finish_unless_empty(page);
     sections([facts.finish(page), waiting(status, page), loops, subsystems, snapshots])
+}
+
+/// Which replica answers, and which one leads.
+fn replica(status: &pb::OrchestratorStatus) -> String {
+    let shown = |replica: &pb::Replica| match &*replica.address {
+        "" => replica.name.clone(),
+        address => format!("{}, at {address}", replica.name),
+    };
+    let own = status.replica.as_ref().map(shown).unwrap_or_default();
+    match (status.role(), &status.leader) {
+        (pb::ReplicaRole::Leader, _) => {
+            format!("{own}, leads; its lease ends in {}", duration(status.lease_remaining.as_ref()))
+        }
+        (_, Some(leader)) => format!("{own}, follows {}", shown(leader)),
+        (_, None) => format!("{own}; no replica leads"),
+    }
 }
 
 fn running(running: &pb::RunningCycle) -> String {
@@ -173,6 +193,31 @@ fn snapshots(subsystems: &[pb::SubsystemStatus]) -> Table {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_replica_says_whether_it_leads() {
+        let line = |role: pb::ReplicaRole, leader: Option<pb::Replica>, lease| {
+            let status = pb::OrchestratorStatus {
+                replica: Some(pb::Replica { name: "a".into(), address: "http://h:1".into() }),
+                role: role.into(),
+                leader,
+                lease_remaining: lease,
+                ..pb::OrchestratorStatus::default()
+            };
+            let shown = shown(&status, None, Page::of_stdout(false));
+            shown.lines().find_map(|line| line.strip_prefix("replica")).map(|line| line.trim().to_owned())
+        };
+        let lease = Some(prost_types::Duration { seconds: 8, nanos: 0 });
+        let other = Some(pb::Replica { name: "b".into(), address: String::new() });
+        assert_eq!(
+            line(pb::ReplicaRole::Leader, None, lease).unwrap(),
+            "a, at http://h:1, leads; its lease ends in 8s"
+        );
+        assert_eq!(line(pb::ReplicaRole::Follower, other, None).unwrap(), "a, at http://h:1, follows b");
+        assert_eq!(line(pb::ReplicaRole::Follower, None, None).unwrap(), "a, at http://h:1; no replica leads");
+        // It has its store for itself.
+        assert_eq!(line(pb::ReplicaRole::Leader, None, None), None);
+    }
 
     #[test]
     fn every_running_cycle_has_a_line() {

@@ -64,7 +64,9 @@ enum Phase {
     /// Another replica leads, or this one will soon.
     Following(AbortOnDropHandle<(Candidate, Won)>),
     /// It follows, and does not lead: it can't with its configuration, or the process ends.
-    Unable { _follows: Option<AbortOnDropHandle<()>> },
+    Unable {
+        _follows: Option<AbortOnDropHandle<()>>,
+    },
     /// It has claimed to lead, and takes the store over.
     Beginning(Beginning),
     Leading(Leading),

@@ -138,9 +138,8 @@ impl Metrics {
     /// All metrics that are not by subsystem.
     async fn general(&self, orchestrator: Option<&Orchestrator>) -> Vec<MetricFamily> {
         let runtime = Handle::current().metrics();
-        let mut families = vec![
-            BUILD_INFO.family(vec![BUILD_INFO.value(&[env!("CARGO_PKG_VERSION"), env!("BUILD_COMMIT")], 1.0)]),
-        ];
+        let mut families =
+            vec![BUILD_INFO.family(vec![BUILD_INFO.value(&[env!("CARGO_PKG_VERSION"), env!("BUILD_COMMIT")], 1.0)])];
         families.extend(self.membership.iter().flat_map(of_replica));
         if let Some(orchestrator) = orchestrator {
             families.extend(of_orchestrator(orchestrator).await);
@@ -233,29 +232,29 @@ async fn of_orchestrator(orchestrator: &Orchestrator) -> Vec<MetricFamily> {
     families.extend(of_loops(&figures));
     families.extend([
         SUBSYSTEMS.family(vec![
-                SUBSYSTEMS.value(&["config"], count(figures.declared)),
-                SUBSYSTEMS.value(&["rpc"], count(figures.registered)),
-            ]),
-            SUBSYSTEMS_MISSING.single(count(figures.missing)),
-            LEASES.single(count(figures.leases)),
-            WATCHERS.single(count(figures.watchers)),
-            WATCHERS_LAGGING.single(count(figures.lagging)),
-            WATCHER_EVENTS.single(number(figures.events)),
-            STORE_COMMIT_DURATION.family(
-                [("durable", Durability::Durable), ("buffered", Durability::Buffered)]
-                    .map(|(label, kind)| STORE_COMMIT_DURATION.durations(&[label], &figures.counts.commits(kind)))
-                    .into(),
-            ),
-            STORE_COMMIT_ERRORS.single(number(figures.counts.commit_errors)),
-            STORE_UNREADABLE.single(number(figures.counts.unreadable_records)),
-        ]);
-        match orchestrator.store_size().await {
-            Ok(size) => {
-                families.extend([STORE_SIZE.single(number(size.bytes)), STORE_RECORDS.single(number(size.records))]);
-            }
-            // The other metrics are all the more important then.
-            Err(error) => tracing::warn!(%error, "the size of the store is missing in the metrics"),
+            SUBSYSTEMS.value(&["config"], count(figures.declared)),
+            SUBSYSTEMS.value(&["rpc"], count(figures.registered)),
+        ]),
+        SUBSYSTEMS_MISSING.single(count(figures.missing)),
+        LEASES.single(count(figures.leases)),
+        WATCHERS.single(count(figures.watchers)),
+        WATCHERS_LAGGING.single(count(figures.lagging)),
+        WATCHER_EVENTS.single(number(figures.events)),
+        STORE_COMMIT_DURATION.family(
+            [("durable", Durability::Durable), ("buffered", Durability::Buffered)]
+                .map(|(label, kind)| STORE_COMMIT_DURATION.durations(&[label], &figures.counts.commits(kind)))
+                .into(),
+        ),
+        STORE_COMMIT_ERRORS.single(number(figures.counts.commit_errors)),
+        STORE_UNREADABLE.single(number(figures.counts.unreadable_records)),
+    ]);
+    match orchestrator.store_size().await {
+        Ok(size) => {
+            families.extend([STORE_SIZE.single(number(size.bytes)), STORE_RECORDS.single(number(size.records))]);
         }
+        // The other metrics are all the more important then.
+        Err(error) => tracing::warn!(%error, "the size of the store is missing in the metrics"),
+    }
     families.extend(of_tasks(&figures.counts));
     families
 }

@@ -4,7 +4,11 @@ use std::{
     fs,
     net::TcpListener,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
 };
 
 use tokio::{
@@ -18,8 +22,8 @@ use super::{
     *,
 };
 use crate::{
-    model::{Epoch, Revision},
-    ports::{Seals, Store, StoreError},
+    model::{Endpoint, Epoch, Leader, Replica, Revision},
+    ports::{Claim, ClaimId, Claimed, Renewed, Seals, Store, StoreError},
     store::{
         StoreUrl,
         suite::{ALL, CHECKS, commit, keys, name, output, recorded, revisions},
@@ -303,7 +307,14 @@ fn set_mode(path: &Path, mode: u32) {
 enum Cut {
     Request(usize),
     Answer(usize),
+    /// Not at all: the last message of the next statement that is executed does not arrive, and nothing after it, as if
+    /// the process had stopped.
+    BeforeSync,
 }
+
+/// The message that ends a statement, behind the one that executes it.
+const EXECUTE_AND_SYNC: &[u8] = b"E\0\0\0\x09\0\0\0\0\0S\0\0\0\x04";
+const SYNC: usize = 5;
 
 /// A socket in front of a server, whose connections can be cut.
 struct Proxy {
@@ -355,6 +366,14 @@ async fn forwarded(mut client: UnixStream, mut server: UnixStream, cut: Arc<Mute
             biased;
             read = client.read(&mut request) => {
                 let bytes = read.unwrap_or(0);
+                let stops = request[..bytes].ends_with(EXECUTE_AND_SYNC)
+                    && cut.lock().unwrap().take_if(|cut| *cut == Cut::BeforeSync).is_some();
+                if stops {
+                    server.write_all(&request[..bytes - SYNC]).await.unwrap();
+                    // Until the server ends the session.
+                    let _ = server.read_to_end(&mut Vec::new()).await;
+                    return;
+                }
                 let (goes_on, is_cut) = allowed(bytes, true);
                 bytes == 0 || server.write_all(&request[..goes_on]).await.is_err() || is_cut
             }
@@ -374,6 +393,106 @@ async fn opened(url: &str) -> (Arc<dyn Store>, Epoch) {
     let store = crate::store::open(&StoreUrl::parse(url).unwrap(), CHECKS, Clock::system()).await.unwrap();
     let epoch = store.take_over(Seals::Checked(keys())).await.unwrap().epoch;
     (store, epoch)
+}
+
+/// A store that a replica with this name has claimed and taken over.
+async fn led(url: &str, name: &str) -> (Arc<dyn Store>, Epoch) {
+    let store = crate::store::open(&StoreUrl::parse(url).unwrap(), CHECKS, Clock::system()).await.unwrap();
+    let leadership = store.leadership().unwrap();
+    let seen = leadership.observe().await.unwrap();
+    let Claimed::Won(epoch) = leadership.claim(&seen, &claim_of(name)).await.unwrap() else { panic!("{seen:?}") };
+    assert_eq!(store.take_over(Seals::Checked(keys())).await.unwrap().epoch, epoch);
+    (store, epoch)
+}
+
+/// A claim of a replica with this name.
+fn claim_of(name: &str) -> Claim {
+    static IDS: AtomicU64 = AtomicU64::new(1 << 40);
+    Claim {
+        id: ClaimId(IDS.fetch_add(1, Ordering::Relaxed)),
+        replica: Replica { name: name.into(), address: Some(Endpoint::parse("https://h:1").unwrap()) },
+        lease_ttl: Duration::from_secs(10),
+        at_least: Epoch::by_clock(Clock::system().now()),
+    }
+}
+
+#[tokio::test]
+async fn of_claims_at_once_one_wins_and_all_see_whose_it_is() {
+    let Some(server) = shared() else { return };
+    let store_url = server.url();
+    let stores = futures_util::future::join_all((0..8).map(|_| async {
+        crate::store::open(&StoreUrl::parse(&store_url).unwrap(), CHECKS, Clock::system()).await.unwrap()
+    }));
+    let leaderships: Vec<_> = stores.await.into_iter().map(|store| store.leadership().unwrap()).collect();
+    let seen = leaderships[0].observe().await.unwrap();
+    assert_eq!((seen.epoch, &seen.leader), (Epoch(0), &None));
+    let names: Vec<_> = (0..8).map(|i| format!("r{i}")).collect();
+    let claims = leaderships.iter().zip(&names).map(async |(leadership, name)| {
+        let claimed = leadership.claim(&seen, &claim_of(name)).await.unwrap();
+        if let Claimed::Won(epoch) = claimed { Some((name.clone(), epoch)) } else { None }
+    });
+    let won: Vec<_> = futures_util::future::join_all(claims).await.into_iter().flatten().collect();
+    let [(name, epoch)] = &won[..] else { panic!("{won:?}") };
+    let replica = claim_of(name).replica;
+    for leadership in &leaderships {
+        let observed = leadership.observe().await.unwrap();
+        assert_eq!(observed.leader, Some(Leader { replica: replica.clone(), epoch: *epoch }));
+        assert_eq!(observed.lease_ttl, Duration::from_secs(10));
+    }
+    assert_eq!(leaderships[0].renew(*epoch).await.unwrap(), Renewed::Acknowledged);
+    assert_eq!(leaderships[0].observe().await.unwrap().beat, seen.beat + 2);
+    leaderships[0].release(*epoch).await.unwrap();
+    assert_eq!(leaderships[0].observe().await.unwrap().leader, None);
+    assert_eq!(leaderships[0].renew(*epoch).await.unwrap(), Renewed::Superseded);
+}
+
+#[tokio::test]
+async fn a_claim_fences_the_earlier_leader_before_it_commits_anything() {
+    let Some(server) = shared() else { return };
+    let store_url = server.url();
+    let (earlier, first) = led(&store_url, "a").await;
+    commit(&*earlier, recorded(1..=2, first)).await;
+    let (later, second) = led(&store_url, "b").await;
+    assert!(second > first);
+    let fenced = earlier.commit(Arc::new(recorded(3..=4, first))).await.unwrap_err();
+    assert_eq!(fenced, StoreError::Fenced { by: second });
+    let fenced = earlier.take_over(Seals::Checked(keys())).await.unwrap_err();
+    assert_eq!(fenced, StoreError::Fenced { by: second });
+    assert_eq!(earlier.leadership().unwrap().renew(first).await.unwrap(), Renewed::Superseded);
+    commit(&*later, recorded(3..=4, second)).await;
+    assert_eq!(revisions(&later.cycles_after(Revision(0), ALL).await.unwrap()), [1, 2, 3, 4]);
+    // An operator who accepts the store, or a process without a claim, is later than all of these.
+    let (_, without) = opened(&store_url).await;
+    assert!(without > second);
+}
+
+#[tokio::test]
+async fn a_leader_that_stops_in_the_middle_of_a_commit_does_not_keep_the_lead() {
+    let Some(server) = shared() else { return };
+    let proxy = Proxy::before(server.directory().to_owned());
+    let direct = server.url();
+    let schema = url(&direct).schema().to_owned();
+    let (stopped, first) = led(&format!("postgres://owner@{}/postgres?schema={schema}", proxy.host()), "a").await;
+    commit(&*stopped, recorded(1..=2, first)).await;
+    *proxy.cut.lock().unwrap() = Some(Cut::BeforeSync);
+    let committing = tokio::spawn({
+        let (store, write) = (stopped.clone(), recorded(3..=4, first));
+        async move { store.commit(Arc::new(write)).await }
+    });
+    while proxy.cut.lock().unwrap().is_some() {
+        tokio::task::yield_now().await;
+    }
+    let other = crate::store::open(&StoreUrl::parse(&direct).unwrap(), CHECKS, Clock::system()).await.unwrap();
+    let leadership = other.leadership().unwrap();
+    let seen = leadership.observe().await.unwrap();
+    // The first attempt waits for the row in vain, and ends the session that has locked it.
+    leadership.claim(&seen, &claim_of("b")).await.unwrap_err();
+    let claimed = leadership.claim(&seen, &claim_of("b")).await.unwrap();
+    let Claimed::Won(second) = claimed else { panic!("{claimed:?}") };
+    let contents = other.take_over(Seals::Checked(keys())).await.unwrap();
+    assert_eq!((contents.epoch, contents.last_revision), (second, Revision(2)));
+    assert_eq!(committing.await.unwrap().unwrap_err(), StoreError::Fenced { by: second });
+    commit(&*other, recorded(3..=4, second)).await;
 }
 
 #[tokio::test]
