@@ -101,7 +101,7 @@ impl Clock {
     }
 
     /// Time since the machine was started, with that in which it was suspended, where the system knows it.
-    fn since_boot(&self) -> Duration {
+    fn since_boot(self) -> Duration {
         match self.0 {
             Source::System => {
                 #[cfg(target_os = "linux")]

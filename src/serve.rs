@@ -218,7 +218,7 @@ impl Service {
         let dialer = Arc::new(Dialer::with(transport, connect_timeout, replies, tls, config.reach()));
         dialer.revoke(config.access.revoked.clone());
         let sums = Sums::new(host.clock, settings(config).audit_reads);
-        let source = Source::open(config, begin, &host, &sums).await?;
+        let source = Box::pin(Source::open(config, begin, &host, &sums)).await?;
         let (mut exporting, stop_exporting) = (Tasks::default(), CancellationToken::new());
         let (mut exporter, mut spans): (_, Arc<dyn Spans>) = (None, Arc::new(Untraced));
         if let Some(endpoint) = &config.tracing.otlp_endpoint {
@@ -238,9 +238,9 @@ impl Service {
         // The last step that may fail. It begins the new epoch: until then nothing is taken over.
         let parts = Parts { memory: memory.clone(), host, dialer: dialer.clone(), spans, sums };
         let terms = match source {
-            Source::Alone(taken_over) => Terms::alone(config, parts, taken_over, api.clone()).await?,
+            Source::Alone(taken_over) => Box::pin(Terms::alone(config, parts, *taken_over, api.clone())).await?,
             Source::Shared(store, leadership) => {
-                Terms::shared(config, begin, parts, (store, leadership), api.clone()).await?
+                Box::pin(Terms::shared(config, begin, parts, (store, leadership), api.clone())).await?
             }
         };
 
@@ -465,7 +465,7 @@ impl Service {
 /// What the store says of the terms of this process.
 enum Source {
     /// It has one, and has taken the store over, or looks at it.
-    Alone(TakenOver),
+    Alone(Box<TakenOver>),
     /// It shares the store with other replicas.
     Shared(Arc<dyn Store>, Arc<dyn Leadership>),
 }
@@ -482,15 +482,17 @@ impl Source {
             }
             log::take_over(config, begin, host.random.id128(), store).await?
         };
-        Ok(Self::Alone(TakenOver { sums: Some(sums.clone()), ..taken_over }))
+        Ok(Self::Alone(Box::new(TakenOver { sums: Some(sums.clone()), ..taken_over })))
     }
 
     /// This process, as one of several or as the only one.
     fn membership(&self, config: &Config) -> Membership {
         let replica = replica(config);
         match self {
-            Self::Alone(TakenOver { begin: Begin::ReadOnly, .. }) => Membership::alone(replica, None),
-            Self::Alone(TakenOver { contents, .. }) => Membership::alone(replica, Some(contents.epoch)),
+            Self::Alone(taken_over) => {
+                let epoch = Some(taken_over.contents.epoch).filter(|_| taken_over.begin != Begin::ReadOnly);
+                Membership::alone(replica, epoch)
+            }
             Self::Shared(..) => Membership::of(replica),
         }
     }

@@ -46,8 +46,8 @@ struct Replicas {
     homes: Vec<Home>,
     services: Vec<Option<Service>>,
     fleet: Fleet,
-    /// Where their key is.
-    _shared: tempfile::TempDir,
+    /// The directory of their key.
+    shared: tempfile::TempDir,
 }
 
 /// The home of the replica with this name, with a store at this URL and the key in this directory.
@@ -73,7 +73,7 @@ impl Replicas {
         let shared = tempfile::tempdir().unwrap();
         let homes: Vec<_> = replicas.map(|(name, store)| home(name, &store, shared.path())).collect();
         let services = join_all(homes.iter().map(Home::serve)).await.into_iter().map(Some).collect();
-        let replicas = Self { homes, services, fleet: Fleet::start().await, _shared: shared };
+        let replicas = Self { homes, services, fleet: Fleet::start().await, shared };
         replicas.leader().await;
         replicas
     }
@@ -303,7 +303,7 @@ async fn a_leader_that_is_cut_from_the_database_ends_its_calls_before_another_on
     let Some(server) = shared() else { return };
     let (url, network) = (server.url(), Network::before(server));
     let replicas = Replicas::at([("a", network.url(&url))].into_iter()).await;
-    let other = home("b", &url, replicas._shared.path());
+    let other = home("b", &url, replicas.shared.path());
     let other = other.serve().await;
     replicas.register(0, &["s"]).await;
     let mut client = replicas.client(0).await;
@@ -352,6 +352,34 @@ async fn a_leader_whose_lease_has_ended_goes_on_if_it_is_renewed_before_another_
     assert!(cancelled.error.contains("could not confirm that it leads"), "{}", cancelled.error);
     let next = client.run().await.unwrap();
     assert_eq!((next.cycle_id, next.epoch, next.state()), (cut + 1, epoch, CycleState::Succeeded));
+}
+
+#[tokio::test]
+async fn a_replica_that_cannot_lead_with_its_configuration_leaves_the_lead_to_others_until_it_is_reloaded() {
+    let Some(server) = shared() else { return };
+    let store = server.url();
+    let mut replicas = Replicas::at([("a", store.clone())].into_iter()).await;
+    let mut client = replicas.client(0).await;
+    let after_b = Registration { after: vec!["b".into()], ..registration("a", replicas.fleet.endpoint()) };
+    client.register(after_b).await.unwrap();
+    // Together with what is registered, this is a circular dependency.
+    let ring = home("b", &store, replicas.shared.path());
+    let valid = std::fs::read_to_string(ring.path("orchestrator.toml")).unwrap();
+    let endpoint = replicas.fleet.endpoint();
+    let declared = format!("[[subsystems]]\nname = \"b\"\nendpoint = {endpoint:?}\nafter = [\"a\"]\n");
+    std::fs::write(ring.path("orchestrator.toml"), format!("{valid}{declared}")).unwrap();
+    let follower = ring.serve().await;
+    ring.logged("this replica can't lead", 1).await;
+    let epoch = client.status().await.unwrap().epoch;
+    assert!(replicas.services[0].take().unwrap().stop().await.success());
+    // No other replica can lead, and it has not claimed to.
+    sleep(TTL * 2).await;
+    assert_eq!(http::get(follower.admin(), "/leader").await.status, 503);
+    assert!(!ring.log().contains("has claimed to lead"), "{}", ring.log());
+    std::fs::write(ring.path("orchestrator.toml"), &valid).unwrap();
+    follower.signal(Signal::HUP);
+    follower.leads().await;
+    assert!(follower.client().await.status().await.unwrap().epoch > epoch);
 }
 
 #[tokio::test]

@@ -295,7 +295,7 @@ impl Side {
         const EXPORT: Duration = Duration::from_millis(400);
         let Self::Ours(_, ours) = self else { return Ok(()) };
         if let Some(metrics) = &ours.metrics {
-            let pieces: Vec<_> = metrics.clone().scrape(ours.orchestrator.clone()).try_collect().await?;
+            let pieces: Vec<_> = metrics.clone().scrape(Some(ours.orchestrator.clone())).try_collect().await?;
             black_box(pieces);
         }
         if ours.exporting.is_some() {

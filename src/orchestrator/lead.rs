@@ -1,5 +1,7 @@
 //! What a replica does while it can't confirm that it leads: another one may call the same subsystems by now.
 
+use jiff::Timestamp;
+
 use super::{Orchestrator, State, ended::Ended};
 use crate::{model::Epoch, ports::StoreError};
 
@@ -39,6 +41,11 @@ impl Orchestrator {
 }
 
 impl State {
+    /// When the next tick fires; `None` also while none may.
+    pub(super) fn next_tick_at(&self) -> Option<Timestamp> {
+        self.loops.next_at().filter(|_| !self.has_lapsed)
+    }
+
     /// True if a cycle whose turn has come may begin.
     pub(super) fn may_begin(&self) -> bool {
         !self.draining && !self.has_lapsed

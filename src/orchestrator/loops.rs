@@ -171,7 +171,7 @@ impl Shared {
         /// Longest time between checks of the wall clock, which may be set.
         const LOOK_AGAIN: Duration = Duration::from_secs(1);
         loop {
-            let next = self.state().loops.next_at();
+            let next = self.state().next_tick_at();
             let wait = next.map(|at| Duration::try_from(at.duration_since(self.clock.now())).unwrap_or_default());
             select! {
                 biased;

@@ -690,7 +690,7 @@ pub struct StoreSize {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {
     /// A later epoch writes to this store.
-    #[error("epoch {by} has taken over this store; this process can no longer write and must stop")]
+    #[error("epoch {by} has taken over this store, so this process writes nothing more")]
     Fenced {
         /// The later epoch.
         by: Epoch,

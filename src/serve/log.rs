@@ -8,6 +8,7 @@ use super::StartError;
 use crate::{
     access::Mode,
     config::{Config, LedgerSettings},
+    host::Host,
     ledger::{Checkpoint, Frontier, LogBegan, LogBeganReason, SealKeys, Signer, SigningKey},
     model::Begin,
     orchestrator::{Published, TakenOver},
@@ -154,6 +155,29 @@ pub(super) async fn look(config: &Config, store: Arc<dyn Store>) -> Result<Taken
         }
     };
     Ok(TakenOver { published, begin: Begin::ReadOnly, ..TakenOver::new(store, contents, signer) })
+}
+
+/// Looks at a store with the keys of its log, as a process would take it over.
+///
+/// # Errors
+/// The store or a key can't be used, or there is no key although the store has a log.
+pub(super) async fn rehearse(config: &Config, host: &Host) -> Result<TakenOver, StartError> {
+    /// The leader may have created the key meanwhile, before it wrote the first entry.
+    const ATTEMPTS: usize = 2;
+    let url = &config.store.url;
+    for _ in 0..ATTEMPTS {
+        let keys = read_keys(config, host.random.id128()).await?;
+        let are_new = keys.are_new();
+        let signer = Signer::of(config.ledger.origin.clone(), keys.keys);
+        let store = store::look(url, record::CHECKS, host.clock).await?;
+        let seals = SealKeys::of(&signer);
+        let seals = if are_new { Seals::Renewed(seals) } else { Seals::Checked(seals) };
+        let contents = store.take_over(seals).await?;
+        if !are_new || store.log().frontier.size() == 0 {
+            return Ok(TakenOver { begin: Begin::ReadOnly, ..TakenOver::new(store, contents, signer) });
+        }
+    }
+    Err(StartError::NotContinued { url: url.clone(), found: LogBreak::KeyMissing })
 }
 
 /// Compares a store with the checkpoint that was published last.

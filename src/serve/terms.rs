@@ -23,6 +23,7 @@ use crate::{
     model::{Begin, Epoch},
     orchestrator::{Orchestrator, OrchestratorTasks, Refusal, Stopped, Sums, TakenOver},
     ports::{Leadership, Spans, Store, StoreError, Subsystems},
+    store::OpenError,
 };
 
 /// Longest time for the database to note that a term has ended. Then other replicas wait for the end of the lease.
@@ -57,19 +58,32 @@ struct Shared {
     store: Arc<dyn Store>,
     parts: Parts,
     /// The one that applies to the next term.
-    config: Config,
+    config: Arc<Config>,
 }
 
 enum Phase {
     /// Another replica leads, or this one will soon.
-    Following(AbortOnDropHandle<(Candidate, Won)>),
+    Following(AbortOnDropHandle<Result<(Candidate, Won), Unable>>),
     /// It follows, and does not lead: it can't with its configuration, or the process ends.
     Unable {
         _follows: Option<AbortOnDropHandle<()>>,
     },
     /// It has claimed to lead, and takes the store over.
-    Beginning(Beginning),
-    Leading(Leading),
+    Beginning(Box<Beginning>),
+    Leading(Box<Leading>),
+}
+
+/// A candidate that can't lead.
+type Unable = (Candidate, StartError);
+
+/// What precedes the time in which a replica follows.
+enum After {
+    /// It has started, or its configuration was reloaded.
+    Start,
+    /// It has led.
+    Term,
+    /// It could not begin the term of this epoch.
+    Failure(Epoch),
 }
 
 struct Beginning {
@@ -110,7 +124,7 @@ impl Terms {
         let (orchestrator, tasks) = begin(config, &parts, taken_over, subsystems).await?;
         let orchestrator = Arc::new(orchestrator);
         api.lead(orchestrator.clone());
-        let phase = Phase::Leading(Leading { orchestrator, tasks, term: None });
+        let phase = Phase::Leading(Box::new(Leading { orchestrator, tasks, term: None }));
         Ok(Self { api, phase, how: Begin::Again, shared: None })
     }
 
@@ -125,7 +139,7 @@ impl Terms {
         (store, leadership): (Arc<dyn Store>, Arc<dyn Leadership>),
         api: Api,
     ) -> Result<Self, StartError> {
-        let shared = Shared { leadership, store, parts, config: config.clone() };
+        let shared = Shared { leadership, store, parts, config: Arc::new(config.clone()) };
         let mut candidate = shared.candidate(&api);
         let won = match candidate.look(true).await {
             Ok(won) => won,
@@ -137,20 +151,26 @@ impl Terms {
         let mut terms = Self { api, phase: Phase::Unable { _follows: None }, how, shared: Some(shared) };
         let Some(won) = won else {
             tracing::info!("this replica follows");
-            terms.follow(candidate, None);
+            terms.follow(candidate, After::Start);
             return Ok(terms);
         };
+        let epoch = won.epoch;
         terms.begin(candidate, won);
-        match terms.begun().await {
-            Some(Err(error)) => Err(error),
-            Some(Ok(())) | None => Ok(terms),
+        if let Some(Err(error)) = terms.begun().await {
+            // The process ends, so it does this first.
+            terms.phase = Phase::Unable { _follows: None };
+            if let Some(shared) = &terms.shared {
+                shared.release(epoch).await;
+            }
+            return Err(error);
         }
+        Ok(terms)
     }
 
     /// The orchestrator, while this replica leads.
     pub(super) fn orchestrator(&self) -> Option<&Arc<Orchestrator>> {
         match &self.phase {
-            Phase::Leading(Leading { orchestrator, .. }) => Some(orchestrator),
+            Phase::Leading(leading) => Some(&leading.orchestrator),
             Phase::Following(_) | Phase::Unable { .. } | Phase::Beginning(_) => None,
         }
     }
@@ -161,7 +181,11 @@ impl Terms {
         loop {
             match &mut self.phase {
                 Phase::Following(wins) => match wins.await {
-                    Ok((candidate, won)) => self.begin(candidate, won),
+                    Ok(Ok((candidate, won))) => self.begin(candidate, won),
+                    Ok(Err((candidate, error))) => {
+                        tell_unable(&error);
+                        self.only_follow(candidate, None);
+                    }
                     // It has panicked, which is logged. Without it, this replica would never lead again.
                     Err(defect) => {
                         let problem = format!("the candidate has ended: {defect}");
@@ -171,7 +195,7 @@ impl Terms {
                 Phase::Unable { .. } => pending().await,
                 Phase::Beginning(_) => {
                     if let Some(Err(error)) = self.begun().await {
-                        tracing::error!(%error, "this replica can't lead, until its configuration is reloaded");
+                        tell_unable(&error);
                     }
                 }
                 Phase::Leading(leading) => match leading.tasks.finished().await {
@@ -192,17 +216,17 @@ impl Terms {
     pub(super) async fn reload(&mut self, config: &Config) -> Result<(), Refusal> {
         while let Phase::Beginning(_) = self.phase {
             if let Some(Err(error)) = self.begun().await {
-                tracing::error!(%error, "this replica can't lead with the configuration before");
+                tell_unable(&error);
             }
         }
         if let Some(orchestrator) = self.orchestrator() {
             orchestrator.reload(settings(config), declared(config)).await?;
         }
         if let Some(shared) = &mut self.shared {
-            shared.config = config.clone();
+            shared.config = Arc::new(config.clone());
             if let Phase::Unable { .. } = self.phase {
                 let candidate = shared.candidate(&self.api);
-                self.follow(candidate, None);
+                self.follow(candidate, After::Start);
             }
         }
         Ok(())
@@ -211,7 +235,7 @@ impl Terms {
     /// Ends the present term in order, and has no further one.
     pub(super) fn drain(&mut self) {
         match &self.phase {
-            Phase::Leading(Leading { orchestrator, .. }) => orchestrator.drain(),
+            Phase::Leading(leading) => leading.orchestrator.drain(),
             Phase::Following(_) | Phase::Unable { .. } => self.phase = Phase::Unable { _follows: None },
             Phase::Beginning(_) => {}
         }
@@ -225,14 +249,14 @@ impl Terms {
         let epoch = match &mut self.phase {
             Phase::Following(_) | Phase::Unable { .. } => return Ok(()),
             // Nothing was taken over before the first commit, and that is fenced or recovered from.
-            Phase::Beginning(Beginning { epoch, .. }) => Some(*epoch),
-            Phase::Leading(Leading { tasks, term, .. }) => {
-                let finished = tasks.finished().await;
+            Phase::Beginning(beginning) => Some(beginning.epoch),
+            Phase::Leading(leading) => {
+                let finished = leading.tasks.finished().await;
                 match finished {
                     Err(Stopped::Store(StoreError::Fenced { .. })) if self.shared.is_some() => return Ok(()),
                     finished => finished?,
                 }
-                term.as_ref().map(|term| term.epoch)
+                leading.term.as_ref().map(|term| term.epoch)
             }
         };
         if let (Some(epoch), Some(shared)) = (epoch, &self.shared) {
@@ -249,31 +273,43 @@ impl Terms {
         self.api.follow();
         self.api.membership().follows();
         let phase = mem::replace(&mut self.phase, Phase::Unable { _follows: None });
-        if let Phase::Leading(Leading { term: Some(Term { candidate, .. }), .. }) = phase {
-            self.follow(candidate, None);
+        if let Phase::Leading(leading) = phase
+            && let Leading { term: Some(Term { candidate, .. }), .. } = *leading
+        {
+            self.follow(candidate, After::Term);
         }
     }
 
-    /// Follows, after a term has failed to begin, if one has.
-    fn follow(&mut self, mut candidate: Candidate, failed: Option<Epoch>) {
-        let shared = self.shared.clone();
+    /// Follows, until it leads.
+    fn follow(&mut self, mut candidate: Candidate, after: After) {
+        let Some(shared) = self.shared.clone() else { return };
         let wins = async move {
-            if let (Some(epoch), Some(shared)) = (failed, shared) {
-                shared.release(epoch).await;
-                sleep(AFTER_FAILURE).await;
+            match after {
+                After::Start => select! {
+                    biased;
+                    able = shared.wait_until_able() => if let Err(error) = able {
+                        return Err((candidate, error));
+                    },
+                    () = candidate.only_follows() => {}
+                },
+                After::Term => {}
+                After::Failure(epoch) => {
+                    shared.release(epoch).await;
+                    sleep(AFTER_FAILURE).await;
+                }
             }
             let won = candidate.wins().await;
-            (candidate, won)
+            Ok((candidate, won))
         };
         self.phase = Phase::Following(AbortOnDropHandle::new(tokio::spawn(wins)));
     }
 
-    /// Only follows, after a term has failed to begin.
-    fn only_follow(&mut self, mut candidate: Candidate, failed: Epoch) {
+    /// Only follows, after the term of this epoch could not begin, if there was one.
+    fn only_follow(&mut self, mut candidate: Candidate, failed: Option<Epoch>) {
         let shared = self.shared.clone();
         let follows = async move {
-            if let Some(shared) = shared {
-                shared.release(failed).await;
+            if let (Some(shared), Some(epoch)) = (shared, failed) {
+                shared.release(epoch).await;
             }
             candidate.only_follows().await;
         };
@@ -295,24 +331,25 @@ impl Terms {
             let taken_over = TakenOver { sums: Some(parts.sums.clone()), ..taken_over };
             begin(config, parts, taken_over, Arc::new(leased)).await
         };
-        self.phase = Phase::Beginning(Beginning { candidate, epoch, lease, keeping, begun: begun.boxed() });
+        self.phase = Phase::Beginning(Box::new(Beginning { candidate, epoch, lease, keeping, begun: begun.boxed() }));
     }
 
     /// Waits until the term that begins has begun, or can't. `None` if none begins. Cancel safe.
     async fn begun(&mut self) -> Option<Result<(), StartError>> {
-        let Phase::Beginning(Beginning { begun, .. }) = &mut self.phase else { return None };
-        let begun = begun.await;
+        let Phase::Beginning(beginning) = &mut self.phase else { return None };
+        let begun = (&mut beginning.begun).await;
         let phase = mem::replace(&mut self.phase, Phase::Unable { _follows: None });
-        let Phase::Beginning(Beginning { candidate, epoch, lease, keeping, .. }) = phase else { return None };
+        let Phase::Beginning(beginning) = phase else { return None };
+        let Beginning { candidate, epoch, lease, keeping, .. } = *beginning;
         let (orchestrator, tasks) = match begun {
             Ok((orchestrator, tasks)) => (Arc::new(orchestrator), tasks),
             Err(error) if is_passing(&error) => {
                 tracing::warn!(%error, "this replica has claimed to lead, and follows again");
-                self.follow(candidate, Some(epoch));
+                self.follow(candidate, After::Failure(epoch));
                 return Some(Ok(()));
             }
             Err(error) => {
-                self.only_follow(candidate, epoch);
+                self.only_follow(candidate, Some(epoch));
                 return Some(Err(error));
             }
         };
@@ -325,7 +362,7 @@ impl Terms {
         self.api.lead(orchestrator.clone());
         self.api.membership().leads(epoch, lease);
         let term = Term { candidate, epoch, _keeping: AbortOnDropHandle::new(keeping) };
-        self.phase = Phase::Leading(Leading { orchestrator, tasks, term: Some(term) });
+        self.phase = Phase::Leading(Box::new(Leading { orchestrator, tasks, term: Some(term) }));
         Some(Ok(()))
     }
 }
@@ -334,6 +371,27 @@ impl Shared {
     fn candidate(&self, api: &Api) -> Candidate {
         let Self { leadership, parts, config, .. } = self;
         Candidate::new(leadership.clone(), api.membership().clone(), config.cluster.lease_ttl, parts.host.clone())
+    }
+
+    /// Waits until it is known that it can lead with its configuration and the present contents of the store.
+    ///
+    /// # Errors
+    /// It can't.
+    async fn wait_until_able(&self) -> Result<(), StartError> {
+        while let Err(error) = self.rehearse().await {
+            if !is_passing(&error) {
+                return Err(error);
+            }
+            sleep(AFTER_FAILURE).await;
+        }
+        Ok(())
+    }
+
+    /// Does what begins a term, over a store that is only looked at.
+    async fn rehearse(&self) -> Result<(), StartError> {
+        let Self { parts, config, .. } = self;
+        let taken_over = log::rehearse(config, &parts.host).await?;
+        begin(config, parts, taken_over, parts.dialer.clone()).await.map(drop)
     }
 
     /// Ends the term of this epoch.
@@ -384,11 +442,18 @@ async fn keep_leading(
     orchestrator.fence(by);
 }
 
+/// Logs why this replica does not lead.
+fn tell_unable(error: &StartError) {
+    tracing::error!(%error, "this replica can't lead, and only follows until its configuration is reloaded");
+}
+
 /// True if a later term of this replica may begin, with the same configuration: another replica was faster, or the
 /// store can't be written now.
 fn is_passing(error: &StartError) -> bool {
     match error {
-        StartError::TakeOver(error) | StartError::Refused(Refusal::StoreUnavailable(_, error)) => {
+        StartError::TakeOver(error)
+        | StartError::Open(OpenError::Store(error))
+        | StartError::Refused(Refusal::StoreUnavailable(_, error)) => {
             !error.is_final() || matches!(error, StoreError::Fenced { .. })
         }
         _ => false,

@@ -169,7 +169,8 @@ async fn a_leader_that_is_gone_is_waited_for_during_its_ttl() {
     let won = other.wins().await;
     assert!(won.epoch > first);
     // The last renewal came up to a quarter before, and was seen up to a pause later.
-    assert!(gone.elapsed() > TTL * 3 / 4 - PAUSE && gone.elapsed() <= TTL + PAUSE * 2, "{:?}", gone.elapsed());
+    let waited = gone.elapsed();
+    assert!(waited + PAUSE > TTL * 3 / 4 && waited <= TTL + PAUSE * 2, "{waited:?}");
     assert_eq!(followed.role(), Role::Follower { leader: None });
 }
 
@@ -181,7 +182,7 @@ async fn a_leader_with_a_longer_lease_is_waited_for_as_long() {
     renewing.abort();
     row.state().row.lease_ttl = TTL * 5;
     let (mut other, _) = candidate(&row, "other", clock);
-    assert!(timeout(TTL * 5 - PAUSE, other.wins()).await.is_err());
+    assert!(timeout(TTL * 49 / 10, other.wins()).await.is_err());
     assert!(timeout(PAUSE * 4, other.wins()).await.is_ok());
 }
 

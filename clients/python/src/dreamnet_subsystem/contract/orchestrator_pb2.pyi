@@ -53,6 +53,12 @@ class SkipReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SKIP_REASON_NOT_REGISTERED: _ClassVar[SkipReason]
     SKIP_REASON_OWNER_REVOKED: _ClassVar[SkipReason]
 
+class ReplicaRole(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REPLICA_ROLE_UNSPECIFIED: _ClassVar[ReplicaRole]
+    REPLICA_ROLE_LEADER: _ClassVar[ReplicaRole]
+    REPLICA_ROLE_FOLLOWER: _ClassVar[ReplicaRole]
+
 class OverlapPolicy(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     OVERLAP_POLICY_UNSPECIFIED: _ClassVar[OverlapPolicy]
@@ -115,6 +121,9 @@ SKIP_REASON_REQUIREMENT_LEFT_OUT: SkipReason
 SKIP_REASON_CYCLE_DEADLINE: SkipReason
 SKIP_REASON_NOT_REGISTERED: SkipReason
 SKIP_REASON_OWNER_REVOKED: SkipReason
+REPLICA_ROLE_UNSPECIFIED: ReplicaRole
+REPLICA_ROLE_LEADER: ReplicaRole
+REPLICA_ROLE_FOLLOWER: ReplicaRole
 OVERLAP_POLICY_UNSPECIFIED: OverlapPolicy
 OVERLAP_POLICY_SKIP: OverlapPolicy
 OVERLAP_POLICY_BUFFER_ONE: OverlapPolicy
@@ -561,7 +570,7 @@ class WaitingCycle(_message.Message):
     def __init__(self, cycle_id: _Optional[int] = ..., trigger: _Optional[_Union[Trigger, str]] = ..., loop: _Optional[str] = ..., scheduled_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., waits_for_cycle_id: _Optional[int] = ..., waits_for_subsystem: _Optional[str] = ...) -> None: ...
 
 class OrchestratorStatus(_message.Message):
-    __slots__ = ("last_cycle", "total_cycles", "running_cycle", "queued_cycles", "loops", "epoch", "started_at", "uptime", "version", "orchestrator_id", "subsystem_count", "subsystems", "oldest_revision", "newest_revision", "store_error", "watchers", "running_cycles", "waiting_cycles", "insecure", "commit", "loops_paused", "read_only", "missing_count", "missing")
+    __slots__ = ("last_cycle", "total_cycles", "running_cycle", "queued_cycles", "loops", "epoch", "started_at", "uptime", "version", "orchestrator_id", "subsystem_count", "subsystems", "oldest_revision", "newest_revision", "store_error", "watchers", "running_cycles", "waiting_cycles", "insecure", "commit", "loops_paused", "read_only", "missing_count", "missing", "replica", "role", "leader", "lease_remaining")
     LAST_CYCLE_FIELD_NUMBER: _ClassVar[int]
     TOTAL_CYCLES_FIELD_NUMBER: _ClassVar[int]
     RUNNING_CYCLE_FIELD_NUMBER: _ClassVar[int]
@@ -586,6 +595,10 @@ class OrchestratorStatus(_message.Message):
     READ_ONLY_FIELD_NUMBER: _ClassVar[int]
     MISSING_COUNT_FIELD_NUMBER: _ClassVar[int]
     MISSING_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    LEADER_FIELD_NUMBER: _ClassVar[int]
+    LEASE_REMAINING_FIELD_NUMBER: _ClassVar[int]
     last_cycle: CycleTelemetry
     total_cycles: int
     running_cycle: RunningCycle
@@ -610,7 +623,19 @@ class OrchestratorStatus(_message.Message):
     read_only: bool
     missing_count: int
     missing: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, last_cycle: _Optional[_Union[CycleTelemetry, _Mapping]] = ..., total_cycles: _Optional[int] = ..., running_cycle: _Optional[_Union[RunningCycle, _Mapping]] = ..., queued_cycles: _Optional[int] = ..., loops: _Optional[_Iterable[_Union[IntervalLoopStatus, _Mapping]]] = ..., epoch: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., version: _Optional[str] = ..., orchestrator_id: _Optional[str] = ..., subsystem_count: _Optional[int] = ..., subsystems: _Optional[_Iterable[_Union[SubsystemStatus, _Mapping]]] = ..., oldest_revision: _Optional[int] = ..., newest_revision: _Optional[int] = ..., store_error: _Optional[str] = ..., watchers: _Optional[int] = ..., running_cycles: _Optional[_Iterable[_Union[RunningCycle, _Mapping]]] = ..., waiting_cycles: _Optional[_Iterable[_Union[WaitingCycle, _Mapping]]] = ..., insecure: bool = ..., commit: _Optional[str] = ..., loops_paused: bool = ..., read_only: bool = ..., missing_count: _Optional[int] = ..., missing: _Optional[_Iterable[str]] = ...) -> None: ...
+    replica: Replica
+    role: ReplicaRole
+    leader: Replica
+    lease_remaining: _duration_pb2.Duration
+    def __init__(self, last_cycle: _Optional[_Union[CycleTelemetry, _Mapping]] = ..., total_cycles: _Optional[int] = ..., running_cycle: _Optional[_Union[RunningCycle, _Mapping]] = ..., queued_cycles: _Optional[int] = ..., loops: _Optional[_Iterable[_Union[IntervalLoopStatus, _Mapping]]] = ..., epoch: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., version: _Optional[str] = ..., orchestrator_id: _Optional[str] = ..., subsystem_count: _Optional[int] = ..., subsystems: _Optional[_Iterable[_Union[SubsystemStatus, _Mapping]]] = ..., oldest_revision: _Optional[int] = ..., newest_revision: _Optional[int] = ..., store_error: _Optional[str] = ..., watchers: _Optional[int] = ..., running_cycles: _Optional[_Iterable[_Union[RunningCycle, _Mapping]]] = ..., waiting_cycles: _Optional[_Iterable[_Union[WaitingCycle, _Mapping]]] = ..., insecure: bool = ..., commit: _Optional[str] = ..., loops_paused: bool = ..., read_only: bool = ..., missing_count: _Optional[int] = ..., missing: _Optional[_Iterable[str]] = ..., replica: _Optional[_Union[Replica, _Mapping]] = ..., role: _Optional[_Union[ReplicaRole, str]] = ..., leader: _Optional[_Union[Replica, _Mapping]] = ..., lease_remaining: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class Replica(_message.Message):
+    __slots__ = ("name", "address")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    address: str
+    def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
 
 class RunCycleRequest(_message.Message):
     __slots__ = ("subsystems", "parameters", "request_id", "overlap_policy", "validate_only", "deadline", "record_outputs")
