@@ -27,7 +27,7 @@ pub use self::{
     lease::{Lease, keep},
     leased::Leased,
 };
-use crate::model::{Epoch, Replica, Role};
+use crate::model::{Epoch, Leader, Replica, Role};
 
 /// A replica and its role. All clones are of the same replica.
 #[derive(Clone, Debug)]
@@ -42,8 +42,9 @@ struct Member {
     lease: watch::Sender<Option<Lease>>,
     /// True if the database has answered when it was asked last who leads.
     sees: watch::Sender<bool>,
-    /// Number of terms that this replica has seen begin, its own among them.
+    /// Number of terms that this replica has seen begin, its own among them, and the epoch of the last one.
     changes: AtomicU64,
+    last_epoch: AtomicU64,
     /// By how many milliseconds the clock of the database is ahead; `i64::MIN` before it is known.
     clock_offset: AtomicI64,
 }
@@ -68,6 +69,7 @@ impl Membership {
             lease: watch::Sender::new(None),
             sees: watch::Sender::new(true),
             changes: AtomicU64::new(0),
+            last_epoch: AtomicU64::new(0),
             clock_offset: AtomicI64::new(i64::MIN),
         }))
     }
@@ -129,18 +131,18 @@ impl Membership {
 
     /// Sets the role, and counts a term that has begun.
     fn set(&self, role: Role) {
-        let begins = match &role {
-            Role::Leader { .. } => true,
-            Role::Follower { leader } => leader.is_some(),
+        let epoch = match &role {
+            Role::Leader { epoch } | Role::Follower { leader: Some(Leader { epoch, .. }) } => epoch.0,
+            Role::Follower { leader: None } => 0,
         };
-        let is_new = self.0.role.send_if_modified(|now| {
+        if self.0.last_epoch.fetch_max(epoch, Ordering::Relaxed) < epoch {
+            self.0.changes.fetch_add(1, Ordering::Relaxed);
+        }
+        self.0.role.send_if_modified(|now| {
             let is_new = *now != role;
             *now = role;
             is_new
         });
-        if is_new && begins {
-            self.0.changes.fetch_add(1, Ordering::Relaxed);
-        }
     }
 
     fn set_sees(&self, sees: bool) {

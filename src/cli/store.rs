@@ -106,8 +106,8 @@ everything that is in it. First make sure that no process serves the original an
 A new log begins: its first entry says so, and contains the earlier checkpoint, which is kept in a file with the suffix \
 .checkpoint.lost. A key that is missing is created.
 
-A store in PostgreSQL is accepted in the same way, with the keys that ledger.key_files names. A service that writes to it \
-meanwhile ends with exit code 3.
+A store in PostgreSQL is accepted in the same way, with the keys that ledger.key_files names. A service that leads \
+meanwhile follows, and then begins a new term.
 
 To look at a copy, see `orchestrator serve --read-only`.
 

@@ -37,8 +37,8 @@ pub trait Store: Send + Sync + 'static {
     /// [`StoreError::Fenced`] when another replica has claimed a later term.
     fn take_over(&self, seals: Seals) -> BoxFuture<'_, Result<Contents, StoreError>>;
 
-    /// What the replicas agree by that share this store: `None` if it is open in one process at most. The store is taken
-    /// over for the term that this replica has claimed last; without a claim, for a term of its own.
+    /// What the replicas agree by that share this store: `None` if it is open in one process at most. The store is
+    /// taken over for the term that this replica has claimed last; without a claim, for a term of its own.
     fn leadership(&self) -> Option<Arc<dyn Leadership>> {
         None
     }

@@ -1,5 +1,5 @@
-//! Probes of supervisors, such as Kubernetes: `/livez` and `/readyz`, and `/leader` for a load balancer. They are public,
-//! so an answer is `ok`, or one of few reasons with status 503.
+//! Probes of supervisors, such as Kubernetes: `/livez` and `/readyz`, and `/leader` for a load balancer. They are
+//! public, so an answer is `ok`, or one of few reasons with status 503.
 
 use std::fmt::Display;
 
