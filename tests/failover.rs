@@ -24,7 +24,7 @@ use common::{
 };
 use futures_util::future::join_all;
 use orchestrator_core::proto::orchestrator::v1::{
-    CycleState, CycleTelemetry, Registration, RunCycleRequest, cycle_event::Event,
+    CycleState, CycleTelemetry, Registration, ReplicaRole, RunCycleRequest, cycle_event::Event,
 };
 use rustix::process::Signal;
 use tokio::{
@@ -40,6 +40,8 @@ use tonic::{Code, Status, transport::Endpoint};
 
 /// The TTL of leases.
 const TTL: Duration = Duration::from_secs(1);
+/// Another one: nothing takes as long but the end of a lease.
+const LONG: Duration = Duration::from_secs(30);
 
 /// Replicas of one orchestrator.
 struct Replicas {
@@ -203,7 +205,17 @@ async fn of_replicas_that_start_together_on_an_empty_database_one_leads_and_the_
         assert!(metrics.contains("orchestrator_is_leader 0"), "{metrics}");
     }
     let metrics = http::get(replicas.service(leader).admin(), "/metrics").await.text().await;
-    assert!(metrics.contains("orchestrator_is_leader 1"), "{metrics}");
+    for shown in [
+        "orchestrator_is_leader 1",
+        "orchestrator_lease_remaining_seconds 0.",
+        "orchestrator_leader_changes_total 1",
+        "orchestrator_clock_offset_seconds ",
+    ] {
+        assert!(metrics.contains(shown), "{shown} is not in {metrics}");
+    }
+    let status = replicas.client(leader).await.status().await.unwrap();
+    assert_eq!((status.role(), status.leader), (ReplicaRole::Leader, status.replica));
+    assert!(status.lease_remaining.is_some());
 }
 
 #[tokio::test]
@@ -239,8 +251,6 @@ async fn after_a_kill_of_the_leader_another_replica_goes_on_within_its_ttl() {
 #[tokio::test]
 async fn after_a_graceful_stop_another_replica_goes_on_at_once_and_nothing_is_interrupted() {
     let Some(server) = shared() else { return };
-    /// Nothing takes as long but the end of a lease.
-    const LONG: Duration = Duration::from_secs(30);
     let mut replicas = Replicas::with_ttl(server, &["a", "b", "c"], LONG).await;
     let leader = replicas.leader().await;
     replicas.register(leader, &["s"]).await;
