@@ -391,7 +391,11 @@ impl Shared {
     async fn rehearse(&self) -> Result<(), StartError> {
         let Self { parts, config, .. } = self;
         let taken_over = log::rehearse(config, &parts.host).await?;
-        begin(config, parts, taken_over, parts.dialer.clone()).await.map(drop)
+        let (orchestrator, mut tasks) = begin(config, parts, taken_over, parts.dialer.clone()).await?;
+        orchestrator.drain();
+        // It has nothing to write.
+        let _ = tasks.finished().await;
+        Ok(())
     }
 
     /// Ends the term of this epoch.
