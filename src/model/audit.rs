@@ -144,6 +144,8 @@ pub struct Cause {
     pub caller: Option<Identity>,
     /// The other side of the connection; empty for the service itself.
     pub peer: String,
+    /// The name of the replica that forwarded the call; `None` if it came to this one.
+    pub via: Option<Arc<str>>,
     /// The decision about the call.
     pub decision: Decision,
     /// The things that it concerns.
@@ -166,6 +168,7 @@ impl Cause {
             rpc: action.into(),
             caller: None,
             peer: String::new(),
+            via: None,
             decision: Decision::Allowed,
             targets: AuditTargets::default(),
             request_digest: None,
@@ -182,6 +185,11 @@ impl Cause {
     /// The other side of the connection, bounded.
     pub fn peer(&self) -> &str {
         excerpt(&self.peer, Self::MAX_TEXT)
+    }
+
+    /// The replica that forwarded the call, bounded; empty without one.
+    pub fn via(&self) -> &str {
+        excerpt(self.via.as_deref().unwrap_or_default(), Self::MAX_TEXT)
     }
 
     /// The event of the change that succeeds at this time.

@@ -15,6 +15,9 @@ pub enum Identity {
     Certificate(Arc<str>),
     /// It is a process of this user, on the same machine.
     Uid(u32),
+    /// It is a process of this user, on the machine of the replica of this name, which has forwarded its call. Shown as
+    /// `uid:NUMBER@REPLICA`: numbers of users mean something else on each machine.
+    UidAt(u32, Arc<str>),
     /// It has a JWT with this name: 1 to [`Identity::MAX_LEN`] printable ASCII characters.
     Jwt(Arc<str>),
 }
@@ -53,8 +56,8 @@ impl IdentityKind {
 /// A text is not an identity. Reads well after its name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "is {0:?}; give token:NAME, cert:URI, cert:DNS-NAME, jwt:NAME or uid:NUMBER, or in a grant group:NAME, with at most \
-     {max} printable ASCII characters after the colon",
+    "is {0:?}; give token:NAME, cert:URI, cert:DNS-NAME, jwt:NAME, uid:NUMBER or uid:NUMBER@REPLICA, or in a grant \
+     group:NAME, with at most {max} printable ASCII characters after the colon",
     max = Identity::MAX_LEN
 )]
 pub struct IdentityError(String);
@@ -89,7 +92,10 @@ impl Identity {
             IdentityKind::Jwt => Some(Self::Jwt(name.into())),
             // Callers are members of groups, and no caller is one.
             IdentityKind::Group => None,
-            IdentityKind::Uid => name.parse().ok().filter(|uid: &u32| uid.to_string() == name).map(Self::Uid),
+            IdentityKind::Uid => match name.split_once('@') {
+                None => uid(name).map(Self::Uid),
+                Some((name, replica)) => uid(name).and_then(|uid| Self::of_user(uid, replica)),
+            },
         };
         parsed.ok_or_else(|| IdentityError::form(text))
     }
@@ -106,13 +112,22 @@ impl Identity {
         is_nameable(name).then(|| Self::Jwt(name.into()))
     }
 
+    /// The user with this number on the machine of this replica. `None` if the name of the replica is too long, or has
+    /// other characters.
+    #[must_use]
+    pub fn of_user(uid: u32, replica: &str) -> Option<Self> {
+        const LONGEST_UID: usize = 10;
+        let fits = replica.len() <= Self::MAX_LEN - LONGEST_UID - 1;
+        (fits && is_nameable(replica)).then(|| Self::UidAt(uid, replica.into()))
+    }
+
     /// Approximate bytes that it takes in memory.
     #[must_use]
     pub fn footprint(&self) -> usize {
         let name = match self {
             Self::Nobody | Self::Uid(_) => 0,
             Self::Token(name) => name.as_str().len(),
-            Self::Certificate(name) | Self::Jwt(name) => name.len(),
+            Self::Certificate(name) | Self::Jwt(name) | Self::UidAt(_, name) => name.len(),
         };
         size_of::<Self>() + name
     }
@@ -125,8 +140,14 @@ impl Identity {
             Self::Certificate(name) => Some((IdentityKind::Certificate, name.as_ref().into())),
             Self::Jwt(name) => Some((IdentityKind::Jwt, name.as_ref().into())),
             Self::Uid(uid) => Some((IdentityKind::Uid, uid.to_string().into())),
+            Self::UidAt(uid, replica) => Some((IdentityKind::Uid, format!("{uid}@{replica}").into())),
         }
     }
+}
+
+/// The number of a user, in the form in which it is shown.
+fn uid(text: &str) -> Option<u32> {
+    text.parse().ok().filter(|uid: &u32| uid.to_string() == text)
 }
 
 impl fmt::Display for Identity {
@@ -150,6 +171,7 @@ mod tests {
             "cert:core.dreamnet",
             "cert:*",
             "uid:0",
+            "uid:7@core-2.example",
             "jwt:auth0|5f",
         ] {
             assert_eq!(Identity::parse(text).unwrap().to_string(), text);
@@ -165,6 +187,8 @@ mod tests {
             "uid:-1",
             "uid:01",
             "uid:x",
+            "uid:1@",
+            "uid:01@core",
             "user:a",
             "group:a",
             &long,

@@ -87,7 +87,7 @@ struct Waiting {
 }
 
 /// What calls in one sum have in common.
-type Key = (Option<Identity>, String, Cow<'static, str>, Decision, Option<Code>, &'static str);
+type Key = (Option<Identity>, String, Option<Arc<str>>, Cow<'static, str>, Decision, Option<Code>, &'static str);
 
 impl Sums {
     /// No calls so far. With `reads`, also calls that are not denied are summed up.
@@ -104,8 +104,8 @@ impl Sums {
         }
         let time = self.0.clock.now();
         let kind = if sum == Sum::Denials { EventKind::Denials } else { EventKind::Calls };
-        let Cause { caller, peer, rpc, decision, .. } = &cause;
-        let key = (caller.clone(), peer.clone(), rpc.clone(), *decision, code, reason);
+        let Cause { caller, peer, via, rpc, decision, .. } = &cause;
+        let key = (caller.clone(), peer.clone(), via.clone(), rpc.clone(), *decision, code, reason);
         let mut waiting = self.waiting();
         let Waiting { sums, due, lost } = &mut *waiting;
         let (sums, due) = (&mut sums[sum as usize], &mut due[sum as usize]);

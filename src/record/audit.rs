@@ -1,5 +1,7 @@
 //! The only codec between an audit event and its bytes: the wire form of `AuditEvent`.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use prost::Message;
 
@@ -59,11 +61,12 @@ pub fn decode_cause(bytes: Bytes) -> Result<Cause, String> {
         pb::Decision::WouldBeDenied => Decision::WouldBeDenied,
         pb::Decision::Denied => Decision::Denied,
     };
-    let pb::AuditEvent { rpc, peer, targets, targets_left_out, request_digest, .. } = message;
+    let pb::AuditEvent { rpc, peer, via, targets, targets_left_out, request_digest, .. } = message;
     Ok(Cause {
         rpc: rpc.into(),
         caller,
         peer,
+        via: Some(via).filter(|via| !via.is_empty()).map(Arc::from),
         decision,
         targets: AuditTargets { named: targets, left_out: targets_left_out },
         request_digest: request_digest.as_ref().try_into().ok(),
@@ -88,6 +91,7 @@ pub fn copy_event(entry: &AuditEntry) {
         rpc = event.rpc,
         caller = event.caller,
         peer = event.peer,
+        via = event.via,
         decision = event.decision().as_str_name(),
         code = event.code,
         reason = event.reason,
@@ -141,7 +145,7 @@ fn message_of(cause: &Cause) -> pb::AuditEvent {
         None | Some(Identity::Nobody) => pb::CredentialKind::Unspecified,
         Some(Identity::Token(_)) => pb::CredentialKind::Token,
         Some(Identity::Certificate(_)) => pb::CredentialKind::Certificate,
-        Some(Identity::Uid(_)) => pb::CredentialKind::User,
+        Some(Identity::Uid(_) | Identity::UidAt(..)) => pb::CredentialKind::User,
         Some(Identity::Jwt(_)) => pb::CredentialKind::Jwt,
     };
     let decision = match cause.decision {
@@ -154,6 +158,7 @@ fn message_of(cause: &Cause) -> pb::AuditEvent {
         caller: cause.caller.as_ref().map(ToString::to_string).unwrap_or_default(),
         credential: credential.into(),
         peer: cause.peer().to_owned(),
+        via: cause.via().to_owned(),
         decision: decision.into(),
         targets: cause.targets.named.clone(),
         targets_left_out: cause.targets.left_out,
@@ -174,6 +179,7 @@ mod tests {
             rpc: "x".repeat(1000).into(),
             caller: Some(Identity::Certificate("x".repeat(Identity::MAX_LEN).into())),
             peer: "x".repeat(1000),
+            via: Some("x".repeat(1000).into()),
             decision: Decision::WouldBeDenied,
             targets: (0..20_000).map(|_| "x".repeat(30)).collect(),
             request_digest: Some([7; 32]),
@@ -194,9 +200,10 @@ mod tests {
 
     #[test]
     fn a_cause_is_the_same_in_a_later_process_except_for_its_time() {
-        for caller in ["token:a", "cert:spiffe://a/b", "uid:7"].map(|text| Identity::parse(text).unwrap()) {
+        for caller in ["token:a", "cert:spiffe://a/b", "uid:7", "uid:7@b"].map(|text| Identity::parse(text).unwrap()) {
             let (rpc, peer) = ("RunCycle".into(), "127.0.0.1:1".into());
-            let cause = Cause { rpc, caller: Some(caller), peer, begun_at: None, ..largest().cause };
+            let via = Some("core-2".into());
+            let cause = Cause { rpc, caller: Some(caller), peer, via, begun_at: None, ..largest().cause };
             assert_eq!(decode_cause(encode_cause(&cause)), Ok(cause));
         }
         let nobody = Cause { caller: Some(Identity::Nobody), ..Cause::of_service("x") };
