@@ -15,9 +15,6 @@ mod streams;
 #[cfg(feature = "tls")]
 mod tls;
 
-use std::time::Duration;
-
-use tonic::codegen::http::HeaderMap;
 use tonic_reflection::server::{Builder, Error};
 
 #[cfg(feature = "tls")]
@@ -47,23 +44,4 @@ pub(crate) fn reflection(services: &[&str]) -> Result<Services, Error> {
         services.iter().fold(builder, |builder, service| builder.with_service_name(*service))
     };
     Ok(Services::default().and(descriptions().build_v1()?).and(descriptions().build_v1alpha()?))
-}
-
-/// Parses a `grpc-timeout`: at most eight digits and a unit.
-///
-/// <https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md>
-pub(crate) fn timeout_of(headers: &HeaderMap) -> Option<Duration> {
-    let text = headers.get("grpc-timeout")?.to_str().ok()?;
-    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
-    let count: u32 = digits.parse().ok().filter(|_| digits.len() <= 8)?;
-    let unit = match unit {
-        "H" => Duration::from_hours(1),
-        "M" => Duration::from_mins(1),
-        "S" => Duration::from_secs(1),
-        "m" => Duration::from_millis(1),
-        "u" => Duration::from_micros(1),
-        "n" => Duration::from_nanos(1),
-        _ => return None,
-    };
-    Some(unit * count)
 }

@@ -13,6 +13,7 @@ pub mod gzip;
 pub mod json;
 #[cfg(feature = "service")]
 pub mod schema;
+pub mod timeout;
 
 /// The contract of subsystems.
 pub mod subsystem {

@@ -39,6 +39,12 @@ impl Jwt {
             && text.bytes().all(|byte| byte == b'.' || is_base64url(byte));
         is_one.then(|| Self(text.into()))
     }
+
+    /// Its text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
 }
 
 /// The issuer whose JWTs are accepted, and its keys.

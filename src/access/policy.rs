@@ -1,6 +1,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
+    sync::Arc,
 };
 
 use bytes::Bytes;
@@ -58,6 +59,21 @@ pub enum Credential {
     Expired(Timestamp),
     /// The system says that the caller is a process of this user.
     User(u32),
+    /// The replica of this name says that the caller is a process of this user on its machine.
+    UserAt(u32, Arc<str>),
+    /// What a caller presented to a replica, which has forwarded its call.
+    Forwarded {
+        /// What the replica presents. It counts only if that is in `cluster.peers`.
+        by: Box<Credential>,
+        /// What the caller presented.
+        of: Box<Credential>,
+    },
+}
+
+impl Credential {
+    /// What a call presents that says to be forwarded, but does not come from a replica.
+    pub const NOT_OF_REPLICA: Self =
+        Self::Malformed("has the header `orchestrator-caller-bin`, which only the replicas in cluster.peers may send");
 }
 
 /// A certificate that was verified, and is trusted now.
@@ -172,6 +188,7 @@ pub struct Policy {
     revoked: Revoked,
     own_uid: u32,
     limits: CallerLimits,
+    peers: BTreeSet<Identity>,
 }
 
 impl Policy {
@@ -180,7 +197,8 @@ impl Policy {
     #[must_use]
     pub fn new(mode: Mode, grants: Vec<Grant>, tokens: Vec<Token>, revoked: Revoked, own_uid: u32) -> Self {
         let tokens = tokens.into_iter().map(|token| (token.id, token)).collect();
-        Self { mode, grants, tokens, issuer: None, revoked, own_uid, limits: CallerLimits::default() }
+        let (issuer, limits, peers) = (None, CallerLimits::default(), BTreeSet::new());
+        Self { mode, grants, tokens, issuer, revoked, own_uid, limits, peers }
     }
 
     /// The policy that also accepts the JWTs of this issuer.
@@ -193,6 +211,24 @@ impl Policy {
     #[must_use]
     pub fn with_limits(self, limits: CallerLimits) -> Self {
         Self { limits, ..self }
+    }
+
+    /// The same policy, which takes the word of these other replicas for what the callers present whose calls they
+    /// forward.
+    #[must_use]
+    pub fn with_peers(self, peers: BTreeSet<Identity>) -> Self {
+        Self { peers, ..self }
+    }
+
+    /// True if this credential is that of another replica, at this time.
+    #[must_use]
+    pub fn is_of_replica(&self, credential: &Credential, now: Timestamp) -> bool {
+        self.replica(credential, now).is_some()
+    }
+
+    /// Another replica with this credential.
+    fn replica(&self, credential: &Credential, now: Timestamp) -> Option<Authenticated> {
+        self.authenticate(credential, now).ok().filter(|known| self.peers.contains(&known.identity))
     }
 
     /// The limits of each caller.
@@ -242,6 +278,17 @@ impl Policy {
                 (identity, Some(*expires_at), is_revoked)
             }
             Credential::User(uid) => (Identity::Uid(*uid), None, false),
+            Credential::UserAt(uid, replica) => {
+                (Identity::of_user(*uid, replica).ok_or(Unauthenticated::Invalid)?, None, false)
+            }
+            Credential::Forwarded { by, of } => {
+                let Some(replica) = self.replica(by, now) else {
+                    return self.authenticate(&Credential::NOT_OF_REPLICA, now);
+                };
+                let known = self.authenticate(of, now)?;
+                let expires_at = replica.expires_at.into_iter().chain(known.expires_at).min();
+                return Ok(Authenticated { expires_at, ..known });
+            }
         };
         if is_revoked || self.revoked.has_identity(&identity) {
             return Err(Unauthenticated::Invalid);
@@ -334,6 +381,36 @@ mod tests {
         let mut other = token.clone();
         other.digest = Digest::of(b"other");
         assert_eq!(policy(&[&other], &[])(&credential(&text), before), Err(Unauthenticated::Invalid));
+    }
+
+    #[test]
+    fn what_a_replica_forwards_counts_while_it_is_a_peer() {
+        let now: Timestamp = "2027-01-01T00:00:00Z".parse().unwrap();
+        let policy = |peers: &[&str], revoked: &[&str]| {
+            let mut all = Revoked::default();
+            for text in revoked {
+                all.add(text).unwrap();
+            }
+            let peers = peers.iter().map(|text| Identity::parse(text).unwrap()).collect();
+            Policy::new(Mode::Enforce, Vec::new(), Vec::new(), all, 7).with_peers(peers)
+        };
+        let by = |uid| Box::new(Credential::User(uid));
+        let of = |uid: u32| Box::new(Credential::UserAt(uid, "core-2".into()));
+        let forwarded = Credential::Forwarded { by: by(1), of: of(7) };
+        let known = policy(&["uid:1"], &[]).authenticate(&forwarded, now).unwrap().identity;
+        assert_eq!(known.to_string(), "uid:7@core-2");
+        // The same number is another user on another machine, who has no right here.
+        assert!(policy(&[], &[]).rights(&known, &[]).0.is_empty());
+        assert!(!policy(&[], &[]).rights(&Identity::Uid(7), &[]).0.is_empty());
+        let none = Credential::Forwarded { by: by(1), of: Box::new(Credential::None) };
+        assert_eq!(policy(&["uid:1"], &[]).authenticate(&none, now), Err(Unauthenticated::None));
+        for (peers, revoked) in [(&[][..], &[][..]), (&["uid:2"], &[]), (&["uid:1"], &["uid:1"])] {
+            let refused = policy(peers, revoked).authenticate(&forwarded, now);
+            assert!(matches!(refused, Err(Unauthenticated::Malformed(_))), "{peers:?} {revoked:?}");
+        }
+        // One replica takes no word of another about a third one.
+        let twice = Credential::Forwarded { by: Box::new(forwarded), of: of(7) };
+        assert!(policy(&["uid:1"], &[]).authenticate(&twice, now).is_err());
     }
 
     #[test]

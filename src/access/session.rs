@@ -46,6 +46,12 @@ struct Open {
 }
 
 impl Session {
+    /// The token with which it began.
+    #[must_use]
+    pub fn token(&self) -> &SessionToken {
+        &self.token
+    }
+
     /// What its browser presents.
     #[must_use]
     pub fn credential(&self) -> Credential {

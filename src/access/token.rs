@@ -102,6 +102,19 @@ impl Bearer {
         Some(Self { id: TokenId::parse(id)?, digest: Digest::of(text.as_bytes()) })
     }
 
+    /// Parses [`Bearer::to_bytes`].
+    #[must_use]
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let (id, digest) = bytes.split_first_chunk()?;
+        Some(Self { id: TokenId(*id), digest: Digest(digest.try_into().ok()?) })
+    }
+
+    /// The id and the digest. Whoever has them can't make the token, but a replica takes them from another one.
+    #[must_use]
+    pub fn to_bytes(&self) -> Vec<u8> {
+        [&self.id.0[..], &self.digest.0].concat()
+    }
+
     /// True if it is the text of this token. Takes the same time wherever they differ.
     pub(super) fn is_of(&self, token: &Token) -> bool {
         self.id == token.id && verify_slices_are_equal(&self.digest.0, &token.digest.0).is_ok()

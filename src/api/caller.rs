@@ -1,12 +1,15 @@
 //! The caller of a request: where the call came in, and what it presents.
 
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 
 use jiff::Timestamp;
 use tokio::time::Instant;
 use tonic::{Request, codegen::http::HeaderMap};
 
-use super::request;
+use super::{
+    forwarded::{self, Forwarded},
+    request,
+};
 use crate::{
     access::{Bearer, Credential, Jwt, Presented, Session, SessionToken},
     listen::{Peer, Untrusted},
@@ -48,13 +51,81 @@ pub struct Caller {
     presented: Credential,
     /// The session that its request names, if it names one: it may have ended.
     session: Option<Weak<Session>>,
+    /// True if its request says that a replica has forwarded it, which may not be true.
+    pub(super) was_forwarded: bool,
+    /// The replica that has forwarded its request. All of the above is then what this replica has said.
+    via: Option<Arc<Via>>,
+}
+
+/// A replica that forwards calls.
+#[derive(Debug)]
+struct Via {
+    connection: Peer,
+    name: Arc<str>,
 }
 
 impl Caller {
     /// The caller of a request with these headers.
     pub(crate) fn of(way: Way, peer: Peer, headers: &HeaderMap) -> Self {
         let (trace, presented) = (request::trace(headers), credential(headers));
-        Self { way, peer, arrived: Instant::now(), trace, presented, session: None }
+        let was_forwarded = headers.contains_key(forwarded::HEADER);
+        let (arrived, session, via) = (Instant::now(), None, None);
+        Self { way, peer, arrived, trace, presented, session, was_forwarded, via }
+    }
+
+    /// The caller of a forwarded request with these headers, which this caller has sent: the one that it names, if this
+    /// one is a replica (`is_replica` says so of its credential), and otherwise one whose identity is not known.
+    pub(super) fn forwarding(
+        self,
+        headers: &HeaderMap,
+        is_replica: impl FnOnce(&Credential) -> bool,
+        now: Timestamp,
+    ) -> Self {
+        let forwarded = Forwarded::find(headers).filter(|_| is_replica(&of_connection(&self.peer, now)));
+        let Some(forwarded) = forwarded else { return Self { presented: Credential::NOT_OF_REPLICA, ..self } };
+        let origin = forwarded.origin();
+        let Forwarded { replica, certificates, token, .. } = forwarded;
+        // It may stay, whatever becomes of its callers.
+        self.peer.standing.identified();
+        let peer = self.peer.of_replica(origin, certificates);
+        let presented = match (self.presented, Bearer::from_bytes(&token)) {
+            (Credential::None, Some(bearer)) => Credential::Bearer(bearer),
+            (presented, _) => presented,
+        };
+        let via = Some(Arc::new(Via { connection: self.peer, name: replica.into() }));
+        Self { peer, presented, via, ..self }
+    }
+
+    /// This caller, as this replica describes it to another one, and what goes into the header `authorization` beside
+    /// that, if that is not there already.
+    pub(super) fn described(&self, replica: &str) -> (Forwarded, Option<Jwt>) {
+        let from_here = Forwarded::from(replica.to_owned(), self.peer.origin);
+        let of_token = |token: &SessionToken, from_here: Forwarded| match token {
+            SessionToken::Static(bearer) => (from_here.with_token(bearer), None),
+            SessionToken::Jwt(jwt) => (from_here, Some(jwt.clone())),
+        };
+        match (&self.presented, &self.session, self.way) {
+            // A session that has ended identifies nobody.
+            (Credential::None, Some(session), _) => match session.upgrade() {
+                Some(session) => of_token(session.token(), from_here),
+                None => (from_here, None),
+            },
+            (Credential::None, None, _) => {
+                let shown = self.peer.certificates.as_ref().map(|shown| shown.chain().to_vec());
+                (from_here.with_certificates(shown.unwrap_or_default()), None)
+            }
+            // The headers of its request have it.
+            (_, _, Way::Grpc) => (from_here, None),
+            (_, _, Way::Admin) => match self.token() {
+                Some(token) => of_token(&token, from_here),
+                None => (from_here, None),
+            },
+        }
+    }
+
+    /// The name of the replica that has forwarded its request.
+    pub(super) fn via(&self) -> Option<Arc<str>> {
+        self.via.as_ref().map(|via| via.name.clone())
     }
 
     /// The same caller, in this session.
@@ -81,20 +152,20 @@ impl Caller {
     /// What it presents to prove its identity: a token, or else a session, or else the certificate of its connection,
     /// or else the user of its process.
     pub(super) fn credential(&self, now: Timestamp) -> Credential {
-        let Peer { certificates, .. } = &self.peer;
         if let (Credential::None, Some(session)) = (&self.presented, &self.session) {
             let ended = Credential::Malformed("is of a session that has ended: log in again");
             return session.upgrade().map_or(ended, |session| session.credential());
         }
-        match (&self.presented, certificates, self.peer.user()) {
-            (Credential::None, Some(shown), _) => match shown.verify(now) {
-                Ok(expires_at) => Credential::Certificate(Presented { chain: shown.chain().to_vec(), expires_at }),
-                Err(Untrusted::Expired(at)) => Credential::Expired(at),
-                Err(Untrusted::Other(why)) => Credential::Untrusted(why),
-            },
-            (Credential::None, None, Some(uid)) => Credential::User(uid),
-            (presented, ..) => presented.clone(),
-        }
+        let own = match &self.presented {
+            Credential::None => of_connection(&self.peer, now),
+            presented => presented.clone(),
+        };
+        let Some(Via { connection, name }) = self.via.as_deref() else { return own };
+        let of = match own {
+            Credential::User(uid) => Credential::UserAt(uid, name.clone()),
+            own => own,
+        };
+        Credential::Forwarded { by: Box::new(of_connection(connection, now)), of: Box::new(of) }
     }
 
     /// A request of this caller.
@@ -102,6 +173,19 @@ impl Caller {
         let mut request = Request::new(request);
         request.extensions_mut().insert(self);
         request
+    }
+}
+
+/// What the connection of a peer proves: its certificate, or else the user of its process.
+fn of_connection(peer: &Peer, now: Timestamp) -> Credential {
+    match (&peer.certificates, peer.user()) {
+        (Some(shown), _) => match shown.verify(now) {
+            Ok(expires_at) => Credential::Certificate(Presented { chain: shown.chain().to_vec(), expires_at }),
+            Err(Untrusted::Expired(at)) => Credential::Expired(at),
+            Err(Untrusted::Other(why)) => Credential::Untrusted(why),
+        },
+        (None, Some(uid)) => Credential::User(uid),
+        (None, None) => Credential::None,
     }
 }
 

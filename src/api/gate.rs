@@ -130,6 +130,7 @@ impl<Q, O> Entered<Q, O> {
             rpc: Q::RPC.name().into(),
             caller: Some(self.identity.clone()),
             peer,
+            via: self.caller.via(),
             decision: if self.would_be_denied { Decision::WouldBeDenied } else { Decision::Allowed },
             targets: named(&self.request.targets()),
             request_digest: None,

@@ -5,10 +5,10 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use futures_util::{FutureExt, future::BoxFuture};
 use jiff::Timestamp;
 use tokio::{select, sync::watch, time::sleep};
-use tonic::{Code, Status};
+use tonic::{Code, Status, codegen::http::HeaderMap};
 
 use super::{
-    caller::Caller,
+    caller::{Caller, Way},
     calls::CallCounts,
     error,
     gate::named,
@@ -19,7 +19,7 @@ use super::{
 use crate::{
     access::{Authenticated, CallerLimits, Mode, Policy, Rights, Role, Sessions, Targets, Unauthenticated},
     clock::Clock,
-    listen::Repeated,
+    listen::{Peer, Repeated},
     model::{self, AuditTargets, Cause, Decision, Identity, Name, OwnEvent, text::clean},
     orchestrator::{NotOwner, Registered, Registrar, Sum, Sums},
     proto::orchestrator::v1 as pb,
@@ -208,6 +208,17 @@ impl Judge {
     /// Judges open streams again, since certificates of callers may not be trusted any more.
     pub(super) fn judge_again(&self) {
         self.0.policy.send_modify(|_| {});
+    }
+
+    /// The caller of a gRPC request with these headers on a connection of this peer. If they say that a replica has
+    /// forwarded it, that one has to be a replica.
+    pub(super) fn caller(&self, peer: Peer, headers: &HeaderMap) -> Caller {
+        let caller = Caller::of(Way::Grpc, peer, headers);
+        if !caller.was_forwarded {
+            return caller;
+        }
+        let (policy, now) = (self.0.policy.borrow().clone(), self.0.clock.now());
+        caller.forwarding(headers, |credential| policy.is_of_replica(credential, now), now)
     }
 
     /// The identity of a caller, before its request is read. `None` if the policy is not enforced.
@@ -401,6 +412,7 @@ impl Judge {
             rpc: call.into(),
             caller: Some(identity),
             peer: caller.peer.network(),
+            via: caller.via(),
             decision: Decision::Denied,
             targets,
             request_digest: None,

@@ -5,6 +5,7 @@ mod caller;
 mod calls;
 mod cycles;
 mod error;
+mod forwarded;
 mod gate;
 mod handlers;
 mod judge;

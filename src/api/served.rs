@@ -28,7 +28,6 @@ use super::{
     rpc::Asks,
 };
 use crate::{
-    listen::timeout_of,
     model::{
         CallPath, CycleId, CycleRequest, CycleState, Epoch, Name, ParentCycle, PathError, Payload, Served, excerpt,
         is_orchestrator_id,
@@ -38,6 +37,7 @@ use crate::{
     proto::{
         orchestrator::v1 as pb,
         subsystem::v1::{self as pbs, subsystem_server::Subsystem},
+        timeout,
     },
 };
 
@@ -229,7 +229,7 @@ impl Api {
         let call = OfParent {
             served: self.handlers.served.find(name(&message)),
             path: path(&metadata),
-            due: timeout_of(metadata.as_ref()).map(|timeout| arrived + timeout),
+            due: timeout::read(metadata.as_ref()).map(|timeout| arrived + timeout),
             message,
         };
         let request = Request::from_parts(metadata, extensions, call);

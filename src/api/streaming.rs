@@ -26,11 +26,7 @@ use tonic::{
     server::NamedService,
 };
 
-use super::{
-    Api, Events,
-    caller::{Caller, Way},
-    rpc::Rpc,
-};
+use super::{Api, Events, rpc::Rpc};
 use crate::{
     listen::Peer,
     proto::{
@@ -69,7 +65,7 @@ where
 
     fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
         let peer = request.extensions_mut().remove::<Peer>().unwrap_or_default();
-        let caller = Caller::of(Way::Grpc, peer, request.headers());
+        let caller = self.api.gate.judge.caller(peer, request.headers());
         let rpc = Rpc::of_path(request.uri().path());
         let gate = self.api.gate.clone();
         let begun = match gate.begin(&caller, rpc) {

@@ -31,6 +31,7 @@ use super::{
     output::{Format, clean, short},
 };
 use crate::{
+    access::{Reach, Revoked},
     config::secure::{AUTHORITY, CERTIFICATE, KEY, service_of},
     dial::{self, authorities, tls_in_words},
     file::{self, FileError},
@@ -161,7 +162,8 @@ impl Tls {
             let (transport, tls, endpoint, expected) =
                 (transport.clone(), tls.clone(), endpoint.clone(), expected.clone());
             async move {
-                let connected = dial::connect(transport, &endpoint, tls, expected.as_ref(), timeout).await;
+                let expected = (expected.as_slice(), &Revoked::default());
+                let connected = dial::connect(transport, &endpoint, (tls, Reach::default()), expected, timeout).await;
                 connected.map(TokioIo::new).map_err(io::Error::other)
             }
         }))

@@ -21,6 +21,7 @@ use crate::{
     proto::{
         framing::Prefix,
         gzip::{self, Inflating, NotInflated},
+        timeout,
     },
 };
 
@@ -172,7 +173,7 @@ fn head(call: &Call, to: Uri) -> Request<()> {
             headers.insert(name, value);
         }
     };
-    insert("grpc-timeout", timeout(call.timeout));
+    insert(timeout::HEADER, timeout::text(call.timeout));
     // The headers of W3C Trace Context.
     if let Some(trace) = &call.trace {
         insert("traceparent", trace.to_string());
@@ -184,15 +185,6 @@ fn head(call: &Call, to: Uri) -> Request<()> {
         insert("orchestrator-path", path.to_string());
     }
     request
-}
-
-/// A `grpc-timeout`: at most eight digits, in the finest unit that fits.
-fn timeout(timeout: Duration) -> String {
-    const MAX: u128 = 99_999_999;
-    let nanos = timeout.as_nanos();
-    let units = [(1, 'n'), (1_000, 'u'), (1_000_000, 'm'), (1_000_000_000, 'S'), (60_000_000_000, 'M')];
-    let fitting = units.into_iter().find(|(unit, _)| nanos / unit <= MAX);
-    fitting.map_or_else(|| format!("{MAX}M"), |(unit, name)| format!("{}{name}", nanos / unit))
 }
 
 /// The failure of the call on this stream by an HTTP/2 error.
@@ -315,21 +307,6 @@ mod tests {
 
     use super::*;
     use crate::{memory::Memory, model::Code};
-
-    #[test]
-    fn a_timeout_has_at_most_eight_digits() {
-        for (given, expected) in [
-            (Duration::from_nanos(1), "1n"),
-            (Duration::from_millis(99), "99000000n"),
-            (Duration::from_millis(100), "100000u"),
-            (Duration::from_secs(10), "10000000u"),
-            (Duration::from_hours(24), "86400000m"),
-            (Duration::from_hours(48), "172800S"),
-            (Duration::MAX, "99999999M"),
-        ] {
-            assert_eq!(timeout(given), expected);
-        }
-    }
 
     #[test]
     fn an_answer_takes_memory_as_it_arrives_and_is_one_message() {

@@ -25,6 +25,13 @@ impl Peer {
         if let Origin::User(uid) = self.origin { Some(uid) } else { None }
     }
 
+    /// The other side of a connection to another replica, which this peer is: it had this origin, and has shown these
+    /// certificates, in DER. They are verified as those of this peer are.
+    pub(crate) fn of_replica(&self, origin: Origin, shown: Vec<Bytes>) -> Self {
+        let certificates = self.certificates.as_ref().filter(|_| !shown.is_empty());
+        Self { origin, certificates: certificates.map(|own| own.of_another(shown)), standing: self.standing.clone() }
+    }
+
     /// What counts as one peer, as text: an IPv4 address, the 64-bit prefix of an IPv6 address, or a user.
     pub(crate) fn network(&self) -> String {
         match self.origin.network() {
@@ -46,6 +53,9 @@ pub(crate) trait Certificates: Debug + Send + Sync {
     /// # Errors
     /// They are not trusted any more.
     fn verify(&self, now: Timestamp) -> Result<Timestamp, Untrusted>;
+
+    /// Those of another peer, in DER, which were not verified yet.
+    fn of_another(&self, chain: Vec<Bytes>) -> Arc<dyn Certificates>;
 }
 
 /// Why certificates are not trusted any more.

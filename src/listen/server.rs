@@ -22,9 +22,11 @@ use super::{
     rooms::Rooms,
     services::Services,
     streams::{Streams, Taking},
-    timeout_of,
 };
-use crate::{memory::Memory, proto::gzip};
+use crate::{
+    memory::Memory,
+    proto::{gzip, timeout as grpc_timeout},
+};
 
 /// The limits of a server.
 #[derive(Clone, Debug)]
@@ -188,7 +190,7 @@ impl Server {
         } else if !is_grpc(request.headers()) {
             unsupported(request.headers())
         } else {
-            let within = timeout_of(request.headers());
+            let within = grpc_timeout::read(request.headers());
             request.extensions_mut().insert(broken);
             request.extensions_mut().insert(streams.state.peer());
             gzip::remove(request.headers_mut());

@@ -6,7 +6,7 @@ use std::{
     io,
     path::PathBuf,
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
     time::Duration,
 };
@@ -288,7 +288,10 @@ impl Tls {
                     return Err(io::Error::new(io::ErrorKind::PermissionDenied, refusal));
                 }
                 let shown = stream.get_ref().1.peer_certificates();
-                let shown = shown.map(|chain| Arc::new(Shown::of(chain, self, current)) as Arc<dyn Certificates>);
+                let shown = shown.map(|chain| {
+                    let chain = chain.iter().map(|it| Bytes::copy_from_slice(it)).collect();
+                    Arc::new(Shown::of(chain, self, Some(current))) as Arc<dyn Certificates>
+                });
                 Ok(Secured { stream: Box::new(stream), certificates: shown })
             }
             Err((error, stream)) => {
@@ -311,18 +314,20 @@ struct Shown {
     all_expire_at: Timestamp,
     tls: Arc<Tls>,
     /// The configuration by which they were verified last: under the same one, only time can end their validity.
-    verified_by: Mutex<Arc<Loaded>>,
+    verified_by: Mutex<Option<Arc<Loaded>>>,
 }
 
 impl Shown {
-    fn of(chain: &[CertificateDer<'_>], tls: Arc<Tls>, verified_by: Arc<Loaded>) -> Self {
-        Self {
-            chain: chain.iter().map(|it| Bytes::copy_from_slice(it)).collect(),
-            expires_at: first_expiry(&chain[..chain.len().min(1)]).unwrap_or(Timestamp::MAX),
-            all_expire_at: first_expiry(chain).unwrap_or(Timestamp::MAX),
-            tls,
-            verified_by: Mutex::new(verified_by),
-        }
+    fn of(chain: Vec<Bytes>, tls: Arc<Tls>, verified_by: Option<Arc<Loaded>>) -> Self {
+        let shown: Vec<_> = chain.iter().map(|it| CertificateDer::from(&it[..])).collect();
+        let own = first_expiry(&shown[..shown.len().min(1)]).unwrap_or(Timestamp::MAX);
+        let all = first_expiry(&shown).unwrap_or(Timestamp::MAX);
+        Self { chain, expires_at: own, all_expire_at: all, tls, verified_by: Mutex::new(verified_by) }
+    }
+
+    fn verified_by(&self) -> MutexGuard<'_, Option<Arc<Loaded>>> {
+        // A panic leaves the value usable.
+        self.verified_by.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -342,7 +347,7 @@ impl Certificates for Shown {
             return Err(Untrusted::Expired(self.expires_at));
         }
         let current = self.tls.current();
-        let is_same = Arc::ptr_eq(&current, &self.verified_by.lock().unwrap_or_else(PoisonError::into_inner));
+        let is_same = self.verified_by().as_ref().is_some_and(|by| Arc::ptr_eq(&current, by));
         if is_same && now < self.all_expire_at {
             return Ok(self.expires_at);
         }
@@ -353,8 +358,12 @@ impl Certificates for Shown {
         let own = chain.next().ok_or_else(|| refused(&"the client has shown no certificate"))?;
         let intermediates: Vec<_> = chain.collect();
         verifier.verify_client_cert(&own, &intermediates, unix_time(now)).map_err(|error| refused(&error))?;
-        *self.verified_by.lock().unwrap_or_else(PoisonError::into_inner) = current;
+        *self.verified_by() = Some(current);
         Ok(self.expires_at)
+    }
+
+    fn of_another(&self, chain: Vec<Bytes>) -> Arc<dyn Certificates> {
+        Arc::new(Self::of(chain, self.tls.clone(), None))
     }
 }
 

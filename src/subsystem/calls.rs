@@ -23,12 +23,13 @@ use tonic::{Request, Response, Status};
 
 use super::{Answer, Cycle, Failure, Input, Object, Subsystem};
 use crate::{
-    listen::{Broken, timeout_of},
+    listen::Broken,
     model::{Name, Payload, Severity, excerpt},
     offload::offload,
     proto::{
         read_timestamp,
         subsystem::v1::{self as pb, subsystem_server},
+        timeout,
     },
     tasks::panic_message,
 };
@@ -66,7 +67,7 @@ impl subsystem_server::Subsystem for HostedSubsystems {
     }
 
     async fn run_cycle(&self, request: Request<pb::RunCycleRequest>) -> Result<Response<pb::RunCycleResponse>, Status> {
-        let deadline = timeout_of(request.metadata().as_ref()).map(|timeout| Instant::now() + timeout);
+        let deadline = timeout::read(request.metadata().as_ref()).map(|timeout| Instant::now() + timeout);
         let broken = request.extensions().get().cloned().unwrap_or_default();
         let request = request.into_inner();
         let hosted = self.find(&request.subsystem)?;
