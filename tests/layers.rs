@@ -54,6 +54,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "record",
             "schedule",
             "tasks",
+            // Callers of replicas come from somewhere else, and followers connect to the leader.
+            "transport",
         ],
     ),
     ("web", &["api", "cluster", "listen", "memory", "model", "offload", "proto", "tasks", "telemetry", "transport"]),
@@ -134,8 +136,8 @@ const MAY_DEPEND: &[(&str, &[&str])] = &[
     ("axum", &["web"]),
     ("h2", &["dial", "listen/server"]),
     ("hyper", &["listen", "web"]),
-    // `cli/remote` gives a connection to the gRPC client.
-    ("hyper_util", &["cli/remote", "listen", "web"]),
+    // `cli/remote` and `api/forward` give a connection to the gRPC client.
+    ("hyper_util", &["api/forward", "cli/remote", "listen", "web"]),
     ("rustls_native_certs", &["dial/tls", "store/postgres/connect"]),
     ("tokio_rustls", &["dial", "listen/tls", "store/postgres/connect"]),
     ("webpki", &["access", "cli/certs", "dial/tls", "listen/tls", "pem"]),

@@ -31,7 +31,7 @@ pub struct CallCounts {
 type OfWay = [[AtomicU64; CODES]; Rpc::ALL.len()];
 
 /// From OK to UNAUTHENTICATED.
-const CODES: usize = 17;
+pub(super) const CODES: usize = 17;
 
 impl Default for CallCounts {
     /// None yet.

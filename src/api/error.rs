@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     access::{NoSession, Role, Unauthenticated},
-    model::{self, Name, Replica, Violation, Violations, excerpt, text::count},
+    model::{self, Leader, Name, Replica, Violation, Violations, excerpt, text::count},
     orchestrator::{NotOwner, Refusal},
     ports::{Unreadable, UnreadableEvent},
 };
@@ -241,6 +241,64 @@ pub(super) fn reason(denied: &Denied) -> &'static str {
         ) => "CREDENTIAL_INVALID",
         Denied::NotAllowed { .. } | Denied::NotOwner { .. } => "NOT_ALLOWED",
     }
+}
+
+/// Why a follower has no answer of the leader.
+pub(super) enum NotAnswered<'a> {
+    /// No replica leads, as far as this one knows.
+    NoLeader,
+    /// Nothing was sent to the leader, for this reason.
+    Unreachable(&'a Leader, &'a str),
+    /// Another replica has forwarded the call here, and would have to forward it to this leader.
+    NotLeader(&'a Leader),
+    /// The call was sent, and its answer broke off for this reason.
+    Lost(&'a Leader, &'a str),
+}
+
+/// The status of a call that a follower has no answer to.
+pub(super) fn not_answered(why: &NotAnswered<'_>) -> Status {
+    /// When another replica may lead, or the leader be reached.
+    const RETRY_AFTER: Duration = Duration::from_secs(1);
+    let (leader, reason, message) = match why {
+        NotAnswered::NoLeader => (
+            None,
+            "NO_LEADER",
+            "this replica follows, and no leader is known; one leads within a few seconds, if its store can be reached"
+                .to_owned(),
+        ),
+        NotAnswered::Unreachable(leader, why) => (
+            Some(leader),
+            "NO_LEADER",
+            format!("the leader, {}, can't be reached ({why}), so the call was not made; try again", of(leader)),
+        ),
+        NotAnswered::NotLeader(leader) => (
+            Some(leader),
+            "NOT_LEADER",
+            format!("another replica has forwarded the call here, but {} leads now; try again", of(leader)),
+        ),
+        NotAnswered::Lost(leader, why) => (
+            Some(leader),
+            "LEADER_LOST",
+            format!(
+                "the answer of the leader, {}, broke off ({why}): the call may have taken effect. It can be repeated \
+                 if it is idempotent, as RunCycle is with a request_id",
+                of(leader)
+            ),
+        ),
+    };
+    let address = |leader: &&&Leader| leader.replica.address.as_ref().map(|it| ("leader_address", it.to_string()));
+    let name = leader.map(|leader| ("leader", leader.replica.name.clone()));
+    let metadata = name.into_iter().chain(leader.as_ref().and_then(address));
+    let metadata = metadata.map(|(key, value)| (key.to_owned(), value)).collect::<HashMap<_, _>>();
+    let mut details = ErrorDetails::with_error_info(reason, DOMAIN, metadata);
+    details.set_retry_info(Some(RETRY_AFTER));
+    Status::with_error_details(Code::Unavailable, shortened(message, MAX_MESSAGE), details)
+}
+
+/// A leader, for people.
+fn of(leader: &Leader) -> String {
+    let Replica { name, address } = &leader.replica;
+    address.as_ref().map_or_else(|| name.clone(), |address| format!("{name} at {address}"))
 }
 
 /// The status of a login for which there is no session.

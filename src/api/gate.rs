@@ -6,7 +6,7 @@ use std::{borrow::Borrow, collections::BTreeMap, future::pending, sync::Arc, tas
 
 use futures_util::{FutureExt, Stream, StreamExt, future::BoxFuture, stream};
 use jiff::Timestamp;
-use tonic::{Request, Response, Status};
+use tonic::{Extensions, Request, Response, Status};
 
 use super::{
     caller::Caller,
@@ -194,7 +194,7 @@ impl Gate {
     }
 
     /// Records that the request of a call has arrived.
-    fn has_arrived(&self, Begun(used): &Begun, caller: &Caller, call: &'static str) -> Result<(), Status> {
+    pub(super) fn has_arrived(&self, Begun(used): &Begun, caller: &Caller, call: &'static str) -> Result<(), Status> {
         let arrived = used.as_ref().map_or(Ok(()), Used::has_arrived);
         arrived.map_err(|reached| self.limit_reached(caller, call, &reached))
     }
@@ -235,13 +235,7 @@ impl Gate {
         reach: impl FnOnce() -> Result<(O, Arc<BTreeMap<Name, Name>>), Status>,
     ) -> Result<Entered<Q, O>, Status> {
         let (_, mut extensions, request) = request.into_parts();
-        let caller = extensions.remove::<Caller>().ok_or_else(|| Status::internal("the caller is not known"))?;
-        let begun = match extensions.remove::<Begun>() {
-            Some(begun) => begun,
-            // At the admin address, the request of a call that only reads is in its headers.
-            None => self.begin_rpc(&caller, Q::RPC)?,
-        };
-        self.has_arrived(&begun, &caller, Q::RPC.name())?;
+        let (caller, begun) = self.arrive(Q::RPC, &mut extensions)?;
         let (orchestrator, renamed) = reach()?;
         let targets = || request.targets().by_present_names(&renamed);
         let judged = self.judge.check(&caller, Q::RPC, &self.calls, targets)?;
@@ -261,6 +255,28 @@ impl Gate {
             room,
             _begun: begun,
         })
+    }
+
+    /// Takes the caller of a request that has arrived from its extensions, and what counts its call.
+    ///
+    /// # Errors
+    /// The identity of the caller is not known, or has reached one of its limits. Or there is no caller, which is a
+    /// defect.
+    pub(super) fn arrive(&self, rpc: Rpc, extensions: &mut Extensions) -> Result<(Caller, Begun), Status> {
+        let caller = extensions.remove::<Caller>().ok_or_else(|| Status::internal("the caller is not known"))?;
+        let begun = match extensions.remove::<Begun>() {
+            Some(begun) => begun,
+            // At the admin address, the request of a call that only reads is in its headers.
+            None => self.begin_rpc(&caller, rpc)?,
+        };
+        self.has_arrived(&begun, &caller, rpc.name())?;
+        Ok((caller, begun))
+    }
+
+    /// Memory for a request that is passed on, with a copy of it.
+    pub(super) fn room(&self, bytes: usize) -> Result<Held, Status> {
+        let room = self.requests.try_hold((2 * bytes).min(self.requests.max()));
+        room.map_err(|full| status(Refusal::MemoryFull(full)))
     }
 
     /// Memory for a decoded request until it is answered. At most all of it: any request that could be received is
@@ -365,7 +381,12 @@ impl Gate {
     }
 
     fn call<Q: Asks>(&self, request: &Request<Q>) -> CountedCall {
-        CountedCall::begin(self.calls.clone(), Q::RPC, request.extensions().get())
+        self.counted(Q::RPC, request.extensions().get())
+    }
+
+    /// Counts a call once it has ended.
+    pub(super) fn counted(&self, rpc: Rpc, caller: Option<&Caller>) -> CountedCall {
+        CountedCall::begin(self.calls.clone(), rpc, caller)
     }
 }
 

@@ -5,6 +5,7 @@ mod caller;
 mod calls;
 mod cycles;
 mod error;
+mod forward;
 mod forwarded;
 mod gate;
 mod handlers;
@@ -32,6 +33,7 @@ use tonic::{Request, Response, Status, codegen::http::HeaderMap};
 pub use self::{
     caller::{Caller, Way},
     calls::CallCounts,
+    forward::{Connect, ForwardedCounts, Forwarder},
     gate::{Begun, Entered, EnteredHere},
     response::{interval_loop, plan, registration},
     rpc::{LogIn, Scrape},
@@ -91,6 +93,8 @@ type Answer<T> = Result<Response<T>, Status>;
 pub struct Api {
     gate: Gate,
     handlers: Handlers,
+    /// `None` if no other process can lead.
+    forwarder: Option<Forwarder>,
 }
 
 impl Api {
@@ -109,7 +113,7 @@ impl Api {
     ) -> Self {
         let judge = Judge::new(policy, clock, sums);
         let gate = Gate::new(Leading::new(membership), judge, requests);
-        Self { gate, handlers: Handlers::new(clock, is_insecure, reach) }
+        Self { gate, handlers: Handlers::new(clock, is_insecure, reach), forwarder: None }
     }
 
     /// Calls reach this orchestrator from now on: this replica leads.

@@ -49,6 +49,12 @@ macro_rules! rpcs {
                 }
             }
 
+            /// The path of its calls over gRPC, `/SERVICE/METHOD`. `None` if it is not in the contract.
+            pub(super) fn path(self) -> Option<String> {
+                let name = self.name();
+                Some(format!("{}/{}", self.service()?, name.strip_prefix("Subsystem.").unwrap_or(name)))
+            }
+
             /// Most names in a request. The contract limits each list, and the fields of all registrations in one call.
             pub(super) fn max_names(self) -> usize {
                 match self {
@@ -108,6 +114,28 @@ rpcs! {
     Login: self::LogIn,
 }
 
+impl Rpc {
+    /// The path of its service. `None` if it is not in the contract.
+    fn service(self) -> Option<&'static str> {
+        Some(match self {
+            Self::Metrics | Self::Login => return None,
+            Self::Initialize | Self::RunForParent | Self::StatusForParent => SUBSYSTEM,
+            Self::WhoAmI => "/dreamnet.orchestrator.v1.Access",
+            Self::GetCheckpoint
+            | Self::GetInclusionProof
+            | Self::GetConsistencyProof
+            | Self::ReadEntries
+            | Self::ListAuditEvents => "/dreamnet.orchestrator.v1.Ledger",
+            _ => "/dreamnet.orchestrator.v1.Orchestrator",
+        })
+    }
+
+    /// True if its answer is a stream.
+    pub(super) fn streams(self) -> bool {
+        matches!(self, Self::WatchCycles | Self::ReadEntries)
+    }
+}
+
 /// Asks for the metrics.
 #[derive(Clone, PartialEq, Message)]
 pub struct Scrape {}
@@ -135,6 +163,22 @@ mod tests {
         let of_contract = Rpc::ALL.iter().filter(is_ours);
         let entries = of_contract.map(|rpc| (rpc.name(), format!(".dreamnet.orchestrator.v1.{}", rpc.request())));
         assert_eq!(entries.collect::<BTreeSet<_>>(), methods);
+    }
+
+    #[test]
+    fn every_rpc_has_the_path_and_the_kind_of_its_method() {
+        let files = FileDescriptorSet::decode(proto::DESCRIPTORS).unwrap().file;
+        let mut methods = BTreeSet::new();
+        for file in files.iter().filter(|file| file.package().starts_with("dreamnet.")) {
+            for service in &file.service {
+                let path = |method: &MethodDescriptorProto| {
+                    format!("/{}.{}/{}", file.package(), service.name(), method.name())
+                };
+                methods.extend(service.method.iter().map(|method| (path(method), method.server_streaming())));
+            }
+        }
+        let paths = Rpc::ALL.iter().filter_map(|rpc| Some((rpc.path()?, rpc.streams())));
+        assert_eq!(paths.collect::<BTreeSet<_>>(), methods);
     }
 
     #[test]

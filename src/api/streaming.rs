@@ -72,9 +72,18 @@ where
             Ok(begun) => begun,
             Err(status) => return ready(Ok(status.into_http())).boxed(),
         };
-        request.extensions_mut().insert(begun.clone());
-        request.extensions_mut().insert(caller.clone());
-        let call = self.service.call(request);
+        let is_of = |rpc: &Rpc| rpc.path().is_some_and(|path| path == request.uri().path());
+        let call = match (rpc.filter(is_of), self.api.follows().cloned()) {
+            (Some(rpc), Some(forwarder)) => {
+                let call = self.api.clone().forward(forwarder, rpc, caller.clone(), begun.clone(), request);
+                call.map(|answer| Ok(answer.unwrap_or_else(Status::into_http))).boxed()
+            }
+            _ => {
+                request.extensions_mut().insert(begun.clone());
+                request.extensions_mut().insert(caller.clone());
+                self.service.call(request).boxed()
+            }
+        };
         let call = async move {
             select! {
                 biased;

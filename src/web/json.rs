@@ -229,7 +229,7 @@ impl Asked {
     pub(super) async fn answer<Q, A, F>(self, rpc: &'static str, call: impl FnOnce(Api, Request<Q>) -> F) -> Response
     where
         Q: Message + Name + Default + 'static,
-        A: Message + Name,
+        A: Message + Name + Default,
         F: Future<Output = Result<tonic::Response<A>, Status>>,
     {
         match self.call(rpc, call).await {
@@ -241,7 +241,7 @@ impl Asked {
     async fn call<Q, A, F>(self, rpc: &'static str, call: impl FnOnce(Api, Request<Q>) -> F) -> Result<Bytes, Status>
     where
         Q: Message + Name + Default + 'static,
-        A: Message + Name,
+        A: Message + Name + Default,
         F: Future<Output = Result<tonic::Response<A>, Status>>,
     {
         let Self { answers, caller, parameters, headers, body } = self;
@@ -269,7 +269,7 @@ impl Asked {
         } else {
             answers.asking.acquire().await.map_err(|error| Status::unavailable(error.to_string()))?
         };
-        let answer = call(answers.api.clone(), request).await?.into_inner();
+        let answer = answers.api.unary(rpc, request, call).await?;
         let text = encode(&answers, A::NAME, answer).await;
         // A program that repeats the request would repeat the change.
         text.map_err(|status| if changes { made(&status) } else { status })
@@ -399,7 +399,8 @@ pub(super) async fn events(asked: Asked) -> Response {
     };
     let events = async {
         let permit = answers.place_for_stream()?;
-        let events = answers.api.watch_cycles(caller.asks(request)).await?.into_inner();
+        let here = |api: Api, request| async move { api.watch_cycles(request).await };
+        let events = answers.api.streaming("WatchCycles", caller.asks(request), here).await?;
         // The stream holds its permit until it ends.
         Ok(events.inspect(move |_| _ = &permit))
     };
@@ -434,7 +435,8 @@ pub(super) async fn entries(asked: Asked) -> Response {
     };
     let entries = async {
         let permit = answers.place_for_stream()?;
-        let mut entries = answers.api.read_entries(caller.asks(request)).await?.into_inner();
+        let here = |api: Api, request| async move { api.read_entries(request).await };
+        let mut entries = answers.api.streaming("ReadEntries", caller.asks(request), here).await?;
         // If it is refused, the answer has the code of that.
         let first = entries.next().await.transpose()?;
         let entries = stream::iter(first.map(Ok)).chain(entries);
