@@ -200,6 +200,14 @@ pub struct ClusterSettings {
     /// 1 s to 5 min: a lease is renewed at each quarter of it, within which a commit has to return, also on a busy
     /// machine; and no cycle runs for as long when the leader is gone.
     pub lease_ttl: Duration,
+    /// The identities of the certificates of the replicas: at most [`ClusterSettings::MAX_PEERS`]. Default: none, and
+    /// no replica takes the word of another one for who calls.
+    pub peers: BTreeSet<Identity>,
+}
+
+impl ClusterSettings {
+    /// Most identities of replicas, which is many more than replicas that are useful.
+    pub const MAX_PEERS: usize = 100;
 }
 
 /// Whether calls that change nothing have audit events.
@@ -350,7 +358,8 @@ pub struct Overrides {
     #[arg(long)]
     pub insecure_listen_beyond_loopback: bool,
     /// Use TLS and enforce access, with the files that `orchestrator certs` creates in this directory; grants of the
-    /// configuration file are added, and --set can change settings [keys: server.tls, dial.ca_file, access]
+    /// configuration file are added, and --set can change settings [keys: server.tls, dial.ca_file, access,
+    /// cluster.peers]
     #[arg(long, value_name = "DIR")]
     pub secure: Option<PathBuf>,
     /// Set any key of the configuration file, such as cycle.deadline=30s; may be repeated
@@ -557,6 +566,7 @@ impl Config {
         refuse_one_address_twice(read, &config);
         refuse_collector_in_clear(read, &config);
         tls::refuse_incomplete(read, &config);
+        refuse_peers_without_certificates(read, &config);
         jwt::refuse_incomplete(read, &config.access.jwt);
         refuse_limits_out_of_reach(read, &config);
         let kind = Kind { of: "grant", list: "access.grants", max: Grant::MAX, limit: "a configuration" };
@@ -622,7 +632,12 @@ impl Default for Config {
             limits: CallerLimits::default(),
             memory: MemorySettings { max_bytes: None },
             store: StoreSettings { url: StoreUrl::Sqlite("orchestrator.db".into()), retention: default_retention() },
-            cluster: ClusterSettings { replica: None, advertise: None, lease_ttl: Duration::from_secs(10) },
+            cluster: ClusterSettings {
+                replica: None,
+                advertise: None,
+                lease_ttl: Duration::from_secs(10),
+                peers: BTreeSet::new(),
+            },
             audit: AuditSettings { reads: AuditReads::Summary, retention: DEFAULT_AUDIT },
             ledger: LedgerSettings::default(),
             cycle: CycleSettings {
@@ -763,6 +778,36 @@ fn orchestrator_id(text: &str) -> Result<String, String> {
         Ok(text.to_owned())
     } else {
         Err("give 1 to 128 letters, digits and signs, without spaces".into())
+    }
+}
+
+/// The identities of replicas: a list of texts.
+fn peers(read: &mut Reader<'_>, key: &str) -> BTreeSet<Identity> {
+    let mut peers = BTreeSet::new();
+    let texts = read.texts(key);
+    if texts.len() > ClusterSettings::MAX_PEERS {
+        read.refuse(key, format!("has {} entries; give at most {}", texts.len(), ClusterSettings::MAX_PEERS));
+        return peers;
+    }
+    for (number, text) in texts.iter().enumerate() {
+        match Identity::parse(text) {
+            Ok(peer @ Identity::Certificate(_)) => {
+                peers.insert(peer);
+            }
+            _ => read.refuse(
+                &format!("{key}[{number}]"),
+                format!("is {text:?}; give cert:NAME, with the URI or the DNS name in the certificate of a replica"),
+            ),
+        }
+    }
+    peers
+}
+
+/// Replicas identify each other by certificates, so each has to ask the others for theirs.
+fn refuse_peers_without_certificates(read: &mut Reader<'_>, config: &Config) {
+    const PEERS: &str = "cluster.peers";
+    if read.is_written(PEERS) && !config.cluster.peers.is_empty() && config.server.tls.client_ca_file.is_none() {
+        read.refuse(PEERS, "needs server.tls.client_ca_file, the authorities that sign the certificates of replicas");
     }
 }
 

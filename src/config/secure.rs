@@ -18,9 +18,11 @@ pub const KEY: &str = "key.pem";
 /// Static tokens, if there are any.
 const TOKENS: &str = "tokens.toml";
 
-/// A grant for each role: to certificates of the fleet with the role in their identity, and to tokens with the role in
+/// The identity of each replica, and a grant for each role: to certificates of the fleet with the role in their identity, and to tokens with the role in
 /// their name.
 const GRANTS: &str = r#"
+peers = ["cert:spiffe://FLEET/core"]
+
 [[grants]]
 who = ["cert:spiffe://FLEET/admin/*", "token:admin-*"]
 role = "admin"
@@ -68,7 +70,7 @@ pub(super) fn settings(dir: &Path) -> Vec<(&'static str, PathBuf)> {
     settings
 }
 
-/// Adds the grants of the fleet of this directory to those that are written.
+/// Adds the replicas and the grants of the fleet of this directory to those that are written.
 ///
 /// # Errors
 /// The certificate of its authority can't be read, or names no fleet.
@@ -78,8 +80,8 @@ pub(super) fn add_grants(table: &mut Table, dir: &Path) -> Result<(), String> {
         format!("needs {}, which {problem}; `orchestrator certs init` creates such a directory", path.display())
     })?;
     let grants = parse("--secure", &GRANTS.replace("FLEET", &fleet)).map_err(|error| error.to_string())?;
-    for grants in grants.into_values() {
-        append(table, "access", "grants", grants);
+    for (key, list) in grants {
+        append(table, if key == "peers" { "cluster" } else { "access" }, &key, list);
     }
     Ok(())
 }
@@ -140,6 +142,7 @@ mod tests {
         assert_eq!(config.access.grants.len(), Role::ALL.len());
         assert_eq!(config.server_tls().unwrap().certificate.path, dir.join("core/cert.pem"));
         assert_eq!(config.dial.ca_file, Some(dir.join("ca.pem")));
+        assert_eq!(config.cluster.peers, [Identity::parse("cert:spiffe://fleet/core").unwrap()].into());
         // The flag --set takes precedence.
         let config = load(dir, None, &["access.mode=dry_run", "dial.ca_file=other.pem"]).unwrap();
         assert_eq!((config.access.mode, config.dial.ca_file), (Mode::DryRun, Some("other.pem".into())));

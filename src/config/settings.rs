@@ -7,7 +7,7 @@ use super::{
     OnReload::{Applies, NeedsRestart},
     Setting, TlsVersion, admin_address, advertised, allowed, audit_retention, collector, directory, expected,
     jwt::claim,
-    key_files, listen_address, log_filter, mode, orchestrator_id, origin, path, retention, revoked, socket_path,
+    key_files, listen_address, log_filter, mode, orchestrator_id, origin, path, peers, retention, revoked, socket_path,
 };
 use crate::{access::Mode, store::StoreUrl};
 
@@ -80,6 +80,7 @@ settings! {
     cluster.replica: NeedsRestart, parsed(orchestrator_id).map(Some);
     cluster.advertise: NeedsRestart, parsed(advertised).map(Some);
     cluster.lease_ttl: NeedsRestart, duration(SECOND..=300 * SECOND);
+    cluster.peers: Applies, group(peers);
     audit.reads: Applies, choice(AuditReads::WORDS);
     audit.retention: Applies, group(audit_retention);
     ledger.key_files: NeedsRestart, group(key_files);

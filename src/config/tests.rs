@@ -624,6 +624,7 @@ const OTHERS: &[(&str, &str)] = &[
     ("cluster.replica", "other"),
     ("cluster.advertise", "https://other:7700"),
     ("cluster.lease_ttl", "1s"),
+    ("cluster.peers", "['cert:spiffe://fleet/core']"),
     ("audit.reads", "off"),
     ("audit.retention", "{max_events = 1}"),
     ("ledger.key_files", "['a.key']"),
