@@ -8,6 +8,8 @@
 
 mod connections;
 mod messages;
+#[cfg(test)]
+mod tests;
 
 use std::{
     array,
@@ -56,7 +58,6 @@ use super::{
     rpc::Rpc,
 };
 use crate::{
-    cluster::Membership,
     memory::{Held, Memory},
     model::{Code, Leader, Role},
     orchestrator::Refusal,
@@ -68,7 +69,9 @@ use crate::{
 pub struct Forwarder(Arc<Shared>);
 
 struct Shared {
-    membership: Membership,
+    /// The name of this replica.
+    replica: Arc<str>,
+    roles: watch::Receiver<Role>,
     connections: Connections,
     /// Memory for what the leader sends ahead.
     answers: Memory,
@@ -114,12 +117,12 @@ impl Forwarder {
     /// Longest time for the last answers of a replica after another one leads.
     const LAST_ANSWERS: Duration = Duration::from_secs(5);
 
-    /// Has the leader that `membership` names answer calls, over connections made by `connect`, each with at most
-    /// `max_calls` calls. What it sends ahead takes memory from `answers`.
-    pub fn new(membership: Membership, connect: Connect, max_calls: u32, answers: Memory) -> Self {
+    /// Has the leader that `roles` of the replica of this name tell answer calls, over connections made by `connect`,
+    /// each with at most `max_calls` calls. What the leader sends ahead takes memory from `answers`.
+    pub fn new(replica: &str, roles: watch::Receiver<Role>, connect: Connect, max_calls: u32, answers: Memory) -> Self {
         let connections = Connections::new(connect, max_calls);
         let (counts, ending) = Default::default();
-        Self(Arc::new(Shared { membership, connections, answers, counts, ending }))
+        Self(Arc::new(Shared { replica: replica.into(), roles, connections, answers, counts, ending }))
     }
 
     /// Number of ended calls that the leader was to answer.
@@ -139,7 +142,7 @@ impl Forwarder {
 
     /// True while this replica does not lead.
     pub(super) fn follows(&self) -> bool {
-        self.0.membership.role().epoch().is_none()
+        self.0.roles.borrow().epoch().is_none()
     }
 
     /// Has the leader answer a call. Its answer ends early when the caller may no longer have it, and when another
@@ -159,7 +162,7 @@ impl Forwarder {
             }
         };
         counted.ended(response.headers());
-        let (roles, of, ending) = (self.0.membership.roles(), leader.clone(), self.0.ending.clone());
+        let (roles, of, ending) = (self.0.roles.clone(), leader.clone(), self.0.ending.clone());
         let ends = async move {
             let lapse = lapse.unwrap_or_else(|| pending().boxed());
             let ending = async { if rpc.streams() { ending.cancelled().await } else { pending().await } };
@@ -182,14 +185,14 @@ impl Forwarder {
         mut headers: HeaderMap,
         message: Vec<Bytes>,
     ) -> Result<Sent, Status> {
-        describe(caller, &self.0.membership.replica().name, &mut headers)?;
+        describe(caller, &self.0.replica, &mut headers)?;
         let room = self.0.answers.try_hold(WINDOW as usize).map_err(|full| error::status(Refusal::MemoryFull(full)))?;
         let mut request = http::Request::new(message);
         let path = rpc.path().and_then(|path| path.parse().ok());
         *request.uri_mut() = path.ok_or_else(|| Status::internal("this call has no path"))?;
         (*request.method_mut(), *request.version_mut()) = (http::Method::POST, http::Version::HTTP_2);
         *request.headers_mut() = headers;
-        let mut roles = self.0.membership.roles();
+        let mut roles = self.0.roles.clone();
         let mut may_repeat = true;
         loop {
             let Role::Follower { leader: Some(leader) } = roles.borrow_and_update().clone() else {
@@ -238,10 +241,14 @@ impl Forwarder {
             answer = answer => answer,
             why = superseded(roles, leader) => return Err(Failed::Sent(why.into())),
         };
-        answer.map(|response| (response, place)).map_err(|error| {
-            let why = in_words(&error).into();
-            if is_unsent(&error) { Failed::Unsent { why, was_connected: true } } else { Failed::Sent(why) }
-        })
+        match answer {
+            Ok(response) => Ok((response, place)),
+            Err(error) => {
+                self.0.connections.leave(&place);
+                let why = in_words(&error).into();
+                Err(if is_unsent(&error) { Failed::Unsent { why, was_connected: true } } else { Failed::Sent(why) })
+            }
+        }
     }
 }
 

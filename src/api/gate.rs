@@ -39,7 +39,7 @@ pub(super) struct Gate {
 
 /// A call whose headers have arrived, in the extensions of its request. It counts under the limits of its caller while
 /// the policy is enforced.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub struct Begun(Option<Used>);
 
 /// A call that was let in. It reaches the orchestrator, for as long as it lives: a stream keeps it to its end. `O` is

@@ -1,0 +1,381 @@
+use std::{
+    convert::Infallible,
+    io,
+    sync::atomic::AtomicUsize,
+    task::{Context, Poll},
+};
+
+use http_body_util::{BodyExt, Full, StreamBody, combinators::BoxBody};
+use tokio::{
+    io::{DuplexStream, duplex},
+    sync::{Mutex, mpsc, watch},
+    time::{Instant, timeout},
+};
+use tonic::{Code as GrpcCode, codegen::Service, server::NamedService};
+use tonic_types::StatusExt;
+
+use super::*;
+use crate::{
+    api::Way,
+    listen::{self, Entrance, Limits, Peer, Services},
+    model::{Endpoint, Epoch, Replica},
+    transport::{Connected, Listener, Origin, Stream},
+};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A leader, and how many connections were made to it.
+struct FakeLeader {
+    connect: Connect,
+    connections: Arc<AtomicUsize>,
+    /// Ends the connections so far.
+    cut_off: Arc<std::sync::Mutex<CancellationToken>>,
+    /// A message for each call that was dropped before its end.
+    dropped: mpsc::UnboundedReceiver<()>,
+}
+
+impl FakeLeader {
+    fn start() -> Self {
+        let (connections, cut_off) =
+            (Arc::<AtomicUsize>::default(), Arc::<std::sync::Mutex<CancellationToken>>::default());
+        let (tell, dropped) = mpsc::unbounded_channel();
+        let memory = Memory::whole(64 << 20);
+        let limits = Limits {
+            max_concurrent_streams: 2,
+            max_streams: 100,
+            max_request_bytes: 4 << 20,
+            windows: (64 << 10, 128 << 10),
+            requests: memory.clone(),
+            answers: memory,
+            large_streams: &[],
+        };
+        let services = Services::default().and(Echo { tell });
+        let server = listen::Server::new(services, limits);
+        let (counted, of_connections) = (connections.clone(), cut_off.clone());
+        let connect: Connect = Arc::new(move |_| {
+            counted.fetch_add(1, Ordering::SeqCst);
+            let (server, cut_off) = (server.clone(), of_connections.lock().unwrap().clone());
+            async move {
+                let (ours, theirs) = duplex(64 << 10);
+                let (send, streams) = mpsc::unbounded_channel();
+                send.send(theirs).unwrap();
+                let entrance = Entrance::plain(Box::new(Pipes(Mutex::new(streams))));
+                let stop = CancellationToken::new();
+                let connections = listen::Connections::of(10, false);
+                tokio::spawn(async move { server.serve(entrance, connections, stop, cut_off).await });
+                Ok(Box::new(ours) as Box<dyn Stream>)
+            }
+            .boxed()
+        });
+        Self { connect, connections, cut_off, dropped }
+    }
+
+    fn connections(&self) -> usize {
+        self.connections.load(Ordering::SeqCst)
+    }
+
+    /// Ends the connections so far.
+    fn cut(&self) {
+        std::mem::take(&mut *self.cut_off.lock().unwrap()).cancel();
+    }
+}
+
+/// Accepts the streams that are sent to it.
+struct Pipes(Mutex<mpsc::UnboundedReceiver<DuplexStream>>);
+
+impl Listener for Pipes {
+    fn accept(&self) -> BoxFuture<'_, io::Result<Connected>> {
+        async {
+            let stream = self.0.lock().await.recv().await;
+            // There is one for each server.
+            let Some(stream) = stream else { return pending().await };
+            Ok((Box::new(stream) as Box<dyn Stream>, Origin::Unknown))
+        }
+        .boxed()
+    }
+}
+
+/// Answers `RunCycle` with its message and its headers, `WatchCycles` with its message and then nothing more, and
+/// `CancelCycle` never.
+#[derive(Clone)]
+struct Echo {
+    tell: mpsc::UnboundedSender<()>,
+}
+
+struct Tell(mpsc::UnboundedSender<()>);
+
+impl Drop for Tell {
+    fn drop(&mut self) {
+        let _ = self.0.send(());
+    }
+}
+
+impl NamedService for Echo {
+    const NAME: &'static str = "dreamnet.orchestrator.v1.Orchestrator";
+}
+
+impl Service<http::Request<Body>> for Echo {
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let tell = Tell(self.tell.clone());
+        async move {
+            let (head, body) = request.into_parts();
+            let mut response = http::Response::new(());
+            for (name, value) in &head.headers {
+                response.headers_mut().append(name, value.clone());
+            }
+            let message = body.collect().await.unwrap().to_bytes();
+            let body: BoxBody<Bytes, Status> = match head.uri.path().rsplit('/').next().unwrap() {
+                "RunCycle" => {
+                    let trailers = [("grpc-status".parse().unwrap(), HeaderValue::from_static("0"))];
+                    let trailers = async move { Some(Ok(trailers.into_iter().collect())) };
+                    Full::from(message).map_err(|never| match never {}).with_trailers(trailers).boxed()
+                }
+                "WatchCycles" => {
+                    let forever = stream::pending().inspect(move |_: &Result<Frame<Bytes>, Status>| _ = &tell);
+                    BodyExt::boxed(StreamBody::new(stream::iter([Ok(Frame::data(message))]).chain(forever)))
+                }
+                _ => {
+                    pending::<()>().await;
+                    drop(tell);
+                    unreachable!()
+                }
+            };
+            Ok(response.map(|()| Body::new(body)))
+        }
+        .boxed()
+    }
+}
+
+fn leader(name: &str) -> Leader {
+    let address = Some(Endpoint::parse("http://leader:7700").unwrap());
+    Leader { replica: Replica { name: name.into(), address }, epoch: Epoch(1) }
+}
+
+/// A follower of this leader, with what changes its role.
+fn follower(connect: Connect, of: Option<Leader>, answers: Memory) -> (Forwarder, watch::Sender<Role>) {
+    let (change, roles) = watch::channel(Role::Follower { leader: of });
+    (Forwarder::new("follower", roles, connect, 2, answers), change)
+}
+
+fn memory() -> Memory {
+    Memory::whole(64 << 20)
+}
+
+fn call(rpc: Rpc, headers: &[(&'static str, &'static str)], message: &[u8]) -> Outgoing {
+    let headers = headers.iter().map(|(name, value)| (name.parse().unwrap(), HeaderValue::from_static(value)));
+    let grpc = [(CONTENT_TYPE, HeaderValue::from_static("application/grpc"))];
+    let headers: HeaderMap = grpc.into_iter().chain(headers).collect();
+    let caller = Caller::of(Way::Grpc, Peer::default(), &headers);
+    let counted = CountedCall::begin(Arc::default(), rpc, Some(&caller));
+    let message = vec![framing::framed_bytes(message)];
+    Outgoing { rpc, caller, begun: Begun::default(), counted, headers, message, lapse: None }
+}
+
+/// The status of a call that has no answer.
+async fn refused(forwarder: &Forwarder, call: Outgoing) -> (GrpcCode, String, String) {
+    let status = timeout(PATIENCE, forwarder.send(call)).await.unwrap().unwrap_err();
+    assert!(status.get_details_retry_info().is_some());
+    let info = status.get_details_error_info().unwrap();
+    (status.code(), info.reason, info.metadata.get("leader").cloned().unwrap_or_default())
+}
+
+fn counts(forwarder: &Forwarder) -> Vec<(Code, u64)> {
+    forwarder.counts().iter().collect()
+}
+
+#[tokio::test]
+async fn a_call_goes_on_as_it_came_and_so_does_its_answer() {
+    let fake = FakeLeader::start();
+    let (forwarder, _change) = follower(fake.connect, Some(leader("a")), memory());
+    let message = vec![7; 1 << 20];
+    let headers = [
+        ("grpc-timeout", "10S"),
+        ("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
+        ("orchestrator-path", "parent"),
+        ("authorization", "Bearer secret"),
+        ("host", "follower"),
+    ];
+    let answer = forwarder.send(call(Rpc::RunCycle, &headers, &message)).await.unwrap();
+    let got = answer.headers().clone();
+    for name in ["traceparent", "orchestrator-path", "authorization"] {
+        let sent = headers.iter().find(|(it, _)| *it == name).unwrap().1;
+        assert_eq!(got[name], sent);
+    }
+    let left = crate::proto::timeout::read(&got).unwrap();
+    assert!(left < Duration::from_secs(10) && left > Duration::from_secs(5), "{left:?}");
+    let described = super::super::forwarded::Forwarded::find(&got).unwrap();
+    assert_eq!((described.replica.as_str(), described.origin()), ("follower", Origin::Unknown));
+    assert!(got.get("host").is_none());
+    let body = answer.into_body().collect().await.unwrap();
+    assert_eq!(body.trailers().unwrap()["grpc-status"], "0");
+    assert_eq!(body.to_bytes(), framing::framed_bytes(&message));
+    assert_eq!(counts(&forwarder), [(Code::Ok, 1)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_a_leader_that_can_be_reached_nothing_is_sent_and_the_caller_knows_at_once() {
+    let fake = FakeLeader::start();
+    let begun = Instant::now();
+    let (forwarder, change) = follower(fake.connect.clone(), None, memory());
+    let run = || call(Rpc::RunCycle, &[], b"");
+    let unavailable = |reason: &str, leader: &str| (GrpcCode::Unavailable, reason.to_owned(), leader.to_owned());
+    assert_eq!(refused(&forwarder, run()).await, unavailable("NO_LEADER", ""));
+    // It became the leader meanwhile.
+    change.send_replace(Role::Leader { epoch: Epoch(2) });
+    assert!(!forwarder.follows());
+    assert_eq!(refused(&forwarder, run()).await, unavailable("NO_LEADER", ""));
+    let unknown = Leader { replica: Replica { address: None, ..leader("a").replica }, epoch: Epoch(3) };
+    change.send_replace(Role::Follower { leader: Some(unknown) });
+    assert_eq!(refused(&forwarder, run()).await, unavailable("NO_LEADER", "a"));
+    // One hop only.
+    change.send_replace(Role::Follower { leader: Some(leader("b")) });
+    let forwarded = call(Rpc::RunCycle, &[("orchestrator-caller-bin", "")], b"");
+    assert_eq!(refused(&forwarder, forwarded).await, unavailable("NOT_LEADER", "b"));
+    assert_eq!(fake.connections(), 0);
+    let refuse: Connect = Arc::new(|_| async { Err("Connection refused".to_owned()) }.boxed());
+    let (forwarder, _change) = follower(refuse, Some(leader("c")), memory());
+    assert_eq!(refused(&forwarder, run()).await, unavailable("NO_LEADER", "c"));
+    assert_eq!((counts(&forwarder), begun.elapsed()), (vec![(Code::Unavailable, 1)], Duration::ZERO));
+}
+
+#[tokio::test]
+async fn a_call_that_was_not_sent_is_sent_over_another_connection() {
+    let mut fake = FakeLeader::start();
+    let (forwarder, _change) = follower(fake.connect.clone(), Some(leader("a")), memory());
+    let run = async || forwarder.send(call(Rpc::RunCycle, &[], b"x")).await.unwrap().into_body().collect().await;
+    run().await.unwrap();
+    run().await.unwrap();
+    assert_eq!(fake.connections(), 1);
+    let watch = forwarder.send(call(Rpc::WatchCycles, &[], b"x")).await.unwrap();
+    fake.cut();
+    // From now on, this side knows that the connection has ended.
+    assert_eq!(end_of(watch).await, (GrpcCode::Unavailable, "LEADER_LOST".to_owned()));
+    timeout(PATIENCE, fake.dropped.recv()).await.unwrap().unwrap();
+    run().await.unwrap();
+    assert_eq!(fake.connections(), 2);
+    assert_eq!(counts(&forwarder), [(Code::Ok, 3), (Code::Unavailable, 1)]);
+}
+
+/// The code and the reason at the end of an answer.
+async fn end_of(answer: http::Response<Body>) -> (GrpcCode, String) {
+    let trailers = timeout(PATIENCE, answer.into_body().collect()).await.unwrap().unwrap().trailers().cloned();
+    let status = Status::from_header_map(&trailers.unwrap()).unwrap();
+    (status.code(), status.get_details_error_info().unwrap().reason)
+}
+
+#[tokio::test]
+async fn a_call_that_was_not_sent_goes_to_the_replica_that_leads_meanwhile() {
+    let fake = FakeLeader::start();
+    let (change, roles) = watch::channel(Role::Follower { leader: Some(leader("a")) });
+    let connect_to_b = fake.connect.clone();
+    let connect: Connect = Arc::new(move |to| {
+        let is_b = matches!(&*change.borrow(), Role::Follower { leader: Some(it) } if it.replica.name == "b");
+        if is_b {
+            return connect_to_b(to);
+        }
+        change.send_replace(Role::Follower { leader: Some(leader("b")) });
+        async { Err("Connection refused".to_owned()) }.boxed()
+    });
+    let forwarder = Forwarder::new("follower", roles, connect, 2, memory());
+    forwarder.send(call(Rpc::RunCycle, &[], b"x")).await.unwrap().into_body().collect().await.unwrap();
+    assert_eq!(counts(&forwarder), [(Code::Ok, 1)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_ends_when_another_replica_has_led_for_a_while_or_when_the_process_ends() {
+    let fake = FakeLeader::start();
+    let (forwarder, change) = follower(fake.connect.clone(), Some(leader("a")), memory());
+    let watch = forwarder.send(call(Rpc::WatchCycles, &[], b"x")).await.unwrap();
+    // It may lead again, or still.
+    change.send_replace(Role::Follower { leader: None });
+    let mut body = watch.into_body();
+    assert!(body.frame().await.unwrap().unwrap().is_data());
+    assert!(timeout(Duration::from_secs(3600), body.frame()).await.is_err());
+    let begun = Instant::now();
+    change.send_replace(Role::Follower { leader: Some(leader("b")) });
+    let end = end_of(http::Response::new(body)).await;
+    assert_eq!(end, (GrpcCode::Unavailable, "LEADER_LOST".to_owned()));
+    assert_eq!(begun.elapsed(), Forwarder::LAST_ANSWERS);
+    let watch = forwarder.send(call(Rpc::WatchCycles, &[], b"x")).await.unwrap();
+    forwarder.end_streams();
+    assert_eq!(end_of(watch).await, (GrpcCode::Unavailable, "DRAINING".to_owned()));
+    let lapse = Some(async { Status::unauthenticated("it has expired") }.boxed());
+    let watch = forwarder.send(Outgoing { lapse, ..call(Rpc::WatchCycles, &[], b"x") }).await.unwrap();
+    let trailers = watch.into_body().collect().await.unwrap().trailers().cloned().unwrap();
+    assert_eq!(trailers["grpc-status"], "16");
+}
+
+#[tokio::test]
+async fn further_calls_have_further_connections_and_their_memory_is_bounded() {
+    let fake = FakeLeader::start();
+    let memory = Memory::whole(6 * WINDOW as usize);
+    let (forwarder, _change) = follower(fake.connect.clone(), Some(leader("a")), memory.clone());
+    let mut open = Vec::new();
+    for calls in 1..=6 {
+        open.push(forwarder.send(call(Rpc::WatchCycles, &[], b"x")).await.unwrap());
+        assert_eq!(fake.connections(), usize::div_ceil(calls, 2));
+    }
+    let status = forwarder.send(call(Rpc::RunCycle, &[], b"x")).await.unwrap_err();
+    assert_eq!(status.code(), GrpcCode::ResourceExhausted);
+    drop(open);
+    assert_eq!(memory.held(), 0);
+    forwarder.send(call(Rpc::RunCycle, &[], b"x")).await.unwrap();
+    assert_eq!(fake.connections(), 3);
+    forwarder.connect_anew();
+    forwarder.send(call(Rpc::RunCycle, &[], b"x")).await.unwrap();
+    assert_eq!(fake.connections(), 4);
+}
+
+#[tokio::test]
+async fn the_messages_of_an_answer_have_memory_and_its_status_is_their_end() {
+    let memory = Memory::whole(100 << 10);
+    let of = |pieces: Vec<Bytes>, status: &'static str| {
+        let data = stream::iter(pieces).map(|piece| Ok::<_, Status>(Frame::data(piece)));
+        let trailers: HeaderMap =
+            [("grpc-status".parse().unwrap(), HeaderValue::from_static(status))].into_iter().collect();
+        let frames = data.chain(stream::iter([Ok(Frame::trailers(trailers))]));
+        Messages::<prost_types::Any>::of(http::Response::new(Body::new(StreamBody::new(frames))), memory.clone())
+            .unwrap()
+    };
+    let any = |bytes: usize| prost_types::Any { type_url: String::new(), value: vec![7; bytes] };
+    let (small, large) = (any(10), any(50 << 10));
+    // In pieces of any size, also several messages in one.
+    let all = [framing::framed(&small), framing::framed(&large), framing::framed(&small)].concat();
+    for piece in [1, 1000, all.len()] {
+        let mut messages = of(all.chunks(piece).map(Bytes::copy_from_slice).collect(), "0");
+        for expected in [&small, &large, &small] {
+            assert_eq!(messages.next().await.unwrap().as_ref(), Some(expected));
+        }
+        assert_eq!(messages.next().await.unwrap(), None);
+        drop(messages);
+        assert_eq!(memory.held(), 0);
+    }
+    let mut failed = of(vec![framing::framed(&small)], "5");
+    assert_eq!(failed.next().await.unwrap(), Some(small));
+    assert_eq!(failed.next().await.unwrap_err().code(), GrpcCode::NotFound);
+    let too_large = of(vec![framing::framed(&any(200 << 10))], "0").next().await.unwrap_err();
+    assert_eq!(too_large.code(), GrpcCode::ResourceExhausted);
+}
+
+#[tokio::test]
+async fn a_call_that_its_caller_ends_is_ended_at_the_leader() {
+    let mut fake = FakeLeader::start();
+    let (forwarder, _change) = follower(fake.connect, Some(leader("a")), memory());
+    let watch = forwarder.send(call(Rpc::WatchCycles, &[], b"x")).await.unwrap();
+    let mut body = watch.into_body();
+    assert!(body.frame().await.unwrap().unwrap().is_data());
+    drop(body);
+    timeout(PATIENCE, fake.dropped.recv()).await.unwrap().unwrap();
+    let cancel = call(Rpc::CancelCycle, &[], b"x");
+    assert!(timeout(Duration::from_millis(50), forwarder.send(cancel)).await.is_err());
+    timeout(PATIENCE, fake.dropped.recv()).await.unwrap().unwrap();
+    assert_eq!(counts(&forwarder), [(Code::Cancelled, 2)]);
+}
