@@ -55,6 +55,8 @@ pub struct Caller {
     pub(super) was_forwarded: bool,
     /// The replica that has forwarded its request. All of the above is then what this replica has said.
     via: Option<Arc<Via>>,
+    /// True if the leader is told when it is denied, so that it is in the audit.
+    pub(super) is_told_on: bool,
 }
 
 /// A replica that forwards calls.
@@ -70,7 +72,8 @@ impl Caller {
         let (trace, presented) = (request::trace(headers), credential(headers));
         let was_forwarded = headers.contains_key(forwarded::HEADER);
         let (arrived, session, via) = (Instant::now(), None, None);
-        Self { way, peer, arrived, trace, presented, session, was_forwarded, via }
+        let is_told_on = false;
+        Self { way, peer, arrived, trace, presented, session, was_forwarded, via, is_told_on }
     }
 
     /// The caller of a forwarded request with these headers, which this caller has sent: the one that it names, if this
@@ -121,6 +124,11 @@ impl Caller {
                 None => (from_here, None),
             },
         }
+    }
+
+    /// The same caller, whose denial the leader is told.
+    pub(super) fn told_on(self) -> Self {
+        Self { is_told_on: true, ..self }
     }
 
     /// The name of the replica that has forwarded its request.

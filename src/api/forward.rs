@@ -178,6 +178,17 @@ impl Forwarder {
         Ok(response.map(|body| Body::new(passing(body))))
     }
 
+    /// Sends a call that was denied here without its request, so that the leader denies it as well, and writes that into
+    /// the audit. Other refusals are not sent.
+    pub(super) async fn tell(&self, rpc: Rpc, caller: Caller, headers: HeaderMap, status: &Status) {
+        /// Longest time that the caller waits for that.
+        const PATIENCE: Duration = Duration::from_secs(1);
+        if status.code() == tonic::Code::Unauthenticated {
+            // If the leader does not answer, the log of this replica has it.
+            let _ = tokio::time::timeout(PATIENCE, self.try_send(rpc, &caller, headers, Vec::new())).await;
+        }
+    }
+
     async fn try_send(
         &self,
         rpc: Rpc,

@@ -383,7 +383,7 @@ impl Judge {
         mode: Mode,
     ) -> Status {
         let status = error::denied(denied);
-        if mode == Mode::Enforce {
+        if mode == Mode::Enforce && !caller.is_told_on {
             self.sum_up(caller, call, denied.identity(), targets, &status, error::reason(denied));
         }
         if let Some(times) = self.0.denied.note() {

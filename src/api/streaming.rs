@@ -67,18 +67,28 @@ where
         let peer = request.extensions_mut().remove::<Peer>().unwrap_or_default();
         let caller = self.api.gate.judge.caller(peer, request.headers());
         let rpc = Rpc::of_path(request.uri().path());
-        let gate = self.api.gate.clone();
-        let begun = match gate.begin(&caller, rpc) {
-            Ok(begun) => begun,
-            Err(status) => return ready(Ok(status.into_http())).boxed(),
-        };
         let is_of = |rpc: &Rpc| rpc.path().is_some_and(|path| path == request.uri().path());
-        let call = match (rpc.filter(is_of), self.api.follows().cloned()) {
-            (Some(rpc), Some(forwarder)) => {
+        let forwarded = rpc.filter(is_of).and_then(|rpc| Some((rpc, self.api.follows()?.clone())));
+        let caller = if forwarded.is_some() { caller.told_on() } else { caller };
+        let gate = self.api.gate.clone();
+        let begun = match (gate.begin(&caller, rpc), forwarded.clone()) {
+            (Ok(begun), _) => begun,
+            (Err(status), Some((rpc, forwarder))) => {
+                let headers = request.headers().clone();
+                let refused = async move {
+                    forwarder.tell(rpc, caller, headers, &status).await;
+                    Ok(status.into_http())
+                };
+                return refused.boxed();
+            }
+            (Err(status), None) => return ready(Ok(status.into_http())).boxed(),
+        };
+        let call = match forwarded {
+            Some((rpc, forwarder)) => {
                 let call = self.api.clone().forward(forwarder, rpc, caller.clone(), begun.clone(), request);
                 call.map(|answer| Ok(answer.unwrap_or_else(Status::into_http))).boxed()
             }
-            _ => {
+            None => {
                 request.extensions_mut().insert(begun.clone());
                 request.extensions_mut().insert(caller.clone());
                 self.service.call(request).boxed()

@@ -132,6 +132,10 @@ fn row(logged: &pb::LoggedAuditEvent) -> Result<[Cell; 8], Failure> {
         _ if event.code.is_empty() => "begun".to_owned(),
         _ => event.code.clone(),
     };
+    let peer = match event.via.as_str() {
+        "" => event.peer,
+        via => format!("{} via {via}", event.peer),
+    };
     let or_dash = |value: String| text(if value.is_empty() { "-".to_owned() } else { value });
     let cycle = if event.cycle_id == 0 { String::new() } else { event.cycle_id.to_string() };
     Ok([
@@ -142,7 +146,7 @@ fn row(logged: &pb::LoggedAuditEvent) -> Result<[Cell; 8], Failure> {
         or_dash(cycle),
         text(event.count.to_string()),
         text(result),
-        or_dash(event.peer),
+        or_dash(peer),
     ])
 }
 

@@ -23,7 +23,7 @@ use self::definitions::*;
 pub use self::definitions::{ALL, Definition, Kind};
 use super::otlp::Exporter;
 use crate::{
-    api::CallCounts,
+    api::{CallCounts, ForwardedCounts},
     cluster::Membership,
     dial,
     engine::{BreakerState, SubsystemCounts},
@@ -48,6 +48,7 @@ pub struct Metrics {
     /// Makes one piece at a time, so that all scrapes together take at most one processor from cycles.
     turn: Semaphore,
     calls: Option<Arc<CallCounts>>,
+    forwarded: Option<Arc<ForwardedCounts>>,
     exporter: Option<Arc<Exporter>>,
     servers: Vec<(&'static str, Arc<Connections>)>,
     dialed: Option<Arc<dial::Counts>>,
@@ -77,6 +78,7 @@ impl Default for Metrics {
         Self {
             turn: Semaphore::new(1),
             calls: None,
+            forwarded: None,
             exporter: None,
             servers: Vec::new(),
             dialed: None,
@@ -104,10 +106,10 @@ impl Metrics {
         Self { calls, exporter, servers, dialed, expiries, memory, ..self }
     }
 
-    /// Adds metrics of this replica.
+    /// Adds metrics of this replica, and of the calls that it has the leader answer.
     #[must_use]
-    pub fn and_of_replica(self, membership: Membership) -> Self {
-        Self { membership: Some(membership), ..self }
+    pub(crate) fn and_of_replica(self, membership: Membership, forwarded: Option<Arc<ForwardedCounts>>) -> Self {
+        Self { membership: Some(membership), forwarded, ..self }
     }
 
     /// Writes all metrics, piece by piece, with those of the orchestrator if there is one. It is kept to the end.
@@ -154,6 +156,8 @@ impl Metrics {
         let spans = self.exporter.as_ref().map(|exporter| exporter.exported()).unwrap_or_default();
         let calls = self.calls.iter().flat_map(|calls| calls.iter());
         let calls = calls.map(|(way, rpc, code, calls)| CALLS.value(&[way, rpc, code.name()], number(calls)));
+        let forwarded = self.forwarded.iter().flat_map(|forwarded| forwarded.iter());
+        let forwarded = forwarded.map(|(code, calls)| FORWARDED.value(&[code.name()], number(calls)));
         let denied = self.calls.iter().flat_map(|calls| calls.iter_would_be_denied());
         let denied =
             denied.map(|(way, rpc, code, calls)| CALLS_WOULD_BE_DENIED.value(&[way, rpc, code.name()], number(calls)));
@@ -162,6 +166,7 @@ impl Metrics {
         let failures = failures.map(|(step, failures)| DIAL_FAILURES.value(&[step], number(failures)));
         families.extend([
             CALLS.family(calls.collect()),
+            FORWARDED.family(forwarded.collect()),
             CALLS_WOULD_BE_DENIED.family(denied.collect()),
             SPANS.family(
                 [("sent", spans.sent), ("not_taken", spans.not_taken), ("no_room", spans.no_room)]

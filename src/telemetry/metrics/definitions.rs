@@ -126,6 +126,9 @@ definitions! {
     CALLS_WOULD_BE_DENIED: Counter "orchestrator_calls_would_be_denied_total" ["server", "rpc", "code"]
         "Calls that access.mode = \"enforce\" would refuse, while it is \"dry_run\", by where they came in and by the code \
          of the refusal. Missing before the first.";
+    FORWARDED: Counter "orchestrator_forwarded_calls_total" ["code"]
+        "Calls that this replica had the leader answer since it did not lead itself, by the code of the answer. Those that \
+         their caller ended are CANCELLED. Missing before the first.";
     SPANS: Counter "orchestrator_spans_total" ["result"]
         "Spans of traced cycles, by result: sent to the collector; dropped because it did not accept them \
          (not_taken), or because the queue was full (no_room). All 0 without a collector.";

@@ -137,7 +137,7 @@ function row({ problem, ...event }) {
   return h("tr", {},
     h("th", { scope: "row", class: "time" }, time(event.time)),
     h("td", {}, event.caller ? h("a", { href: href("audit", { caller: event.caller }), title: visible(event.caller) }, visible(event.caller)) : h("span", { class: "quiet" }, "the service")),
-    h("td", {}, visible(event.peer) || "–"),
+    h("td", {}, visible(event.peer) || "–", event.via && h("span", { class: "note" }, `via ${visible(event.via)}`)),
     h("td", {}, visible(event.rpc)),
     h("td", { class: "targets", title: visible(targets) || null }, visible(targets) || "–"),
     h("td", { class: "number" }, event.cycleId ? h("a", { href: href("cycles", event.cycleId) }, event.cycleId) : "–"),
