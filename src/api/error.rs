@@ -295,6 +295,13 @@ pub(super) fn not_answered(why: &NotAnswered<'_>) -> Status {
     Status::with_error_details(Code::Unavailable, shortened(message, MAX_MESSAGE), details)
 }
 
+/// True if a stream has ended with this status because of the replica that gave it: another one may go on with it.
+pub(super) fn is_of_replica(status: &Status) -> bool {
+    let reason = status.get_details_error_info().map(|info| info.reason).unwrap_or_default();
+    status.code() == Code::Unavailable
+        && ["DRAINING", "LEADER_LOST", "NOT_LEADER", "NO_LEADER"].contains(&reason.as_str())
+}
+
 /// A leader, for people.
 fn of(leader: &Leader) -> String {
     let Replica { name, address } = &leader.replica;

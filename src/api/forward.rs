@@ -8,6 +8,7 @@
 
 mod connections;
 mod messages;
+mod resumed;
 #[cfg(test)]
 mod tests;
 

@@ -271,8 +271,7 @@ impl Service for Api {
     type WatchCyclesStream = Events;
 
     async fn watch_cycles(&self, request: Request<pb::WatchCyclesRequest>) -> Answer<Events> {
-        let events = self.gate.stream(request, cycles::watch_cycles)?;
-        Ok(Response::new(Box::pin(events)))
+        self.watch(request).await
     }
 
     async fn get_cycle(&self, request: Request<pb::GetCycleRequest>) -> Answer<pb::GetCycleResponse> {

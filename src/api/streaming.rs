@@ -83,7 +83,8 @@ where
             }
             (Err(status), None) => return ready(Ok(status.into_http())).boxed(),
         };
-        let call = match forwarded {
+        // A watch outlasts its leader, so it is not only passed on.
+        let call = match forwarded.filter(|(rpc, _)| *rpc != Rpc::WatchCycles) {
             Some((rpc, forwarder)) => {
                 let call = self.api.clone().forward(forwarder, rpc, caller.clone(), begun.clone(), request);
                 call.map(|answer| Ok(answer.unwrap_or_else(Status::into_http))).boxed()

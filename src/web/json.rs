@@ -399,8 +399,7 @@ pub(super) async fn events(asked: Asked) -> Response {
     };
     let events = async {
         let permit = answers.place_for_stream()?;
-        let here = |api: Api, request| async move { api.watch_cycles(request).await };
-        let events = answers.api.streaming("WatchCycles", caller.asks(request), here).await?;
+        let events = answers.api.watch_cycles(caller.asks(request)).await?.into_inner();
         // The stream holds its permit until it ends.
         Ok(events.inspect(move |_| _ = &permit))
     };
