@@ -3,6 +3,7 @@
 mod log;
 mod manager;
 mod operator;
+mod replicas;
 mod terms;
 mod tls;
 
@@ -19,6 +20,7 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 pub use self::{log::LogBreak, operator::Operator, tls::check_tls};
 use self::{
     operator::{Wish, aborted},
+    replicas::Replicas,
     terms::{Parts, Terms},
     tls::Certificates,
 };
@@ -151,6 +153,8 @@ pub struct Service {
     api: Api,
     certificates: Arc<Certificates>,
     dialer: Arc<Dialer>,
+    /// `None` if there can be none.
+    replicas: Option<Replicas>,
     terms: Terms,
     health: HealthReporter,
     /// Keeps the health service up to date with the role of the replica.
@@ -215,7 +219,7 @@ impl Service {
         });
         let replies = memory.replies.clone();
         let (connect_timeout, tls) = (config.dial.connect_timeout, certificates.dial());
-        let dialer = Arc::new(Dialer::with(transport, connect_timeout, replies, tls, config.reach()));
+        let dialer = Arc::new(Dialer::with(transport.clone(), connect_timeout, replies, tls, config.reach()));
         dialer.revoke(config.access.revoked.clone());
         let sums = Sums::new(host.clock, settings(config).audit_reads);
         let source = Box::pin(Source::open(config, begin, &host, &sums)).await?;
@@ -234,6 +238,10 @@ impl Service {
         let membership = source.membership(config);
         let (by, requests) = ((host.clock, sums.clone()), memory.requests.clone());
         let api = Api::new(membership.clone(), policy, by, requests, config.reach(), is_insecure);
+        let (dial, answers) = (certificates.dial(), memory.answers.clone());
+        let replicas = membership.has_peers().then(|| Replicas::new(config, &membership, transport, dial, answers));
+        let forwarder = replicas.as_ref().map(Replicas::forwarder);
+        let api = api.forwarding(forwarder.clone());
         api.serve_as(config.serves.clone());
         // The last step that may fail. It begins the new epoch: until then nothing is taken over.
         let parts = Parts { memory: memory.clone(), host, dialer: dialer.clone(), spans, sums };
@@ -282,11 +290,12 @@ impl Service {
         if let Some((web, admin)) = admin {
             let in_front = vec![("grpc", connections), ("admin", admin)];
             let (calls, exporter) = (api.calls(), exporter.clone());
+            let forwarded = forwarder.map(|forwarder| forwarder.counts());
             let of_files = certificates.clone();
             let expiries = Box::new(move || of_files.expiries());
             let (dialed, memory_of_all) = (dialer.counts(), memory.clone());
             let metrics = Metrics::default().and_of(calls, exporter, in_front, dialed, expiries, memory_of_all);
-            web.open(api.clone(), metrics.and_of_replica(membership).into(), &memory);
+            web.open(api.clone(), metrics.and_of_replica(membership, forwarded).into(), &memory);
         }
         if let Some(address) = admin_address {
             tracing::info!(%address, "dashboard");
@@ -297,6 +306,7 @@ impl Service {
             api,
             certificates,
             dialer,
+            replicas,
             terms,
             health,
             health_of_role: AbortOnDropHandle::new(health_of_role),
@@ -341,6 +351,9 @@ impl Service {
         // First, so that a revocation does not wait for the store.
         self.api.apply(policy);
         self.dialer.revoke(config.access.revoked.clone());
+        if let Some(replicas) = &self.replicas {
+            replicas.apply(config);
+        }
         self.terms.reload(config).await?;
         self.api.serve_as(config.serves.clone());
         self.drain_grace = config.server.drain_grace;
@@ -402,6 +415,9 @@ impl Service {
         for service in ["", SERVICE, LEADER] {
             self.health.set_service_status(service, ServingStatus::NotServing).await;
         }
+        if let Some(replicas) = &self.replicas {
+            replicas.end();
+        }
         self.terms.drain();
         let finished = if let Ok(finished) = timeout(self.drain_grace, self.terms.finished()).await {
             finished
@@ -421,6 +437,9 @@ impl Service {
     async fn ended(mut self, finished: Result<(), Stopped>) -> Exit {
         /// Time for the spans of the last cycles, which are sent at the same time as the open answers.
         const LAST_SPANS: Duration = Duration::from_secs(3);
+        if let Some(replicas) = &self.replicas {
+            replicas.end();
+        }
         // Watches of the health service would keep the server running.
         self.health_of_role.abort();
         for service in ["", SERVICE, LEADER] {
@@ -702,7 +721,7 @@ async fn policy(config: &Config) -> Result<Policy, ConfigError> {
     });
     let (tokens, issuer) = read.await.unwrap_or_else(|defect| Err(ConfigError::unread(&defect)))?;
     let policy = Policy::new(mode, grants, tokens, revoked, geteuid().as_raw());
-    Ok(policy.with_issuer(issuer).with_limits(config.limits))
+    Ok(policy.with_issuer(issuer).with_limits(config.limits).with_peers(config.cluster.peers.clone()))
 }
 
 /// The memory limit and its shares.

@@ -129,27 +129,34 @@ pub(super) fn status(refusal: impl Into<Refusal>) -> Status {
 
 /// The status of a call that only the leader answers, by a replica with this role.
 pub(super) fn not_leader(role: &model::Role) -> Status {
-    /// A term begins within this time, once it is known that none is valid.
-    const RETRY: Duration = Duration::from_secs(1);
     let leader = match role {
         model::Role::Follower { leader: Some(leader) } => leader,
         model::Role::Follower { leader: None } | model::Role::Leader { .. } => {
             let message = "no replica leads now; try again".to_owned();
-            return with_retry(message, "NO_LEADER", HashMap::new(), RETRY);
+            return with_retry(message, "NO_LEADER", HashMap::new());
         }
     };
-    let Replica { name, address } = &leader.replica;
-    let at = address.as_ref().map_or_else(String::new, |address| format!(", at {address}"));
-    let message = format!("this replica does not lead: ask {name}{at}");
-    let mut metadata = HashMap::from([("leader".to_owned(), name.clone())]);
-    metadata.extend(address.as_ref().map(|address| ("leader_address".to_owned(), address.to_string())));
-    with_retry(message, "NOT_LEADER", metadata, RETRY)
+    let message = format!("this replica does not lead: ask {}", of_replica(&leader.replica));
+    with_retry(message, "NOT_LEADER", metadata_of(&leader.replica))
+}
+
+/// A replica, for people.
+fn of_replica(Replica { name, address }: &Replica) -> String {
+    address.as_ref().map_or_else(|| name.clone(), |address| format!("{name} at {address}"))
+}
+
+/// The leader, for programs.
+fn metadata_of(Replica { name, address }: &Replica) -> HashMap<String, String> {
+    let address = address.as_ref().map(|address| ("leader_address".to_owned(), address.to_string()));
+    [("leader".to_owned(), name.clone())].into_iter().chain(address).collect()
 }
 
 /// A status of a replica that can't answer now.
-fn with_retry(message: String, reason: &str, metadata: HashMap<String, String>, retry: Duration) -> Status {
+fn with_retry(message: String, reason: &str, metadata: HashMap<String, String>) -> Status {
+    /// A term begins within this time, once it is known that none is valid.
+    const RETRY: Duration = Duration::from_secs(1);
     let mut details = ErrorDetails::with_error_info(reason, DOMAIN, metadata);
-    details.set_retry_info(Some(retry));
+    details.set_retry_info(Some(RETRY));
     Status::with_error_details(Code::Unavailable, shortened(message, MAX_MESSAGE), details)
 }
 
@@ -245,54 +252,29 @@ pub(super) fn reason(denied: &Denied) -> &'static str {
 
 /// Why a follower has no answer of the leader.
 pub(super) enum NotAnswered<'a> {
-    /// No replica leads, as far as this one knows.
-    NoLeader,
-    /// Nothing was sent to the leader, for this reason.
-    Unreachable(&'a Leader, &'a str),
-    /// Another replica has forwarded the call here, and would have to forward it to this leader.
-    NotLeader(&'a Leader),
+    /// Nothing was sent, for this reason.
+    Unreachable(&'a str),
     /// The call was sent, and its answer broke off for this reason.
-    Lost(&'a Leader, &'a str),
+    Lost(&'a str),
 }
 
-/// The status of a call that a follower has no answer to.
-pub(super) fn not_answered(why: &NotAnswered<'_>) -> Status {
-    /// When another replica may lead, or the leader be reached.
-    const RETRY_AFTER: Duration = Duration::from_secs(1);
-    let (leader, reason, message) = match why {
-        NotAnswered::NoLeader => (
-            None,
+/// The status of a call to which a follower has no answer of this leader.
+pub(super) fn not_answered(Leader { replica, .. }: &Leader, why: &NotAnswered<'_>) -> Status {
+    let leader = of_replica(replica);
+    let (reason, message) = match why {
+        NotAnswered::Unreachable(why) => (
             "NO_LEADER",
-            "this replica follows, and no leader is known; one leads within a few seconds, if its store can be reached"
-                .to_owned(),
+            format!("the leader, {leader}, can't be reached ({why}), so the call was not made; try again"),
         ),
-        NotAnswered::Unreachable(leader, why) => (
-            Some(leader),
-            "NO_LEADER",
-            format!("the leader, {}, can't be reached ({why}), so the call was not made; try again", of(leader)),
-        ),
-        NotAnswered::NotLeader(leader) => (
-            Some(leader),
-            "NOT_LEADER",
-            format!("another replica has forwarded the call here, but {} leads now; try again", of(leader)),
-        ),
-        NotAnswered::Lost(leader, why) => (
-            Some(leader),
+        NotAnswered::Lost(why) => (
             "LEADER_LOST",
             format!(
-                "the answer of the leader, {}, broke off ({why}): the call may have taken effect. It can be repeated \
-                 if it is idempotent, as RunCycle is with a request_id",
-                of(leader)
+                "the answer of the leader, {leader}, broke off ({why}): the call may have taken effect. It can be \
+                 repeated if it is idempotent, as RunCycle is with a request_id"
             ),
         ),
     };
-    let address = |leader: &&&Leader| leader.replica.address.as_ref().map(|it| ("leader_address", it.to_string()));
-    let name = leader.map(|leader| ("leader", leader.replica.name.clone()));
-    let metadata = name.into_iter().chain(leader.as_ref().and_then(address));
-    let metadata = metadata.map(|(key, value)| (key.to_owned(), value)).collect::<HashMap<_, _>>();
-    let mut details = ErrorDetails::with_error_info(reason, DOMAIN, metadata);
-    details.set_retry_info(Some(RETRY_AFTER));
-    Status::with_error_details(Code::Unavailable, shortened(message, MAX_MESSAGE), details)
+    with_retry(message, reason, metadata_of(replica))
 }
 
 /// True if a stream has ended with this status because of the replica that gave it: another one may go on with it.
@@ -300,12 +282,6 @@ pub(super) fn is_of_replica(status: &Status) -> bool {
     let reason = status.get_details_error_info().map(|info| info.reason).unwrap_or_default();
     status.code() == Code::Unavailable
         && ["DRAINING", "LEADER_LOST", "NOT_LEADER", "NO_LEADER"].contains(&reason.as_str())
-}
-
-/// A leader, for people.
-fn of(leader: &Leader) -> String {
-    let Replica { name, address } = &leader.replica;
-    address.as_ref().map_or_else(|| name.clone(), |address| format!("{name} at {address}"))
 }
 
 /// The status of a login for which there is no session.

@@ -170,7 +170,7 @@ impl Forwarder {
             select! {
                 biased;
                 status = lapse => status,
-                why = superseded(roles, &of) => error::not_answered(&NotAnswered::Lost(&of, why)),
+                why = superseded(roles, &of) => error::not_answered(&of, &NotAnswered::Lost(why)),
                 () = ending => error::status(Refusal::Draining),
             }
         };
@@ -207,21 +207,20 @@ impl Forwarder {
         let mut roles = self.0.roles.clone();
         let mut may_repeat = true;
         loop {
-            let Role::Follower { leader: Some(leader) } = roles.borrow_and_update().clone() else {
-                return Err(error::not_answered(&NotAnswered::NoLeader));
+            let role = roles.borrow_and_update().clone();
+            let leader = match &role {
+                Role::Follower { leader: Some(leader) } if !caller.was_forwarded => leader,
+                _ => return Err(error::not_leader(&role)),
             };
-            if caller.was_forwarded {
-                return Err(error::not_answered(&NotAnswered::NotLeader(&leader)));
-            }
-            let (why, was_connected) = match self.send_to(&leader, &request, caller, roles.clone()).await {
-                Ok((response, place)) => return Ok(Sent { response, leader: leader.into(), place, room }),
-                Err(Failed::Sent(why)) => return Err(error::not_answered(&NotAnswered::Lost(&leader, &why))),
+            let (why, was_connected) = match self.send_to(leader, &request, caller, roles.clone()).await {
+                Ok((response, place)) => return Ok(Sent { response, leader: leader.clone().into(), place, room }),
+                Err(Failed::Sent(why)) => return Err(error::not_answered(leader, &NotAnswered::Lost(&why))),
                 Err(Failed::Unsent { why, was_connected }) => (why, was_connected),
             };
             // A connection ends between two calls, or with a leader that another replica has replaced.
             let may_help = was_connected || roles.has_changed().unwrap_or_default();
             if !mem::take(&mut may_repeat) || !may_help {
-                return Err(error::not_answered(&NotAnswered::Unreachable(&leader, &why)));
+                return Err(error::not_answered(leader, &NotAnswered::Unreachable(&why)));
             }
         }
     }
@@ -414,7 +413,7 @@ impl http_body::Body for Passing {
             Some(Ok(frame)) => frame,
             broken => {
                 let why = broken.and_then(Result::err).map_or("it has ended".to_owned(), |error| in_words(&error));
-                let status = error::not_answered(&NotAnswered::Lost(&self.leader, &why));
+                let status = error::not_answered(&self.leader, &NotAnswered::Lost(&why));
                 return self.end(&status);
             }
         };
@@ -440,10 +439,11 @@ async fn read(body: &mut Body) -> Result<Vec<Bytes>, Status> {
 }
 
 impl Api {
-    /// The same RPCs, which the leader answers while this replica does not lead.
+    /// The same RPCs, which the leader answers while this replica does not lead. Without a `forwarder`, they have no
+    /// answer then.
     #[must_use]
-    pub fn forwarding(self, forwarder: Forwarder) -> Self {
-        Self { forwarder: Some(forwarder), ..self }
+    pub fn forwarding(self, forwarder: Option<Forwarder>) -> Self {
+        Self { forwarder, ..self }
     }
 
     /// What has the leader answer calls, while this replica does not lead.

@@ -9,15 +9,23 @@ use futures_util::FutureExt;
 
 use crate::{
     access::{Reach, Revoked},
-    api::Connect,
+    api::{Connect, Forwarder},
+    cluster::Membership,
     config::Config,
     dial,
+    memory::Memory,
     model::Identity,
     transport::Transport,
 };
 
-/// Connects to other replicas as to subsystems: with the same certificate, and trusting the same authorities.
+/// The other replicas, as this one reaches them.
 pub(super) struct Replicas {
+    connector: Arc<Connector>,
+    forwarder: Forwarder,
+}
+
+/// Connects to other replicas as to subsystems: with the same certificate, and trusting the same authorities.
+struct Connector {
     transport: Arc<dyn Transport>,
     tls: Arc<dial::Tls>,
     timeout: Duration,
@@ -33,36 +41,59 @@ struct Trusted {
 }
 
 impl Trusted {
-    fn of(config: &Config) -> Arc<Self> {
+    fn by(config: &Config) -> Arc<Self> {
         let peers = config.cluster.peers.iter().cloned().collect();
         Arc::new(Self { peers, revoked: config.access.revoked.clone() })
     }
 }
 
 impl Replicas {
-    pub(super) fn new(config: &Config, transport: Arc<dyn Transport>, tls: Arc<dial::Tls>) -> Arc<Self> {
+    /// Those of this replica. What the leader sends ahead takes memory from `answers`.
+    pub(super) fn new(
+        config: &Config,
+        membership: &Membership,
+        transport: Arc<dyn Transport>,
+        tls: Arc<dial::Tls>,
+        answers: Memory,
+    ) -> Self {
         // `dial.allow` is for what callers register. The addresses of replicas come from their configurations.
         let reach = Reach { mode: config.access.mode, ..Reach::default() };
-        let (timeout, trusted) = (config.dial.connect_timeout, Mutex::new(Trusted::of(config)));
-        Arc::new(Self { transport, tls, timeout, reach, trusted })
+        let (timeout, trusted) = (config.dial.connect_timeout, Mutex::new(Trusted::by(config)));
+        let connector = Arc::new(Connector { transport, tls, timeout, reach, trusted });
+        let (replica, max_calls) = (&membership.replica().name, config.server.max_concurrent_streams);
+        let connect = connector.clone().connect();
+        let forwarder = Forwarder::new(replica, membership.roles(), connect, max_calls, answers);
+        Self { connector, forwarder }
+    }
+
+    /// Has the leader answer calls.
+    pub(super) fn forwarder(&self) -> Forwarder {
+        self.forwarder.clone()
     }
 
     /// Trusts the replicas of another configuration from now on.
     pub(super) fn apply(&self, config: &Config) {
-        *self.trusted.lock().unwrap_or_else(PoisonError::into_inner) = Trusted::of(config);
+        *self.connector.trusted.lock().unwrap_or_else(PoisonError::into_inner) = Trusted::by(config);
+        self.forwarder.connect_anew();
     }
 
-    /// Connects to one of them.
-    pub(super) fn connect(self: Arc<Self>) -> Connect {
+    /// Ends the streams of the leader, since the process ends.
+    pub(super) fn end(&self) {
+        self.forwarder.end_streams();
+    }
+}
+
+impl Connector {
+    fn connect(self: Arc<Self>) -> Connect {
         Arc::new(move |to| {
             let this = self.clone();
-            let connect = async move {
+            let connected = async move {
                 let trusted = this.trusted.lock().unwrap_or_else(PoisonError::into_inner).clone();
                 let tls = (this.tls.clone(), this.reach.clone());
                 let expected = (&trusted.peers[..], &trusted.revoked);
                 dial::connect(this.transport.clone(), &to, tls, expected, this.timeout).await
             };
-            connect.boxed()
+            connected.boxed()
         })
     }
 }
