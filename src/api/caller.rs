@@ -85,7 +85,14 @@ impl Caller {
         now: Timestamp,
     ) -> Self {
         let forwarded = Forwarded::find(headers).filter(|_| is_replica(&of_connection(&self.peer, now)));
-        let Some(forwarded) = forwarded else { return Self { presented: Credential::NOT_OF_REPLICA, ..self } };
+        let Some(forwarded) = forwarded else {
+            // A token proves what it does, whoever sends it. A certificate may be that of a replica, not of its caller.
+            let presented = match self.presented {
+                Credential::None => Credential::NOT_OF_REPLICA,
+                presented => presented,
+            };
+            return Self { presented, ..self };
+        };
         let origin = forwarded.origin();
         let Forwarded { replica, certificates, token, .. } = forwarded;
         // It may stay, whatever becomes of its callers.

@@ -1,0 +1,574 @@
+//! Replicas that don't lead, over a store in PostgreSQL with a real server, where it is installed: they answer as the
+//! leader does.
+
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is how to say what is wrong")]
+
+mod common;
+
+use std::{collections::BTreeMap, path::Path, time::Duration};
+
+use bytes::Bytes;
+use common::{
+    door::Door,
+    fleet::{Fleet, Run, to_struct},
+    http, patiently,
+    pki::{Authority, Issued},
+    postgres::{Server, shared},
+    service::{Client, Home, Service, because, decode, next_event, next_recorded, reason, registration},
+    tokens::write_tokens,
+};
+use orchestrator_core::proto::orchestrator::v1::{
+    self as pb, access_client::AccessClient, cycle_event::Event, ledger_client::LedgerClient,
+};
+use prost::Message;
+use rcgen::SanType;
+use rustls_pki_types::{CertificateDer, pem::PemObject};
+use serde_json::json;
+use tempfile::TempDir;
+use tokio::{
+    process::Command,
+    time::{Instant, timeout},
+};
+use tonic::{
+    Code, Request, Status,
+    metadata::{BinaryMetadataValue, MetadataValue},
+    transport::{Channel, ClientTlsConfig, Endpoint},
+};
+
+// ---------------------------------------------------------------------------------------------------------------
+// The kit
+
+/// Replicas of one orchestrator. The first one is started first, and leads.
+struct Replicas {
+    names: Vec<&'static str>,
+    homes: Vec<Home>,
+    services: Vec<Option<Service>>,
+    /// Where the others reach each of them.
+    doors: Vec<Door>,
+    fleet: Fleet,
+    shared: TempDir,
+}
+
+impl Replicas {
+    /// Replicas with these names and this TTL.
+    async fn start(server: &Server, names: &[&'static str], ttl: &str) -> Self {
+        Self::start_with(server, names, ttl, "http", |_, _| String::new()).await
+    }
+
+    /// The same, with another scheme, and with further configuration of each home. The directory has what they share.
+    async fn start_with(
+        server: &Server,
+        names: &[&'static str],
+        ttl: &str,
+        scheme: &str,
+        config: impl Fn(&Path, &Home) -> String,
+    ) -> Self {
+        let (store, shared) = (server.url(), tempfile::tempdir().unwrap());
+        let mut replicas = Self {
+            names: names.to_vec(),
+            homes: vec![],
+            services: vec![],
+            doors: vec![],
+            fleet: Fleet::start().await,
+            shared,
+        };
+        let key_file = replicas.shared.path().join("log.key").display().to_string();
+        for name in names {
+            let (door, home) = (Door::open().await, Home::new().with_store(&store));
+            let cluster = format!(
+                "[ledger]\nkey_files = [{key_file:?}]\n[cluster]\nreplica = {name:?}\nlease_ttl = {ttl:?}\nadvertise = \
+                 \"{scheme}://{}\"\n",
+                door.address()
+            );
+            let config = cluster + &config(replicas.shared.path(), &home);
+            let home = home.with_config(&config);
+            let service = home.serve().await;
+            door.lead_to(Some(&service));
+            replicas.homes.push(home);
+            replicas.services.push(Some(service));
+            replicas.doors.push(door);
+        }
+        replicas
+    }
+
+    fn service(&self, name: &str) -> &Service {
+        self.services[self.index(name)].as_ref().unwrap()
+    }
+
+    fn index(&self, name: &str) -> usize {
+        self.names.iter().position(|it| *it == name).unwrap()
+    }
+
+    async fn client(&self, name: &str) -> Client {
+        self.service(name).client().await
+    }
+
+    /// Kills a replica, whose connections end.
+    async fn kill(&mut self, name: &str) {
+        let index = self.index(name);
+        self.doors[index].shut();
+        self.services[index].take().unwrap().kill().await;
+    }
+
+    /// Waits until a replica leads. Returns its name.
+    async fn leader(&self) -> &'static str {
+        let leads = async {
+            loop {
+                for (name, service) in self.names.iter().zip(&self.services) {
+                    if let Some(service) = service
+                        && http::get(service.admin(), "/leader").await.status == 200
+                    {
+                        return *name;
+                    }
+                }
+            }
+        };
+        patiently("a replica to lead", leads).await
+    }
+
+    /// The value of a metric of a replica.
+    async fn metric(&self, name: &str, metric: &str) -> Option<u64> {
+        let metrics = http::get(self.service(name).admin(), "/metrics").await.text().await;
+        let line = metrics.lines().find_map(|line| line.strip_prefix(metric)?.strip_prefix(' '))?;
+        Some(line.parse().unwrap())
+    }
+
+    async fn register(&self, names: &[&str]) {
+        for name in names {
+            self.client("b").await.register(registration(name, self.fleet.endpoint())).await.unwrap();
+        }
+    }
+}
+
+/// A connection to a replica.
+async fn channel(service: &Service) -> Channel {
+    Endpoint::from_shared(format!("http://{}", service.address())).unwrap().connect().await.unwrap()
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// As the leader
+
+#[tokio::test]
+async fn every_kind_of_call_has_the_answer_of_the_leader() {
+    let Some(server) = shared() else { return };
+    let replicas = Replicas::start(server, &["a", "b"], "10s").await;
+    let (mut leader, mut follower) = (replicas.client("a").await, replicas.client("b").await);
+    let watch = pb::WatchCyclesRequest { after_revision: Some(0), progress: true, ..Default::default() };
+    let mut watch = follower.watch_cycles(watch).await.unwrap().into_inner();
+
+    replicas.register(&["s"]).await;
+    let cycle = follower.run().await.unwrap();
+    assert_eq!((cycle.cycle_id, cycle.state()), (1, pb::CycleState::Succeeded));
+    assert_eq!(decode(next_recorded(&mut watch).await), cycle);
+    for asked in [&mut leader, &mut follower] {
+        assert_eq!(asked.cycle(1).await.unwrap(), cycle);
+        assert_eq!(asked.history().await.unwrap().len(), 1);
+        assert_eq!(asked.status().await.unwrap().total_cycles, 1);
+        // Errors have their details.
+        let refused = asked.cycle(7).await.unwrap_err();
+        assert_eq!(reason(&refused), because(Code::NotFound, "CYCLE_NOT_FOUND", [("cycle_id", "7")]));
+    }
+
+    // More than a megabyte in one request, and in its answer.
+    let parameters = json!({ "text": "x".repeat(40 << 10) });
+    let parameters = to_struct(&parameters);
+    let many = (0..32).map(|i| pb::Registration {
+        parameters: parameters.clone(),
+        ..registration(&format!("many-{i}"), replicas.fleet.endpoint())
+    });
+    let many = pb::RegisterSubsystemsRequest { registrations: many.collect(), ..Default::default() };
+    assert!(many.encoded_len() > 1 << 20);
+    follower.register_subsystems(many).await.unwrap();
+    let listed = follower.subsystems().await.unwrap();
+    assert_eq!((listed.len(), &listed), (33, &leader.subsystems().await.unwrap()));
+    assert!(listed.iter().map(Message::encoded_len).sum::<usize>() > 1 << 20);
+
+    let service = replicas.service("b");
+    let checkpoint = pb::GetCheckpointRequest::default();
+    let mut ledger = LedgerClient::new(channel(service).await);
+    assert!(!ledger.get_checkpoint(checkpoint).await.unwrap().into_inner().checkpoint.is_empty());
+    let mut entries = ledger.read_entries(pb::ReadEntriesRequest::default()).await.unwrap().into_inner();
+    assert!(entries.message().await.unwrap().is_some());
+    let who = AccessClient::new(channel(service).await).who_am_i(pb::WhoAmIRequest {}).await.unwrap();
+    assert_eq!(who.into_inner().identity, "nobody");
+    assert!(replicas.metric("b", r#"orchestrator_forwarded_calls_total{code="OK"}"#).await.unwrap() > 30);
+    assert_eq!(replicas.metric("a", r#"orchestrator_forwarded_calls_total{code="OK"}"#).await, None);
+}
+
+#[tokio::test]
+async fn a_follower_serves_json_and_events_and_its_own_probes() {
+    let Some(server) = shared() else { return };
+    let replicas = Replicas::start(server, &["a", "b"], "10s").await;
+    replicas.register(&["s"]).await;
+    let admin = replicas.service("b").admin();
+    let mut events = http::send(admin, "GET /api/events", &["Host: localhost", "Accept: application/x-ndjson"]).await;
+    assert!(events.line().await.contains("bookmark"));
+    let ran = http::send_json(admin, "POST /api/cycles", &[], "{}").await;
+    assert_eq!(ran.status, 200);
+    assert_eq!(ran.json().await["cycleId"], "1");
+    assert!(events.line().await.contains(r#""recorded""#));
+    let status = http::get(admin, "/api/status").await.json().await;
+    assert_eq!(status["status"]["totalCycles"], "1");
+    assert!(http::get(admin, "/api/log/entries").await.line().await.contains("index"));
+    let missing = http::get(admin, "/api/cycles/7").await;
+    assert_eq!((missing.status, missing.json().await["error"]["reason"].clone()), (404, json!("CYCLE_NOT_FOUND")));
+    for (path, leader, follower) in [("/leader", 200, 503), ("/readyz", 200, 200), ("/livez", 200, 200)] {
+        for (name, expected) in [("a", leader), ("b", follower)] {
+            assert_eq!(http::get(replicas.service(name).admin(), path).await.status, expected, "{name}{path}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_call_ends_at_the_leader_with_its_deadline_and_with_its_caller() {
+    let Some(server) = shared() else { return };
+    let replicas = Replicas::start(server, &["a", "b"], "10s").await;
+    replicas.register(&["s"]).await;
+    replicas.fleet.run("s", Run::Hang);
+    let mut client = replicas.client("b").await;
+    let ended = async |code: &str, calls: u64| {
+        let metric = format!(r#"orchestrator_calls_total{{server="grpc",rpc="RunCycle",code="{code}"}}"#);
+        let counted = async { while replicas.metric("a", &metric).await != Some(calls) {} };
+        patiently("the call to end at the leader", counted).await;
+    };
+    let mut late = Request::new(pb::RunCycleRequest::default());
+    late.set_timeout(Duration::from_millis(300));
+    assert_eq!(client.run_cycle(late).await.unwrap_err().code(), Code::DeadlineExceeded);
+    ended("CANCELLED", 1).await;
+    let left = timeout(Duration::from_millis(300), client.run_cycle(pb::RunCycleRequest::default()));
+    assert!(left.await.is_err());
+    ended("CANCELLED", 2).await;
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Without the leader
+
+#[tokio::test]
+async fn without_its_leader_a_follower_says_so_at_once() {
+    let Some(server) = shared() else { return };
+    let mut replicas = Replicas::start(server, &["a", "b"], "60s").await;
+    replicas.register(&["s"]).await;
+    replicas.fleet.run("s", Run::Hang);
+    let mut client = replicas.client("b").await;
+    let mut of_watch = replicas.client("b").await;
+    let mut watch = of_watch.watch_cycles(pb::WatchCyclesRequest::default()).await.unwrap().into_inner();
+    assert!(matches!(next_event(&mut watch).await.unwrap().event, Some(Event::Bookmark(_))));
+    let waiting = tokio::spawn({
+        let mut client = client.clone();
+        async move { client.run().await }
+    });
+    replicas.fleet.until("the call", |state| state.runs("s").next().is_some()).await;
+    let address = format!("http://{}", replicas.doors[0].address());
+    replicas.kill("a").await;
+    let of_a = [("leader", "a"), ("leader_address", address.as_str())];
+    let lost = patiently("the answer to break off", waiting).await.unwrap().unwrap_err();
+    assert_eq!(reason(&lost), because(Code::Unavailable, "LEADER_LOST", of_a));
+    let begun = Instant::now();
+    let refused = client.run().await.unwrap_err();
+    assert!(begun.elapsed() < Duration::from_secs(1));
+    assert_eq!(reason(&refused), because(Code::Unavailable, "NO_LEADER", of_a));
+    let answer = http::get(replicas.service("b").admin(), "/api/status").await;
+    assert_eq!((answer.status, answer.json().await["error"]["reason"].clone()), (503, json!("NO_LEADER")));
+    assert_eq!(http::get(replicas.service("b").admin(), "/readyz").await.status, 200);
+}
+
+#[tokio::test]
+async fn a_watch_stays_open_while_replicas_take_over_and_has_every_record_once() {
+    let Some(server) = shared() else { return };
+    let mut replicas = Replicas::start(server, &["a", "b", "c"], "1s").await;
+    replicas.register(&["s"]).await;
+    let from_oldest = || pb::WatchCyclesRequest { from_oldest: true, ..Default::default() };
+    let mut clients = BTreeMap::new();
+    let mut watches = Vec::new();
+    // One of them becomes the watch of the leader.
+    for name in ["b", "c"] {
+        let mut client = replicas.client(name).await;
+        watches.push(client.watch_cycles(from_oldest()).await.unwrap().into_inner());
+        clients.insert(name, client);
+    }
+    let mut acknowledged = Vec::new();
+    let run = async |client: &mut Client| {
+        let ran = async {
+            loop {
+                match client.run().await {
+                    Ok(cycle) => return cycle,
+                    Err(status) => assert_eq!(status.code(), Code::Unavailable, "{status:?}"),
+                }
+            }
+        };
+        patiently("a cycle to run", ran).await
+    };
+    for round in 0..3 {
+        if round == 1 {
+            replicas.kill("a").await;
+        }
+        for _ in 0..3 {
+            let cycle = run(clients.get_mut("b").unwrap()).await;
+            acknowledged.push(cycle.cycle_id);
+        }
+    }
+    let leader = replicas.leader().await;
+    assert_ne!(leader, "a");
+    for watch in &mut watches {
+        let mut revisions = Vec::new();
+        let mut seen = Vec::new();
+        while seen.last() < acknowledged.last() {
+            let record = decode(next_recorded(watch).await);
+            revisions.push(record.revision);
+            seen.push(record.cycle_id);
+        }
+        assert_eq!(revisions, (1..=revisions.len() as u64).collect::<Vec<_>>());
+        assert!(acknowledged.iter().all(|cycle_id| seen.contains(cycle_id)), "{seen:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_follower_that_stops_ends_its_watches() {
+    let Some(server) = shared() else { return };
+    let mut replicas = Replicas::start(server, &["a", "b"], "10s").await;
+    let mut client = replicas.client("b").await;
+    let mut watch = client.watch_cycles(pb::WatchCyclesRequest::default()).await.unwrap().into_inner();
+    next_event(&mut watch).await.unwrap();
+    let stopped = replicas.services[1].take().unwrap().stop().await;
+    assert!(stopped.success(), "{}", replicas.homes[1].log());
+    let ended = loop {
+        if let Err(status) = next_event(&mut watch).await {
+            break status;
+        }
+    };
+    assert_eq!(reason(&ended), because(Code::Unavailable, "DRAINING", []));
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Who calls
+
+const GRANTS: &str = r#"
+[[access.grants]]
+who = ["cert:spiffe://fleet/admin/*"]
+role = "admin"
+[[access.grants]]
+who = ["cert:spiffe://fleet/operator/*", "token:operator"]
+role = "operator"
+subsystems = ["*"]
+[[access.grants]]
+who = ["cert:spiffe://fleet/viewer/*"]
+role = "viewer"
+subsystems = ["*"]
+"#;
+
+/// Replicas with TLS that enforce access.
+struct Secure {
+    replicas: Replicas,
+    authority: Authority,
+    token: String,
+}
+
+impl Secure {
+    /// With these identities of replicas.
+    async fn start(server: &Server, peers: &str) -> Self {
+        let authority = Authority::new("fleet");
+        let core = authority.service_with(|params| {
+            params.subject_alt_names.push(SanType::URI("spiffe://fleet/core".try_into().unwrap()));
+        });
+        let token = std::cell::OnceCell::new();
+        let config = |shared: &Path, home: &Home| {
+            if token.get().is_none() {
+                core.write(shared, "core");
+                authority.write(shared.join("ca.pem"));
+                let written = write_tokens(&shared.join("tokens.toml"), &["operator"]);
+                token.set(written["operator"].1.clone()).unwrap();
+            }
+            let path = |name: &str| shared.join(name).display().to_string();
+            format!(
+                "peers = {peers}\n[server]\nlisten_unix = {:?}\n[server.tls]\ncert_file = {:?}\nkey_file = {:?}\n\
+                 client_ca_file = {:?}\nclient_auth = \"optional\"\n[dial]\nca_file = {:?}\n[access]\nmode = \
+                 \"enforce\"\ntokens_file = {:?}\n{GRANTS}",
+                home.path("socket").display().to_string(),
+                path("core.pem"),
+                path("core.key"),
+                path("ca.pem"),
+                path("ca.pem"),
+                path("tokens.toml"),
+            )
+        };
+        let replicas = Replicas::start_with(server, &["a", "b"], "10s", "https", config).await;
+        let token = token.into_inner().unwrap();
+        Self { replicas, authority, token }
+    }
+
+    /// A connection to a replica, with the certificate of this identity, if there is one.
+    async fn channel(&self, replica: &str, uri: Option<&str>) -> Channel {
+        let tls = self.authority.trusted().domain_name("localhost");
+        let tls = uri.map_or(tls.clone(), |uri| tls.identity(self.authority.client(uri).identity()));
+        self.channel_with(replica, tls).await
+    }
+
+    async fn channel_with(&self, replica: &str, tls: ClientTlsConfig) -> Channel {
+        let address = self.replicas.service(replica).address();
+        let endpoint = Endpoint::from_shared(format!("https://{address}")).unwrap().tls_config(tls).unwrap();
+        endpoint.connect().await.unwrap()
+    }
+
+    async fn who(
+        &self,
+        replica: &str,
+        uri: Option<&str>,
+        request: Request<pb::WhoAmIRequest>,
+    ) -> Result<String, Status> {
+        let mut client = AccessClient::new(self.channel(replica, uri).await);
+        Ok(client.who_am_i(request).await?.into_inner().identity)
+    }
+
+    /// The first audit event of the leader that passes, once there is one.
+    async fn event(&self, what: &str, passes: impl Fn(&pb::AuditEvent) -> bool) -> pb::AuditEvent {
+        let mut ledger = LedgerClient::new(self.channel("a", Some("spiffe://fleet/admin/a")).await);
+        let found = async {
+            loop {
+                let events =
+                    ledger.list_audit_events(pb::ListAuditEventsRequest::default()).await.unwrap().into_inner();
+                let mut events = events.events.into_iter().map(|it| pb::AuditEvent::decode(it.event).unwrap());
+                if let Some(event) = events.find(&passes) {
+                    return event;
+                }
+            }
+        };
+        patiently(what, found).await
+    }
+}
+
+const PEERS: &str = r#"["cert:spiffe://fleet/core"]"#;
+
+fn with_token<Q>(request: Q, token: &str) -> Request<Q> {
+    let mut request = Request::new(request);
+    let value = format!("Bearer {token}");
+    request.metadata_mut().insert("authorization", MetadataValue::try_from(value).unwrap());
+    request
+}
+
+#[tokio::test]
+async fn a_caller_has_its_own_rights_through_a_follower_and_the_audit_has_both() {
+    let Some(server) = shared() else { return };
+    let secure = Secure::start(server, PEERS).await;
+    let who = pb::WhoAmIRequest::default;
+    for uri in ["spiffe://fleet/viewer/v", "spiffe://fleet/stranger"] {
+        assert_eq!(secure.who("b", Some(uri), Request::new(who())).await.unwrap(), format!("cert:{uri}"));
+    }
+    let by_token = secure.who("b", Some("spiffe://fleet/viewer/v"), with_token(who(), &secure.token)).await;
+    assert_eq!(by_token.unwrap(), "token:operator");
+
+    let mut operator = Client::new(secure.channel("b", Some("spiffe://fleet/operator/o")).await);
+    let admit = || pb::RunCycleRequest { r#async: true, ..Default::default() };
+    operator.run_cycle(admit()).await.unwrap();
+    let event = secure.event("the change", |event| event.rpc == "RunCycle").await;
+    assert_eq!(
+        (event.caller.as_str(), event.credential()),
+        ("cert:spiffe://fleet/operator/o", pb::CredentialKind::Certificate)
+    );
+    assert_eq!((event.via.as_str(), event.peer.as_str()), ("b", "127.0.0.1"));
+    let mut of_leader = Client::new(secure.channel("a", Some("spiffe://fleet/admin/a")).await);
+    of_leader.run_cycle(admit()).await.unwrap();
+    let event =
+        secure.event("another change", |event| event.caller.ends_with("/admin/a") && event.rpc == "RunCycle").await;
+    assert_eq!(event.via, "");
+
+    let mut viewer = Client::new(secure.channel("b", Some("spiffe://fleet/viewer/v")).await);
+    viewer.status().await.unwrap();
+    let refused = viewer.run_cycle(admit()).await.unwrap_err();
+    assert_eq!((refused.code(), reason(&refused).why.as_str()), (Code::PermissionDenied, "NOT_ALLOWED"));
+    let denied =
+        secure.event("the denial", |event| event.decision() == pb::Decision::Denied && event.rpc == "RunCycle").await;
+    assert_eq!((denied.caller.as_str(), denied.via.as_str()), ("cert:spiffe://fleet/viewer/v", "b"));
+
+    // Strangers get no further than the follower, and the audit has them.
+    let refused = secure.who("b", None, Request::new(who())).await.unwrap_err();
+    assert_eq!(reason(&refused), because(Code::Unauthenticated, "CREDENTIAL_MISSING", []));
+    let denied = secure.event("the stranger", |event| event.reason == "CREDENTIAL_MISSING").await;
+    assert_eq!((denied.rpc.as_str(), denied.via.as_str()), ("WhoAmI", "b"));
+}
+
+#[tokio::test]
+async fn a_user_of_the_machine_of_a_follower_is_another_one_than_that_of_the_leader() {
+    let Some(server) = shared() else { return };
+    let secure = Secure::start(server, PEERS).await;
+    let uid = rustix::process::geteuid().as_raw();
+    for (replica, identity, role) in [("a", format!("uid:{uid}"), "admin"), ("b", format!("uid:{uid}@b"), "")] {
+        let home = &secure.replicas.homes[secure.replicas.index(replica)];
+        let mut whoami = Command::new(env!("CARGO_BIN_EXE_orchestrator"));
+        whoami.args(["whoami", "--address", &format!("unix:{}", home.path("socket").display())]);
+        let (code, said) = common::command::run(whoami).await;
+        assert_eq!(code, 0, "{said}");
+        assert!(said.contains(&identity) && (role.is_empty() != said.contains("admin")), "{replica}: {said}");
+    }
+}
+
+/// The header of replicas, as somebody else would forge it.
+#[derive(Clone, PartialEq, Message)]
+struct Forged {
+    #[prost(string, tag = "1")]
+    replica: String,
+    #[prost(uint32, optional, tag = "3")]
+    user: Option<u32>,
+    #[prost(bytes = "bytes", repeated, tag = "4")]
+    certificates: Vec<Bytes>,
+}
+
+impl Forged {
+    fn in_request(&self, token: Option<&str>) -> Request<pb::WhoAmIRequest> {
+        let request = pb::WhoAmIRequest::default();
+        let mut request = token.map_or_else(|| Request::new(request), |token| with_token(request, token));
+        let value = BinaryMetadataValue::from_bytes(&self.encode_to_vec());
+        request.metadata_mut().insert_bin("orchestrator-caller-bin", value);
+        request
+    }
+}
+
+#[tokio::test]
+async fn a_forged_identity_is_refused_by_the_leader_and_by_a_follower() {
+    let Some(server) = shared() else { return };
+    let secure = Secure::start(server, PEERS).await;
+    let Issued { certificate, .. } = secure.authority.client("spiffe://fleet/admin/a");
+    let certificates = vec![der(&certificate).into()];
+    let forged = Forged { replica: "b".into(), user: None, certificates };
+    for replica in ["a", "b"] {
+        // Neither strangers nor callers that are known.
+        for uri in [None, Some("spiffe://fleet/operator/o")] {
+            let refused = secure.who(replica, uri, forged.in_request(None)).await.unwrap_err();
+            assert_eq!(reason(&refused), because(Code::Unauthenticated, "CREDENTIAL_INVALID", []), "{replica} {uri:?}");
+        }
+    }
+    // With a token, the caller is that of the token.
+    let with_token = forged.in_request(Some(&secure.token));
+    assert_eq!(secure.who("a", None, with_token).await.unwrap(), "token:operator");
+    // A replica itself may say it.
+    let core = Issued {
+        certificate: std::fs::read_to_string(secure.replicas.shared.path().join("core.pem")).unwrap(),
+        key: std::fs::read_to_string(secure.replicas.shared.path().join("core.key")).unwrap(),
+    };
+    let tls = secure.authority.trusted().domain_name("localhost").identity(core.identity());
+    let mut client = AccessClient::new(secure.channel_with("a", tls).await);
+    let request = forged.in_request(None);
+    assert_eq!(client.who_am_i(request).await.unwrap().into_inner().identity, "cert:spiffe://fleet/admin/a");
+    // But the certificates of another authority prove nothing.
+    let other = Authority::new("other").client("spiffe://fleet/admin/a");
+    let other = Forged { certificates: vec![der(&other.certificate).into()], ..forged };
+    let refused = client.who_am_i(other.in_request(None)).await.unwrap_err();
+    assert_eq!(reason(&refused), because(Code::Unauthenticated, "CREDENTIAL_INVALID", []));
+}
+
+/// A certificate in DER.
+fn der(pem: &str) -> Vec<u8> {
+    CertificateDer::from_pem_slice(pem.as_bytes()).unwrap().to_vec()
+}
+
+#[tokio::test]
+async fn a_leader_takes_no_word_of_a_replica_that_is_not_a_peer_but_takes_tokens() {
+    let Some(server) = shared() else { return };
+    let secure = Secure::start(server, "[]").await;
+    let refused =
+        secure.who("b", Some("spiffe://fleet/admin/a"), Request::new(pb::WhoAmIRequest {})).await.unwrap_err();
+    assert_eq!(reason(&refused), because(Code::Unauthenticated, "CREDENTIAL_INVALID", []));
+    assert!(refused.message().contains("cluster.peers"), "{refused:?}");
+    let by_token =
+        secure.who("b", Some("spiffe://fleet/admin/a"), with_token(pb::WhoAmIRequest {}, &secure.token)).await;
+    assert_eq!(by_token.unwrap(), "token:operator");
+}
