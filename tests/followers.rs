@@ -44,7 +44,7 @@ struct Replicas {
     homes: Vec<Home>,
     services: Vec<Option<Service>>,
     /// Where the others reach each of them.
-    doors: Vec<Door>,
+    doors: Vec<Option<Door>>,
     fleet: Fleet,
     shared: TempDir,
 }
@@ -86,7 +86,7 @@ impl Replicas {
             door.lead_to(Some(&service));
             replicas.homes.push(home);
             replicas.services.push(Some(service));
-            replicas.doors.push(door);
+            replicas.doors.push(Some(door));
         }
         replicas
     }
@@ -103,10 +103,10 @@ impl Replicas {
         self.service(name).client().await
     }
 
-    /// Kills a replica, whose connections end.
+    /// Kills a replica: its connections end, and further ones are refused.
     async fn kill(&mut self, name: &str) {
         let index = self.index(name);
-        self.doors[index].shut();
+        self.doors[index] = None;
         self.services[index].take().unwrap().kill().await;
     }
 
@@ -191,7 +191,7 @@ async fn every_kind_of_call_has_the_answer_of_the_leader() {
     assert!(entries.message().await.unwrap().is_some());
     let who = AccessClient::new(channel(service).await).who_am_i(pb::WhoAmIRequest {}).await.unwrap();
     assert_eq!(who.into_inner().identity, "nobody");
-    assert!(replicas.metric("b", r#"orchestrator_forwarded_calls_total{code="OK"}"#).await.unwrap() > 30);
+    assert!(replicas.metric("b", r#"orchestrator_forwarded_calls_total{code="OK"}"#).await.unwrap() >= 9);
     assert_eq!(replicas.metric("a", r#"orchestrator_forwarded_calls_total{code="OK"}"#).await, None);
 }
 
@@ -209,7 +209,7 @@ async fn a_follower_serves_json_and_events_and_its_own_probes() {
     assert!(events.line().await.contains(r#""recorded""#));
     let status = http::get(admin, "/api/status").await.json().await;
     assert_eq!(status["status"]["totalCycles"], "1");
-    assert!(http::get(admin, "/api/log/entries").await.line().await.contains("index"));
+    assert!(http::get(admin, "/api/log/entries").await.line().await.starts_with('{'));
     let missing = http::get(admin, "/api/cycles/7").await;
     assert_eq!((missing.status, missing.json().await["error"]["reason"].clone()), (404, json!("CYCLE_NOT_FOUND")));
     for (path, leader, follower) in [("/leader", 200, 503), ("/readyz", 200, 200), ("/livez", 200, 200)] {
@@ -233,7 +233,9 @@ async fn a_call_ends_at_the_leader_with_its_deadline_and_with_its_caller() {
     };
     let mut late = Request::new(pb::RunCycleRequest::default());
     late.set_timeout(Duration::from_millis(300));
-    assert_eq!(client.run_cycle(late).await.unwrap_err().code(), Code::DeadlineExceeded);
+    // The library of the client may be the first to see it, and says it in its own way.
+    let late = client.run_cycle(late).await.unwrap_err().code();
+    assert!(matches!(late, Code::Cancelled | Code::DeadlineExceeded), "{late:?}");
     ended("CANCELLED", 1).await;
     let left = timeout(Duration::from_millis(300), client.run_cycle(pb::RunCycleRequest::default()));
     assert!(left.await.is_err());
@@ -258,7 +260,7 @@ async fn without_its_leader_a_follower_says_so_at_once() {
         async move { client.run().await }
     });
     replicas.fleet.until("the call", |state| state.runs("s").next().is_some()).await;
-    let address = format!("http://{}", replicas.doors[0].address());
+    let address = format!("http://{}", replicas.doors[0].as_ref().unwrap().address());
     replicas.kill("a").await;
     let of_a = [("leader", "a"), ("leader_address", address.as_str())];
     let lost = patiently("the answer to break off", waiting).await.unwrap().unwrap_err();
@@ -491,13 +493,13 @@ async fn a_user_of_the_machine_of_a_follower_is_another_one_than_that_of_the_lea
     let Some(server) = shared() else { return };
     let secure = Secure::start(server, PEERS).await;
     let uid = rustix::process::geteuid().as_raw();
-    for (replica, identity, role) in [("a", format!("uid:{uid}"), "admin"), ("b", format!("uid:{uid}@b"), "")] {
+    for (replica, identity, is_admin) in [("a", format!("uid:{uid}\n"), true), ("b", format!("uid:{uid}@b\n"), false)] {
         let home = &secure.replicas.homes[secure.replicas.index(replica)];
         let mut whoami = Command::new(env!("CARGO_BIN_EXE_orchestrator"));
         whoami.args(["whoami", "--address", &format!("unix:{}", home.path("socket").display())]);
         let (code, said) = common::command::run(whoami).await;
         assert_eq!(code, 0, "{said}");
-        assert!(said.contains(&identity) && (role.is_empty() != said.contains("admin")), "{replica}: {said}");
+        assert!(said.contains(&identity) && said.contains("ADMIN") == is_admin, "{replica}: {said}");
     }
 }
 
