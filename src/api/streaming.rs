@@ -84,16 +84,13 @@ where
             (Err(status), None) => return ready(Ok(status.into_http())).boxed(),
         };
         // A watch outlasts its leader, so it is not only passed on.
-        let call = match forwarded.filter(|(rpc, _)| *rpc != Rpc::WatchCycles) {
-            Some((rpc, forwarder)) => {
-                let call = self.api.clone().forward(forwarder, rpc, caller.clone(), begun.clone(), request);
-                call.map(|answer| Ok(answer.unwrap_or_else(Status::into_http))).boxed()
-            }
-            None => {
-                request.extensions_mut().insert(begun.clone());
-                request.extensions_mut().insert(caller.clone());
-                self.service.call(request).boxed()
-            }
+        let call = if let Some((rpc, forwarder)) = forwarded.filter(|(rpc, _)| *rpc != Rpc::WatchCycles) {
+            let call = self.api.clone().forward(forwarder, rpc, caller.clone(), begun.clone(), request);
+            call.map(|answer| Ok(answer.unwrap_or_else(Status::into_http))).boxed()
+        } else {
+            request.extensions_mut().insert(begun.clone());
+            request.extensions_mut().insert(caller.clone());
+            self.service.call(request).boxed()
         };
         let call = async move {
             select! {

@@ -117,7 +117,7 @@ impl Identity {
     #[must_use]
     pub fn of_user(uid: u32, replica: &str) -> Option<Self> {
         const LONGEST_UID: usize = 10;
-        let fits = replica.len() <= Self::MAX_LEN - LONGEST_UID - 1;
+        let fits = replica.len() < Self::MAX_LEN - LONGEST_UID;
         (fits && is_nameable(replica)).then(|| Self::UidAt(uid, replica.into()))
     }
 

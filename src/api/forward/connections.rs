@@ -157,7 +157,7 @@ struct Ended;
 
 /// True if a call with this error was certainly not sent, since its connection had ended before.
 pub(super) fn is_unsent(error: &transport::Error) -> bool {
-    causes(error).any(|cause| cause.is::<Ended>())
+    causes(error).any(<dyn Error>::is::<Ended>)
 }
 
 /// The innermost cause, which says the most.

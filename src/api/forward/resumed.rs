@@ -26,7 +26,7 @@ use crate::{
 
 /// Longest time without a leader. A watcher gets a bookmark at least each 30 s otherwise, so that it knows that the
 /// stream is alive.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 /// Time until a leader is asked again that could not be reached, or that is ending.
 const PAUSE: Duration = Duration::from_millis(200);
 
