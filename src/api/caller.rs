@@ -14,6 +14,7 @@ use crate::{
     access::{Bearer, Credential, Jwt, Presented, Session, SessionToken},
     listen::{Peer, Untrusted},
     model::SpanContext,
+    transport::Origin,
 };
 
 /// The entrance of a call.
@@ -118,7 +119,7 @@ impl Caller {
             // A session that has ended identifies nobody.
             (Credential::None, Some(session), _) => match session.upgrade() {
                 Some(session) => of_token(session.token(), from_here),
-                None => (from_here, None),
+                None => (Forwarded::from(replica.to_owned(), Origin::Unknown), None),
             },
             (Credential::None, None, _) => {
                 let shown = self.peer.certificates.as_ref().map(|shown| shown.chain().to_vec());
@@ -232,6 +233,54 @@ fn parse(token: &str) -> Credential {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{access::Sessions, model::Identity};
+
+    #[test]
+    fn a_replica_describes_its_callers_and_another_one_knows_them() {
+        let now = Timestamp::UNIX_EPOCH;
+        let text = format!("orc_{}_{}", "0".repeat(16), "0".repeat(64));
+        let bearer = Bearer::parse(&text).unwrap();
+        let of = |origin, way| {
+            let peer = Peer { origin, ..Peer::default() };
+            Caller::of(way, peer, &HeaderMap::new())
+        };
+        // What another replica makes of a caller, if that one takes the word of the first.
+        let known = |caller: &Caller, is_replica: bool| {
+            let (described, jwt) = caller.described("core-2");
+            let mut headers: HeaderMap =
+                [(forwarded::HEADER.parse().unwrap(), described.to_header().unwrap())].into_iter().collect();
+            if let Some(jwt) = jwt {
+                headers.insert("authorization", format!("Bearer {}", jwt.as_str()).parse().unwrap());
+            }
+            let connection = of(Origin::User(1), Way::Grpc).peer;
+            let known = Caller::of(Way::Grpc, connection, &headers).forwarding(&headers, |_| is_replica, now);
+            assert_eq!(known.via().as_deref(), is_replica.then_some("core-2"));
+            (known.peer.origin, known.credential(now))
+        };
+        let forwarded = |of| Credential::Forwarded { by: Box::new(Credential::User(1)), of: Box::new(of) };
+        let user = of(Origin::User(7), Way::Grpc);
+        let at = forwarded(Credential::UserAt(7, "core-2".into()));
+        assert_eq!(known(&user, true), (Origin::User(7), at));
+        assert_eq!(known(&user, false), (Origin::User(1), Credential::NOT_OF_REPLICA));
+        let stranger = of(Origin::Address([10, 0, 0, 1].into()), Way::Grpc);
+        assert_eq!(known(&stranger, true), (stranger.peer.origin, forwarded(Credential::None)));
+
+        let sessions = Sessions::default();
+        let begin = |token| sessions.begin(token, Identity::Nobody, None, now).unwrap();
+        let (by_token, by_jwt) =
+            (begin(SessionToken::Static(bearer)), begin(SessionToken::Jwt(Jwt::parse("a.b.c").unwrap())));
+        let in_session = |text: &str| of(Origin::User(7), Way::Admin).with_session(sessions.find(text));
+        assert_eq!(known(&in_session(&by_token), true).1, forwarded(Credential::Bearer(bearer)));
+        assert_eq!(known(&in_session(&by_jwt), true).1, forwarded(Credential::Jwt(Jwt::parse("a.b.c").unwrap())));
+        assert_eq!(
+            known(&of(Origin::User(7), Way::Admin).with_token(&text), true).1,
+            forwarded(Credential::Bearer(bearer))
+        );
+        // One that has ended does not become the user of the browser.
+        let ended = in_session(&by_token);
+        assert!(sessions.end(&by_token));
+        assert_eq!(known(&ended, true).1, forwarded(Credential::None));
+    }
 
     #[test]
     fn a_bad_credential_never_counts_as_none() {

@@ -46,7 +46,7 @@ use tonic::{
 
 pub use self::connections::Connect;
 use self::{
-    connections::{Connections, Place, WINDOW, in_words, is_unsent},
+    connections::{Connections, Place, WINDOW, in_words, is_late, is_unsent},
     messages::Messages,
 };
 use super::{
@@ -158,7 +158,7 @@ impl Forwarder {
         let Sent { response, leader, place, room } = match sent {
             Ok(sent) => sent,
             Err(status) => {
-                counted.code = Code::from_number(status.code() as i32);
+                counted.failed(&status);
                 return Err(status);
             }
         };
@@ -214,6 +214,7 @@ impl Forwarder {
             };
             let (why, was_connected) = match self.send_to(leader, &request, caller, roles.clone()).await {
                 Ok((response, place)) => return Ok(Sent { response, leader: leader.clone().into(), place, room }),
+                Err(Failed::Late) => return Err(Status::deadline_exceeded("the deadline of the call has passed")),
                 Err(Failed::Sent(why)) => return Err(error::not_answered(leader, &NotAnswered::Lost(&why))),
                 Err(Failed::Unsent { why, was_connected }) => (why, was_connected),
             };
@@ -257,7 +258,11 @@ impl Forwarder {
             Err(error) => {
                 self.0.connections.leave(&place);
                 let why = in_words(&error).into();
-                Err(if is_unsent(&error) { Failed::Unsent { why, was_connected: true } } else { Failed::Sent(why) })
+                Err(match () {
+                    () if is_late(&error) => Failed::Late,
+                    () if is_unsent(&error) => Failed::Unsent { why, was_connected: true },
+                    () => Failed::Sent(why),
+                })
             }
         }
     }
@@ -279,6 +284,8 @@ enum Failed {
         /// True if there was a connection, which had ended.
         was_connected: bool,
     },
+    /// Its deadline has passed.
+    Late,
     /// The call may have taken effect.
     Sent(Arc<str>),
 }

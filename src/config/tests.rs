@@ -671,7 +671,11 @@ fn every_setting_is_applied_by_a_reload_or_needs_a_restart() {
     for setting in SETTINGS {
         let key = setting.key;
         let (_, other) = OTHERS.iter().find(|(name, _)| *name == key).unwrap_or_else(|| panic!("no other {key}"));
-        let others = if [".tls.", ".jwt.", "dial."].iter().any(|part| key.contains(part)) { TOGETHER } else { &[] };
+        let others = if [".tls.", ".jwt.", "dial.", "cluster.peers"].iter().any(|part| key.contains(part)) {
+            TOGETHER
+        } else {
+            &[]
+        };
         let running = load(others, &[]).unwrap();
         let new = load(&[others, &[&format!("{key}={other}")]].concat(), &[]).unwrap();
         assert_ne!(new, running, "{key} is not set");

@@ -159,8 +159,11 @@ pub struct Cause {
 }
 
 impl Cause {
-    /// Most bytes of a text that is not bounded by its type.
-    const MAX_TEXT: usize = 64;
+    /// Most bytes of texts that are not bounded by their types: twice those of the longest RPC; a little more than those
+    /// of addresses; and as many as an event has room for.
+    const MAX_RPC: usize = 40;
+    const MAX_PEER: usize = 64;
+    const MAX_VIA: usize = 56;
 
     /// An action of the service itself.
     pub fn of_service(action: &'static str) -> Self {
@@ -179,17 +182,17 @@ impl Cause {
 
     /// The RPC, or the action of the service, bounded.
     pub fn rpc(&self) -> &str {
-        excerpt(&self.rpc, Self::MAX_TEXT)
+        excerpt(&self.rpc, Self::MAX_RPC)
     }
 
     /// The other side of the connection, bounded.
     pub fn peer(&self) -> &str {
-        excerpt(&self.peer, Self::MAX_TEXT)
+        excerpt(&self.peer, Self::MAX_PEER)
     }
 
     /// The replica that forwarded the call, bounded; empty without one.
     pub fn via(&self) -> &str {
-        excerpt(self.via.as_deref().unwrap_or_default(), Self::MAX_TEXT)
+        excerpt(self.via.as_deref().unwrap_or_default(), Self::MAX_VIA)
     }
 
     /// The event of the change that succeeds at this time.

@@ -13,6 +13,7 @@ use futures_util::{
 use hyper_util::rt::TokioIo;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{
+    TimeoutExpired,
     codegen::http::Uri,
     transport::{self, Channel},
 };
@@ -158,6 +159,11 @@ struct Ended;
 /// True if a call with this error was certainly not sent, since its connection had ended before.
 pub(super) fn is_unsent(error: &transport::Error) -> bool {
     causes(error).any(<dyn Error>::is::<Ended>)
+}
+
+/// True if a call has failed with this error since its deadline has passed.
+pub(super) fn is_late(error: &transport::Error) -> bool {
+    causes(error).any(<dyn Error>::is::<TimeoutExpired>)
 }
 
 /// The innermost cause, which says the most.

@@ -44,10 +44,12 @@ impl Api {
     pub(in crate::api) async fn watch(&self, request: Request<pb::WatchCyclesRequest>) -> Answer<Events> {
         let Some(forwarder) = self.forwarder.clone() else { return self.watch_here(request).map(Response::new) };
         let (_, mut extensions, request) = request.into_parts();
-        let mut counted = self.gate.counted(Rpc::WatchCycles, extensions.get());
-        let arrived = self.gate.arrive(Rpc::WatchCycles, &mut extensions);
-        let (caller, begun) = arrived.inspect_err(|status| counted.answered(Some(status)))?;
-        drop(counted);
+        let caller = extensions.remove::<Caller>().ok_or_else(|| Status::internal("the caller is not known"))?;
+        // It counts as one watch, however often it goes on.
+        let begun = match extensions.remove::<Begun>() {
+            Some(begun) => begun,
+            None => self.gate.begin(&caller, Some(Rpc::WatchCycles))?,
+        };
         let watch = Watch { api: self.clone(), forwarder, caller, begun, request };
         let events = watch.open().await?;
         let events = stream::unfold(Some((watch, events)), |open| async {
