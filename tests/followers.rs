@@ -458,6 +458,10 @@ async fn a_caller_has_its_own_rights_through_a_follower_and_the_audit_has_both()
     let by_token = secure.who("b", Some("spiffe://fleet/viewer/v"), with_token(who(), &secure.token)).await;
     assert_eq!(by_token.unwrap(), "token:operator");
 
+    let mut watcher = Client::new(secure.channel("b", None).await);
+    let watch = watcher.watch_cycles(with_token(pb::WatchCyclesRequest::default(), &secure.token)).await;
+    next_event(&mut watch.unwrap().into_inner()).await.unwrap();
+
     let mut operator = Client::new(secure.channel("b", Some("spiffe://fleet/operator/o")).await);
     let admit = || pb::RunCycleRequest { r#async: true, ..Default::default() };
     operator.run_cycle(admit()).await.unwrap();
@@ -573,4 +577,7 @@ async fn a_leader_takes_no_word_of_a_replica_that_is_not_a_peer_but_takes_tokens
     let by_token =
         secure.who("b", Some("spiffe://fleet/admin/a"), with_token(pb::WhoAmIRequest {}, &secure.token)).await;
     assert_eq!(by_token.unwrap(), "token:operator");
+    let mut watcher = Client::new(secure.channel("b", None).await);
+    let watch = watcher.watch_cycles(with_token(pb::WatchCyclesRequest::default(), &secure.token)).await;
+    next_event(&mut watch.unwrap().into_inner()).await.unwrap();
 }

@@ -4,7 +4,10 @@ use std::sync::{Arc, Weak};
 
 use jiff::Timestamp;
 use tokio::time::Instant;
-use tonic::{Request, codegen::http::HeaderMap};
+use tonic::{
+    Request,
+    codegen::http::{HeaderMap, HeaderValue, header::AUTHORIZATION},
+};
 
 use super::{
     forwarded::{self, Forwarded},
@@ -50,6 +53,8 @@ pub struct Caller {
     pub(super) trace: Option<SpanContext>,
     /// What its request presents to prove its identity.
     presented: Credential,
+    /// The same, as its request says it, for the leader.
+    authorization: Option<HeaderValue>,
     /// The session that its request names, if it names one: it may have ended.
     session: Option<Weak<Session>>,
     /// True if its request says that a replica has forwarded it, which may not be true.
@@ -73,8 +78,10 @@ impl Caller {
         let (trace, presented) = (request::trace(headers), credential(headers));
         let was_forwarded = headers.contains_key(forwarded::HEADER);
         let (arrived, session, via) = (Instant::now(), None, None);
+        let mut authorization = headers.get(AUTHORIZATION).cloned();
+        authorization.iter_mut().for_each(|value| value.set_sensitive(true));
         let is_told_on = false;
-        Self { way, peer, arrived, trace, presented, session, was_forwarded, via, is_told_on }
+        Self { way, peer, arrived, trace, presented, authorization, session, was_forwarded, via, is_told_on }
     }
 
     /// The caller of a forwarded request with these headers, which this caller has sent: the one that it names, if this
@@ -109,28 +116,23 @@ impl Caller {
 
     /// This caller, as this replica describes it to another one, and what goes into the header `authorization` beside
     /// that, if that is not there already.
-    pub(super) fn described(&self, replica: &str) -> (Forwarded, Option<Jwt>) {
+    pub(super) fn described(&self, replica: &str) -> (Forwarded, Option<HeaderValue>) {
         let from_here = Forwarded::from(replica.to_owned(), self.peer.origin);
-        let of_token = |token: &SessionToken, from_here: Forwarded| match token {
-            SessionToken::Static(bearer) => (from_here.with_token(bearer), None),
-            SessionToken::Jwt(jwt) => (from_here, Some(jwt.clone())),
-        };
-        match (&self.presented, &self.session, self.way) {
-            // A session that has ended identifies nobody.
-            (Credential::None, Some(session), _) => match session.upgrade() {
-                Some(session) => of_token(session.token(), from_here),
-                None => (Forwarded::from(replica.to_owned(), Origin::Unknown), None),
-            },
-            (Credential::None, None, _) => {
+        match (&self.presented, &self.session) {
+            (Credential::None, None) => {
                 let shown = self.peer.certificates.as_ref().map(|shown| shown.chain().to_vec());
                 (from_here.with_certificates(shown.unwrap_or_default()), None)
             }
-            // The headers of its request have it.
-            (_, _, Way::Grpc) => (from_here, None),
-            (_, _, Way::Admin) => match self.token() {
-                Some(token) => of_token(&token, from_here),
-                None => (from_here, None),
+            (Credential::None, Some(session)) => match session.upgrade().as_deref().map(Session::token) {
+                Some(SessionToken::Static(bearer)) => (from_here.with_token(bearer), None),
+                Some(SessionToken::Jwt(jwt)) => {
+                    (from_here, HeaderValue::try_from(format!("Bearer {}", jwt.as_str())).ok())
+                }
+                // It identifies nobody any more, and least of all the user of a process.
+                None => (Forwarded::from(replica.to_owned(), Origin::Unknown), None),
             },
+            _ if self.authorization.is_some() => (from_here, self.authorization.clone()),
+            _ => (Forwarded::from(replica.to_owned(), Origin::Unknown), None),
         }
     }
 
@@ -153,7 +155,7 @@ impl Caller {
     pub(super) fn with_token(self, token: &str) -> Self {
         let presented = if token.is_empty() { Credential::None } else { parse(token) };
         let peer = Peer { certificates: None, ..self.peer };
-        Self { peer, presented, session: None, ..self }
+        Self { peer, presented, authorization: None, session: None, ..self }
     }
 
     /// The token that it presents, if that is what it presents.
@@ -207,7 +209,7 @@ fn of_connection(peer: &Peer, now: Timestamp) -> Credential {
 
 /// The credential in the headers of a request. One that is there and bad never counts as none.
 fn credential(headers: &HeaderMap) -> Credential {
-    let mut values = headers.get_all("authorization").iter();
+    let mut values = headers.get_all(AUTHORIZATION).iter();
     let (value, other) = (values.next(), values.next());
     let Some(value) = value else { return Credential::None };
     if other.is_some() {
@@ -246,12 +248,10 @@ mod tests {
         };
         // What another replica makes of a caller, if that one takes the word of the first.
         let known = |caller: &Caller, is_replica: bool| {
-            let (described, jwt) = caller.described("core-2");
+            let (described, authorization) = caller.described("core-2");
             let mut headers: HeaderMap =
                 [(forwarded::HEADER.parse().unwrap(), described.to_header().unwrap())].into_iter().collect();
-            if let Some(jwt) = jwt {
-                headers.insert("authorization", format!("Bearer {}", jwt.as_str()).parse().unwrap());
-            }
+            headers.extend(authorization.map(|authorization| (AUTHORIZATION, authorization)));
             let connection = of(Origin::User(1), Way::Grpc).peer;
             let known = Caller::of(Way::Grpc, connection, &headers).forwarding(&headers, |_| is_replica, now);
             assert_eq!(known.via().as_deref(), is_replica.then_some("core-2"));
@@ -272,10 +272,13 @@ mod tests {
         let in_session = |text: &str| of(Origin::User(7), Way::Admin).with_session(sessions.find(text));
         assert_eq!(known(&in_session(&by_token), true).1, forwarded(Credential::Bearer(bearer)));
         assert_eq!(known(&in_session(&by_jwt), true).1, forwarded(Credential::Jwt(Jwt::parse("a.b.c").unwrap())));
-        assert_eq!(
-            known(&of(Origin::User(7), Way::Admin).with_token(&text), true).1,
-            forwarded(Credential::Bearer(bearer))
-        );
+        let by_form = of(Origin::User(7), Way::Admin).with_token(&text);
+        assert_eq!(known(&by_form, true).1, forwarded(Credential::None));
+        let with_header = [(AUTHORIZATION, format!("Bearer {text}").parse().unwrap())].into_iter().collect();
+        let with_header = Caller::of(Way::Grpc, of(Origin::User(7), Way::Grpc).peer, &with_header);
+        assert_eq!(known(&with_header, true), (Origin::User(7), forwarded(Credential::Bearer(bearer))));
+        // A token proves what it does, whoever passes it on.
+        assert_eq!(known(&with_header, false), (Origin::User(1), Credential::Bearer(bearer)));
         // One that has ended does not become the user of the browser.
         let ended = in_session(&by_token);
         assert!(sessions.end(&by_token));

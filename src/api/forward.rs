@@ -312,7 +312,7 @@ async fn superseded(mut roles: watch::Receiver<Role>, leader: &Leader) -> &'stat
 /// # Errors
 /// The caller is too large for the headers.
 fn describe(caller: &Caller, replica: &str, headers: &mut HeaderMap) -> Result<(), Status> {
-    let (described, jwt) = caller.described(replica);
+    let (described, authorization) = caller.described(replica);
     let described = described.to_header().ok_or_else(|| {
         Status::resource_exhausted(
             "the certificates of the caller are too large to be forwarded; make the call to the leader, which \
@@ -323,11 +323,8 @@ fn describe(caller: &Caller, replica: &str, headers: &mut HeaderMap) -> Result<(
         headers.remove(of_connection);
     }
     headers.insert(forwarded::HEADER, described);
-    if let Some(jwt) = jwt {
-        let mut value = HeaderValue::try_from(format!("Bearer {}", jwt.as_str()))
-            .map_err(|_| Status::internal("a JWT is no header"))?;
-        value.set_sensitive(true);
-        headers.insert(AUTHORIZATION, value);
+    if let Some(authorization) = authorization.filter(|_| !headers.contains_key(AUTHORIZATION)) {
+        headers.insert(AUTHORIZATION, authorization);
     }
     Ok(())
 }
