@@ -81,8 +81,9 @@ impl Watch {
         loop {
             match events.next().await? {
                 Ok(event) => {
-                    if let Some(pb::CycleEvent { revision, .. }) = event.event {
-                        (self.request.after_revision, self.request.from_oldest) = (Some(revision), false);
+                    if let Some(pb::CycleEvent { revision, epoch, .. }) = event.event {
+                        self.request.from_oldest = false;
+                        (self.request.after_revision, self.request.after_epoch) = (Some(revision), epoch);
                     }
                     return Some(Ok(event));
                 }
