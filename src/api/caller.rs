@@ -79,7 +79,9 @@ impl Caller {
         let was_forwarded = headers.contains_key(forwarded::HEADER);
         let (arrived, session, via) = (Instant::now(), None, None);
         let mut authorization = headers.get(AUTHORIZATION).cloned();
-        authorization.iter_mut().for_each(|value| value.set_sensitive(true));
+        if let Some(authorization) = &mut authorization {
+            authorization.set_sensitive(true);
+        }
         let is_told_on = false;
         Self { way, peer, arrived, trace, presented, authorization, session, was_forwarded, via, is_told_on }
     }
