@@ -179,8 +179,8 @@ impl Forwarder {
         Ok(response.map(|body| Body::new(passing(body))))
     }
 
-    /// Sends a call that was denied here without its request, so that the leader denies it as well, and writes that into
-    /// the audit. Other refusals are not sent.
+    /// Sends a call that was denied here without its request, so that the leader denies it as well, and writes that
+    /// into the audit. Other refusals are not sent.
     pub(super) async fn tell(&self, rpc: Rpc, caller: Caller, headers: HeaderMap, status: &Status) {
         /// Longest time that the caller waits for that.
         const PATIENCE: Duration = Duration::from_secs(1);

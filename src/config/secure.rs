@@ -18,8 +18,8 @@ pub const KEY: &str = "key.pem";
 /// Static tokens, if there are any.
 const TOKENS: &str = "tokens.toml";
 
-/// The identity of each replica, and a grant for each role: to certificates of the fleet with the role in their identity, and to tokens with the role in
-/// their name.
+/// The identity of each replica, and a grant for each role: to certificates of the fleet with the role in their
+/// identity, and to tokens with the role in their name.
 const GRANTS: &str = r#"
 peers = ["cert:spiffe://FLEET/core"]
 

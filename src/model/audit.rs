@@ -159,8 +159,8 @@ pub struct Cause {
 }
 
 impl Cause {
-    /// Most bytes of texts that are not bounded by their types: twice those of the longest RPC; a little more than those
-    /// of addresses; and as many as an event has room for.
+    /// Most bytes of texts that are not bounded by their types: twice those of the longest RPC; a little more than
+    /// those of addresses; and as many as an event has room for.
     const MAX_RPC: usize = 40;
     const MAX_PEER: usize = 64;
     const MAX_VIA: usize = 56;

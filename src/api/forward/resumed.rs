@@ -1,5 +1,5 @@
-//! Watches that stay open while replicas take over from each other: wherever the leader is, the stream goes on after the
-//! last revision that it has given.
+//! Watches that stay open while replicas take over from each other: wherever the leader is, the stream goes on after
+//! the last revision that it has given.
 
 use std::time::Duration;
 
