@@ -322,6 +322,7 @@ fn a_call() -> Arc<Cause> {
         rpc: "RunCycle".into(),
         caller: Identity::parse("token:deployer").ok(),
         peer: "127.0.0.1:50000".into(),
+        via: None,
         decision: Decision::Allowed,
         targets: AuditTargets::default(),
         request_digest: Some([7; 32]),
