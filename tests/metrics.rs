@@ -457,7 +457,8 @@ async fn shown_and_defined_metrics_are_the_same() {
     }
     let shown = |definition: &&orchestrator_core::telemetry::metrics::Definition| {
         // TLS has its own test, and replicas have one.
-        const OF_REPLICAS: [&str; 3] = [
+        const OF_REPLICAS: [&str; 4] = [
+            "orchestrator_forwarded_calls_total",
             "orchestrator_lease_remaining_seconds",
             "orchestrator_leader_changes_total",
             "orchestrator_clock_offset_seconds",
