@@ -89,6 +89,11 @@ impl Membership {
         self.0.role.borrow().clone()
     }
 
+    /// True if it leads, and its lease is valid if it has one.
+    pub fn is_leading(&self) -> bool {
+        self.role().epoch().is_some() && self.lease().is_none_or(|lease| !lease.remaining().is_zero())
+    }
+
     /// Its role, and each change of it.
     pub fn roles(&self) -> watch::Receiver<Role> {
         self.0.role.subscribe()

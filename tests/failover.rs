@@ -504,9 +504,17 @@ async fn promises_hold_whatever_happens_to_replicas_and_their_sessions() {
         addresses.send_replace(of(&replicas));
         assert!(!runner.is_finished() && !watcher.is_finished(), "round {round}: {}", replicas.logs());
     }
-    let mut client = replicas.client(replicas.leader().await).await;
     runner.abort();
-    let last = client.run().await.unwrap();
+    // The last term may just end.
+    let ended = async {
+        loop {
+            let mut client = replicas.client(replicas.leader().await).await;
+            if let Ok(last) = client.run().await {
+                return (client, last);
+            }
+        }
+    };
+    let (mut client, last) = patiently("a last cycle", ended).await;
     let all = watched
         .subscribe()
         .wait_for(|watched| watched.last().is_some_and(|record| decode(record.clone()).revision >= last.revision))

@@ -30,10 +30,10 @@ async fn readyz(State(web): State<Web>) -> Response {
     }
 }
 
-/// Fails unless this replica leads.
+/// Fails unless this replica leads, under a valid lease.
 async fn leader(State(web): State<Web>) -> Response {
     match web.started() {
-        Some(started) if started.api.membership().role().epoch().is_some() => answer(Ok::<_, &str>(())),
+        Some(started) if started.api.membership().is_leading() => answer(Ok::<_, &str>(())),
         Some(_) => answer(Err("this replica does not lead")),
         None => answer(Err("starting")),
     }
