@@ -274,6 +274,27 @@ async fn after_a_graceful_stop_another_replica_goes_on_at_once_and_nothing_is_in
 }
 
 #[tokio::test]
+async fn a_replica_without_the_key_of_the_others_does_not_lead() {
+    let Some(server) = shared() else { return };
+    let store = server.url();
+    let mut replicas = Replicas::at([("a", store.clone())].into_iter()).await;
+    replicas.client(0).await.run().await.unwrap();
+    let elsewhere = tempfile::tempdir().unwrap();
+    let other = home("b", &store, elsewhere.path());
+    let follower = other.serve().await;
+    assert!({ replicas.services[0].take().unwrap() }.stop().await.success());
+    other.logged("this replica can't lead", 1).await;
+    assert!(other.log().contains("the key that sealed it is missing"), "{}", other.log());
+    assert_eq!(http::get(follower.admin(), "/leader").await.status, 503);
+    assert!(!elsewhere.path().join("log.key").exists(), "it has no use for a key of its own");
+    // The log goes on where the key is.
+    replicas.services[0] = Some(replicas.homes[0].serve().await);
+    replicas.leader().await;
+    assert_eq!(replicas.client(0).await.run().await.unwrap().cycle_id, 2);
+    assert!(!replicas.logs().contains("a new log begins"), "{}", replicas.logs());
+}
+
+#[tokio::test]
 async fn a_leader_that_was_stopped_makes_no_calls_when_it_goes_on_and_follows() {
     let Some(server) = shared() else { return };
     let replicas = Replicas::start(server, &["a", "b", "c"]).await;

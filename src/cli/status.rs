@@ -143,7 +143,9 @@ fn replica(status: &pb::OrchestratorStatus) -> String {
     let own = status.replica.as_ref().map(shown).unwrap_or_default();
     match (status.role(), &status.leader) {
         (pb::ReplicaRole::Leader, _) => {
-            format!("{own}, leads; its lease ends in {}", duration(status.lease_remaining.as_ref()))
+            let remaining = status.lease_remaining.as_ref();
+            let remaining = remaining.map(|remaining| prost_types::Duration { nanos: 0, ..*remaining });
+            format!("{own}, leads; its lease ends in {}", duration(remaining.as_ref()))
         }
         (_, Some(leader)) => format!("{own}, follows {}", shown(leader)),
         (_, None) => format!("{own}; no replica leads"),

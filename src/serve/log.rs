@@ -65,7 +65,7 @@ pub enum LogBreak {
 }
 
 /// Takes a store over, with the keys of its log. If it is not what was signed last, a new log begins; with
-/// `access.mode = "enforce"`, that is refused.
+/// `access.mode = "enforce"`, or if replicas share the store, that is refused.
 ///
 /// # Errors
 /// The store or a key can't be used, or the store is not what was signed last.
@@ -94,7 +94,8 @@ pub(super) async fn take_over(
         compare(&*store, &contents, &signer, previous.as_deref(), is_strict).await?
     };
     let began = match found {
-        Some(found) if is_strict => return Err(StartError::NotContinued { url: url.clone(), found }),
+        // A replica that has not the key of the others would begin a new log each time that it takes over.
+        Some(found) if is_strict || matches!(url, StoreUrl::Postgres(_)) => return Err(StartError::NotContinued { url: url.clone(), found }),
         Some(found) => {
             tracing::warn!(store = %url, "a new log begins: {found}");
             Some(found.began(previous.as_deref(), &contents.missing))
