@@ -12,11 +12,12 @@ use std::{
 };
 
 use common::{
-    command::{orchestrator, run_with},
+    command::{orchestrator, run, run_with},
     service::Home,
 };
 use jiff::SignedDuration;
 use orchestrator_core::{config::Config, serve::AFTER_GRACE};
+use tokio::process::Command;
 use toml::Table;
 
 const BINARY: &str = "/usr/bin/orchestrator";
@@ -167,10 +168,12 @@ fn the_unit_waits_for_the_end_of_the_service() {
 }
 
 const MANIFESTS: &str = "deploy/kubernetes";
+/// The same for three replicas.
+const OF_REPLICAS: &str = "deploy/kubernetes/replicas";
 
-/// The configuration in the manifest, with this directory for its socket.
-fn configuration(run: &Path) -> String {
-    let manifest = read(&format!("{MANIFESTS}/configmap.yaml"));
+/// The configuration in these manifests, with this directory for its socket.
+fn configuration(manifests: &str, run: &Path) -> String {
+    let manifest = read(&format!("{manifests}/configmap.yaml"));
     let (_, block) = manifest.split_once("  orchestrator.toml: |\n").unwrap();
     let lines: Vec<_> = block.lines().map(|line| line.strip_prefix("    ").unwrap_or(line.trim())).collect();
     lines.join("\n").replace("/run/orchestrator", &run.display().to_string())
@@ -184,7 +187,7 @@ async fn the_pod_starts_with_the_configuration_of_its_manifest_and_its_probes_su
     assert_eq!(code, 0, "{text}");
     let manifest = read(&format!("{MANIFESTS}/statefulset.yaml"));
     assert!(manifest.contains("- --secure=/etc/orchestrator/pki\n"));
-    let config = configuration(&home.path(""));
+    let config = configuration(MANIFESTS, &home.path(""));
     assert!(config.contains("0.0.0.0"), "{config}");
     let file = home.path("pod.toml").display().to_string();
     fs::write(&file, &config).unwrap();
@@ -209,23 +212,74 @@ async fn the_pod_starts_with_the_configuration_of_its_manifest_and_its_probes_su
 }
 
 #[test]
-fn the_pod_has_the_default_ports_and_the_time_to_shut_down() {
-    let manifest = read(&format!("{MANIFESTS}/statefulset.yaml"));
-    let service = read(&format!("{MANIFESTS}/service.yaml"));
-    let named = ["grpc", "admin"].into_iter().zip(ports());
-    for (name, port) in named {
-        assert!(manifest.contains(&format!("- name: {name}\n              containerPort: {port}\n")), "{name} {port}");
-        assert!(service.contains(&format!("- name: {name}\n      port: {port}\n      targetPort: {name}\n")), "{name}");
-        let config = configuration(Path::new("/run"));
-        assert!(config.contains(&format!("listen = \"0.0.0.0:{port}\"")), "{config}");
+fn the_pods_have_the_default_ports_and_the_time_to_shut_down() {
+    for manifests in [MANIFESTS, OF_REPLICAS] {
+        let manifest = read(&format!("{manifests}/statefulset.yaml"));
+        let service = read(&format!("{manifests}/service.yaml"));
+        let named = ["grpc", "admin"].into_iter().zip(ports());
+        for (name, port) in named {
+            let container = format!("- name: {name}\n              containerPort: {port}\n");
+            assert!(manifest.contains(&container), "{manifests}: {name} {port}");
+            let of_service = format!("- name: {name}\n      port: {port}\n      targetPort: {name}\n");
+            assert!(service.contains(&of_service), "{manifests}: {name} {port}");
+            let config = configuration(manifests, Path::new("/run"));
+            assert!(config.contains(&format!("listen = \"0.0.0.0:{port}\"")), "{config}");
+        }
+        let seconds: u64 = after(&manifest, "terminationGracePeriodSeconds: ").parse().unwrap();
+        assert!(Duration::from_secs(seconds) > shutdown(), "{:?}", shutdown());
+        let user = "65532";
+        assert_eq!(after(&manifest, "runAsUser: "), user);
+        assert!(read("Dockerfile").contains(&format!("USER {user}:{user}\n")));
+        let version = cargo()["package"]["version"].as_str().unwrap().to_owned();
+        assert_eq!(after(&manifest, "image: orchestrator:"), version);
     }
-    let seconds: u64 = after(&manifest, "terminationGracePeriodSeconds: ").parse().unwrap();
-    assert!(Duration::from_secs(seconds) > shutdown(), "{:?}", shutdown());
-    let user = "65532";
-    assert_eq!(after(&manifest, "runAsUser: "), user);
-    assert!(read("Dockerfile").contains(&format!("USER {user}:{user}\n")));
-    let version = cargo()["package"]["version"].as_str().unwrap().to_owned();
-    assert_eq!(after(&manifest, "image: orchestrator:"), version);
+}
+
+/// The variables that a manifest or a compose file sets.
+fn variables(text: &str) -> BTreeSet<String> {
+    let words = text.split(|character: char| !character.is_ascii_uppercase() && character != '_');
+    words.filter(|word| word.starts_with("ORCHESTRATOR_")).map(str::to_owned).collect()
+}
+
+#[tokio::test]
+async fn replicas_are_configured_as_their_manifests_and_their_compose_file_say() {
+    let home = Home::new();
+    let pki = home.path("pki").display().to_string();
+    let pods = ["0", "1", "2"].map(|number| format!("orchestrator-{number}.orchestrator-replicas"));
+    let hosts = ["orchestrator"].into_iter().chain(pods.iter().map(String::as_str));
+    let hosts: Vec<_> = hosts.flat_map(|host| ["--host", host]).collect();
+    let readme = read(&format!("{MANIFESTS}/README.md"));
+    assert!(pods.iter().all(|pod| readme.contains(&format!("--host {pod}"))), "{readme}");
+    let (code, text) = orchestrator(None, &[&["certs", "init", "--dir", &pki][..], &hosts].concat()).await;
+    assert_eq!(code, 0, "{text}");
+
+    let manifest = read(&format!("{OF_REPLICAS}/statefulset.yaml"));
+    let file = home.path("pod.toml").display().to_string();
+    fs::write(&file, configuration(OF_REPLICAS, &home.path(""))).unwrap();
+    assert!(variables(&manifest).contains("ORCHESTRATOR_CLUSTER_REPLICA"));
+    let advertised = after(&manifest, "- name: ORCHESTRATOR_CLUSTER_ADVERTISE\n              value: ");
+    let advertised = advertised.replace("$(ORCHESTRATOR_CLUSTER_REPLICA)", "orchestrator-0");
+    assert_eq!(advertised, format!("https://{}:{}", pods[0], ports()[0]));
+    let set = format!("cluster.advertise={advertised:?}");
+    let check = ["check", "--config", &file, "--secure", &pki, "--set", &set, "--set", "cluster.replica=\"o\""];
+    let (code, text) = orchestrator(None, &check).await;
+    // The password and the authority of the database are not read before it is connected to.
+    assert!(code == 0 && text.contains("postgres://orchestrator@postgresql/orchestrator"), "{text}");
+
+    let compose = read("deploy/replicas.compose.yaml");
+    assert!(duration(after(&compose, "stop_grace_period: ")) > shutdown(), "{:?}", shutdown());
+    let mut check = Command::new(env!("CARGO_BIN_EXE_orchestrator"));
+    check.arg("check");
+    // The settings of all, and those of the first one.
+    let first = compose.split("\n  b:\n").next().unwrap();
+    let settings = first.lines().filter_map(|line| line.trim().split_once(": "));
+    check.envs(
+        settings
+            .filter(|(name, _)| name.starts_with("ORCHESTRATOR_"))
+            .map(|(name, value)| (name, value.trim_matches('\''))),
+    );
+    let (code, text) = run(check).await;
+    assert!(code == 0 && text.contains("127.0.0.1:7701"), "{text}");
 }
 
 #[tokio::test]

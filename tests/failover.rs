@@ -10,6 +10,7 @@ use std::{
     env,
     net::SocketAddr,
     path::Path,
+    process::Stdio,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -26,13 +27,14 @@ use futures_util::future::join_all;
 use orchestrator_core::proto::orchestrator::v1::{
     CycleState, CycleTelemetry, Registration, ReplicaRole, RunCycleRequest, cycle_event::Event,
 };
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::{
         UnixListener, UnixStream,
         unix::{OwnedReadHalf, OwnedWriteHalf},
     },
+    process::Command,
     sync::watch,
     time::{Instant, sleep, timeout},
 };
@@ -557,4 +559,34 @@ async fn promises_hold_whatever_happens_to_replicas_and_their_sessions() {
     }
     let terms = cycles.iter().map(|cycle| cycle.epoch).collect::<std::collections::BTreeSet<_>>().len();
     println!("{} cycles of {terms} terms, {} acknowledged", cycles.len(), acknowledged.len());
+}
+
+#[tokio::test]
+#[ignore = "listens at the ports of the example; .ci/run runs it"]
+async fn the_example_goes_on_when_its_leader_is_killed() {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/replicas/run");
+    let mut script = Command::new(script)
+        .arg(env!("CARGO_BIN_EXE_orchestrator"))
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(script.stdout.take().unwrap()).lines();
+    let mut next = async || patiently("the next line", lines.next_line()).await.unwrap().unwrap();
+    let mut cycles = 0;
+    let mut said = Vec::new();
+    // Two records after the second kill.
+    while said.iter().filter(|line: &&String| line.contains("was killed while it led")).count() < 2 || cycles < 10 {
+        let line = next().await;
+        if let Some((_, cycle)) = line.split_once("  cycle ") {
+            cycles += 1;
+            assert!(cycle.starts_with(&format!("{cycles} ")), "{line}");
+        }
+        said.push(line);
+    }
+    assert!(said.iter().any(|line| line.contains("INTERRUPTED")), "{said:#?}");
+    let id = Pid::from_raw(script.id().unwrap().try_into().unwrap()).unwrap();
+    kill_process(id, Signal::TERM).unwrap();
+    patiently("the script to end", script.wait()).await.unwrap();
 }

@@ -95,7 +95,9 @@ pub(super) async fn take_over(
     };
     let began = match found {
         // A replica that has not the key of the others would begin a new log each time that it takes over.
-        Some(found) if is_strict || matches!(url, StoreUrl::Postgres(_)) => return Err(StartError::NotContinued { url: url.clone(), found }),
+        Some(found) if is_strict || matches!(url, StoreUrl::Postgres(_)) => {
+            return Err(StartError::NotContinued { url: url.clone(), found });
+        }
         Some(found) => {
             tracing::warn!(store = %url, "a new log begins: {found}");
             Some(found.began(previous.as_deref(), &contents.missing))
