@@ -9,18 +9,23 @@ use std::net::TcpListener;
 use common::{
     Stage, command,
     command::orchestrator,
-    postgres::{Server, shared},
-    service::{Home, Service},
+    postgres::{Server, shared, shared_pooler},
+    service::{Home, Service, reason},
 };
 use orchestrator_core::ledger::SigningKey;
 use tokio::process::Command;
 
 /// A home whose services use a new store on this server.
 fn home(server: &Server) -> Home {
+    home_at(&server.url())
+}
+
+/// A home whose services use the store at this URL.
+fn home_at(url: &str) -> Home {
     let home = Home::new();
     let key_file = home.path("log.key").display().to_string();
     let config = format!("[ledger]\nkey_files = [{key_file:?}]\n[cluster]\nlease_ttl = \"1s\"\n");
-    home.with_store(&server.url()).with_config(&config)
+    home.with_store(url).with_config(&config)
 }
 
 /// Runs a command against a service.
@@ -69,7 +74,17 @@ async fn what_is_wrong_is_said_with_its_exit_code_and_without_the_password() {
 #[tokio::test]
 async fn what_was_acknowledged_is_there_after_the_process_was_killed() {
     let Some(server) = shared() else { return };
-    let mut stage = Stage::at(home(server)).await;
+    is_there_after_the_process_was_killed(home_at(&server.url())).await;
+}
+
+#[tokio::test]
+async fn what_was_acknowledged_behind_a_pooler_is_there_as_well() {
+    let (Some(server), Some(pooler)) = (shared(), shared_pooler()) else { return };
+    is_there_after_the_process_was_killed(home_at(&pooler.url(&server.url()))).await;
+}
+
+async fn is_there_after_the_process_was_killed(home: Home) {
+    let mut stage = Stage::at(home).await;
     stage.register_all(&["a", "b"]).await;
     for _ in 0..3 {
         stage.client.run().await.unwrap();

@@ -69,6 +69,8 @@ URL: postgres://USER@HOST:PORT,HOST:PORT/DATABASE?PARAMETER=VALUE&PARAMETER=VALU
 used. Parameters:
   password_file    the file with the password, which nobody else may read; a
                    password in the URL can be seen by others on this machine
+  pooled           true if a pooler such as pgbouncer is in between, which
+                   executes each transaction in any session; false
   schema           the schema of the tables; orchestrator
   sslmode          verify-full, or disable; verify-full unless all hosts are on
                    this machine

@@ -15,6 +15,7 @@ mod commit;
 mod connect;
 mod error;
 mod leader;
+mod parameter;
 mod rows;
 mod schema;
 #[cfg(test)]
@@ -35,7 +36,7 @@ use tokio_util::task::AbortOnDropHandle;
 use self::{
     commit::{DURABLE, Line},
     connect::{APPLICATION, Connection, Connector},
-    error::explain,
+    error::{ends_connection, explain, is_worth_repeating},
     leader::{LastClaim, LeaderRow},
     rows::{Failed, Snapshot, at_once},
     writer::{Writer, failure, read},
@@ -156,7 +157,8 @@ impl Readers {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner).extend(usable);
     }
 
-    /// Reads as of one moment. A connection that has ended meanwhile is replaced once.
+    /// Reads as of one moment. A connection that has ended meanwhile, or has statements for other tables, is replaced
+    /// once.
     async fn read<T: Send + 'static>(
         &self,
         read: impl Fn(&mut Snapshot<'_>) -> Result<T, Failed> + Clone + Send + 'static,
@@ -168,7 +170,7 @@ impl Readers {
             let read = read.clone();
             let (back, result) = at_once(connection, schema, false, (), move |snapshot, ()| read(snapshot)).await;
             match result {
-                Err(Failed::Statement(error)) if error::ends_connection(&error) && !is_last => {}
+                Err(Failed::Statement(error)) if goes_elsewhere(&error) && !is_last => {}
                 result => {
                     self.give(back.map(|(connection, ())| connection));
                     return result.map_err(|failed| failure(&self.connector, &failed));
@@ -177,6 +179,11 @@ impl Readers {
         }
         Err(StoreError::Defect { problem: "no connection was tried".into() })
     }
+}
+
+/// True if a read with this error may succeed at once over a new connection.
+fn goes_elsewhere(error: &tokio_postgres::Error) -> bool {
+    ends_connection(error) || is_worth_repeating(error)
 }
 
 /// Makes the tables of a store, or applies the migrations that they lack. Services of the version before go on with
@@ -331,7 +338,7 @@ impl Store for PostgresStore {
             );
             let _ = connection.take_warning();
             // If this fails, it is published again with the next one.
-            connection.execute(&put, &[&checkpoint]).await.map_err(|error| explain(&store, &error))?;
+            connection.query(&put, &[&checkpoint]).await.map_err(|error| explain(&store, &error))?;
             let warning = connection.take_warning();
             self.readers.give(Some(connection));
             warning.map_or(Ok(()), |problem| Err(StoreError::Unavailable { store, problem }))

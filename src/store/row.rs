@@ -72,7 +72,7 @@ pub(super) fn found(row: &dyn Row) -> Result<Record, Wrong> {
         epoch: Epoch(number(row, "epoch")?),
         state: state(row)?,
         trigger: trigger(row)?,
-        request_id: text_or_bytes(row, "request_id")?,
+        request_id: optional_text(row, "request_id")?,
         triggered_by: identity(row, "triggered_by")?,
         finished_at: time(row, "finished_at")?,
         bytes: Bytes::new(),
@@ -118,7 +118,7 @@ pub(super) fn open_cycle(row: &dyn Row) -> Result<OpenCycle, Wrong> {
         cycle_id,
         trigger,
         scheduled_at: time(row, "scheduled_at")?,
-        request_id: text_or_bytes(row, "request_id")?,
+        request_id: optional_text(row, "request_id")?,
         triggered_by: identity(row, "triggered_by")?,
         trace_id: trace_id.transpose()?.map(|bytes| TraceId(u128::from_be_bytes(bytes))),
         audit: optional_bytes(row, "audit")?,
@@ -217,7 +217,7 @@ fn trigger(row: &dyn Row) -> Result<Trigger, Wrong> {
 
 /// The cycle of a parent, which is the `request_id` of the cycle that it started.
 fn parent(row: &dyn Row) -> Result<ParentCycle, Wrong> {
-    let request_id = text_or_bytes(row, "request_id")?;
+    let request_id = optional_text(row, "request_id")?;
     let parent = request_id.as_deref().and_then(ParentCycle::parse);
     parent.ok_or_else(|| Wrong::new("request_id", "is not that of a parent's cycle"))
 }
@@ -261,14 +261,6 @@ pub(super) fn optional_text(row: &dyn Row, column: &str) -> Result<Option<String
 
 fn text(row: &dyn Row, column: &str) -> Result<String, Wrong> {
     optional_text(row, column)?.ok_or_else(|| Wrong::kind(column, Value::Null, "a text"))
-}
-
-/// A text that can have characters that the texts of some databases have not, and is stored as bytes there.
-fn text_or_bytes(row: &dyn Row, column: &str) -> Result<Option<String>, Wrong> {
-    match row.value(column)? {
-        Value::Blob(text) => of_utf8(column, text).map(Some),
-        _ => optional_text(row, column),
-    }
 }
 
 fn of_utf8(column: &str, text: &[u8]) -> Result<String, Wrong> {

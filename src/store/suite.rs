@@ -848,6 +848,13 @@ fn postgres_url() -> Option<StoreUrl> {
     Some(StoreUrl::parse(&super::postgres::tests::server::shared()?.url()).unwrap())
 }
 
+/// The URL of a new store in PostgreSQL behind a pooler, if both are installed.
+fn pooled_url() -> Option<StoreUrl> {
+    let (server, pooler) =
+        (super::postgres::tests::server::shared()?, super::postgres::tests::server::shared_pooler()?);
+    Some(StoreUrl::parse(&pooler.url(&server.url())).unwrap())
+}
+
 macro_rules! every_store {
     ($($test:ident)+) => {
         mod memory {
@@ -863,6 +870,16 @@ macro_rules! every_store {
             $(#[tokio::test]
             async fn $test() {
                 let Some(url) = super::postgres_url() else { return };
+                let store = super::open(&url, super::CHECKS, super::Clock::system()).await.unwrap();
+                let epoch = store.take_over(super::seals()).await.unwrap().epoch;
+                super::$test(&*store, epoch).await;
+            })+
+        }
+
+        mod pooled {
+            $(#[tokio::test]
+            async fn $test() {
+                let Some(url) = super::pooled_url() else { return };
                 let store = super::open(&url, super::CHECKS, super::Clock::system()).await.unwrap();
                 let epoch = store.take_over(super::seals()).await.unwrap().epoch;
                 super::$test(&*store, epoch).await;
@@ -1114,6 +1131,14 @@ proptest! {
     #[test]
     fn postgres_agrees_with_memory(steps in proptest::collection::vec((step(), 1..30_u64, 1..6_usize), 1..30)) {
         if let Some(url) = postgres_url() {
+            agrees_with_memory(&url, steps);
+        }
+    }
+
+    /// The same for PostgreSQL behind a pooler.
+    #[test]
+    fn pooled_postgres_agrees_with_memory(steps in proptest::collection::vec((step(), 1..30_u64, 1..6_usize), 1..30)) {
+        if let Some(url) = pooled_url() {
             agrees_with_memory(&url, steps);
         }
     }

@@ -27,6 +27,34 @@ pg_ctl stop --silent --mode immediate --pgdata "$directory/data"
 rm -rf "$directory"
 "#;
 
+/// Starts pgbouncer in front of the server whose socket is in the directory `$1`, writes the path of its own directory,
+/// and ends it once its input ends. Each transaction gets the session that has waited longest.
+const POOLER: &str = r#"
+set -e
+PATH="$PATH:/usr/sbin"
+directory="$(mktemp -d)"
+cat > "$directory/pgbouncer.ini" << END
+[databases]
+postgres = host=$1 user=owner
+[pgbouncer]
+listen_addr =
+listen_port = 5432
+unix_socket_dir = $directory
+auth_type = any
+pool_mode = transaction
+server_round_robin = 1
+default_pool_size = 20
+max_client_conn = 1000
+END
+pgbouncer --quiet "$directory/pgbouncer.ini" 2> "$directory/log" &
+until [ -S "$directory/.s.PGSQL.5432" ]; do kill -0 $!; sleep 0.01; done
+echo "$directory"
+read -r _ || true
+kill $!
+wait
+rm -rf "$directory"
+"#;
+
 /// A server that ends with the test. Its superuser is `owner`, and its database for tests `postgres`.
 pub struct Server {
     directory: PathBuf,
@@ -45,28 +73,12 @@ impl Server {
     /// Starts a server with these options, and with copies of the files of a directory beside its data. `None` as in
     /// [`shared`].
     pub fn start(options: &str, files: Option<&Path>) -> Option<Self> {
-        if !is_installed() {
-            let is_required = env::var("ORCHESTRATOR_TEST_POSTGRES").is_ok_and(|it| it == "required");
-            assert!(!is_required, "PostgreSQL is not installed");
-            eprintln!("*** NOT CHECKED: the store in PostgreSQL, which is not installed ***");
+        if !is_installed("command -v initdb || ls /usr/lib/postgresql/*/bin/initdb", "PostgreSQL") {
             return None;
         }
-        // A server does not run as root.
-        let mut command = if rustix::process::geteuid().is_root() {
-            let mut command = Command::new("runuser");
-            command.args(["-u", "postgres", "--", "sh", "-c"]);
-            command
-        } else {
-            let mut command = Command::new("sh");
-            command.arg("-c");
-            command
-        };
-        command.args([SCRIPT, "sh", options]).arg(files.unwrap_or(Path::new(""))).current_dir("/");
-        let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        let mut directory = String::new();
-        BufReader::new(process.stdout.take().unwrap()).read_line(&mut directory).unwrap();
-        assert!(!directory.is_empty(), "the server did not start");
-        Some(Self { directory: directory.trim_end().into(), process })
+        let files = files.unwrap_or(Path::new("")).display().to_string();
+        let (directory, process) = started(SCRIPT, [options, &files]);
+        Some(Self { directory, process })
     }
 
     /// The URL of a store on it that no other test has.
@@ -109,7 +121,7 @@ impl Server {
 
     /// The directory of its socket, as the host of a URL.
     pub fn host(&self) -> String {
-        self.directory.display().to_string().replace('/', "%2F")
+        host(&self.directory)
     }
 }
 
@@ -120,7 +132,75 @@ impl Drop for Server {
     }
 }
 
-fn is_installed() -> bool {
-    let found = Command::new("sh").args(["-c", "command -v initdb || ls /usr/lib/postgresql/*/bin/initdb"]).output();
-    found.is_ok_and(|found| found.status.success())
+/// A pooler in front of a server, which executes each transaction in any of its sessions.
+pub struct Pooler {
+    directory: PathBuf,
+    /// Ends once its input is closed.
+    process: Child,
+}
+
+/// The pooler in front of the shared server, if both are installed: see [`shared`].
+pub fn shared_pooler() -> Option<&'static Pooler> {
+    static POOLER: LazyLock<Option<Pooler>> = LazyLock::new(|| Pooler::before(shared()?));
+    POOLER.as_ref()
+}
+
+impl Pooler {
+    /// Starts a pooler. `None` as in [`shared`].
+    pub fn before(server: &Server) -> Option<Self> {
+        if !is_installed("PATH=$PATH:/usr/sbin command -v pgbouncer", "pgbouncer") {
+            return None;
+        }
+        let (directory, process) = started(POOLER, [&server.directory.display().to_string(), ""]);
+        Some(Self { directory, process })
+    }
+
+    /// A URL of the server behind it, as one that leads through it.
+    pub fn url(&self, of_server: &str) -> String {
+        let (user, rest) = of_server.split_once('@').unwrap();
+        let (_, rest) = rest.split_once('/').unwrap();
+        format!("{user}@{}/{rest}&pooled=true", host(&self.directory))
+    }
+}
+
+impl Drop for Pooler {
+    fn drop(&mut self) {
+        drop(self.process.stdin.take());
+        let _ = self.process.wait();
+    }
+}
+
+/// A directory as the host of a URL.
+fn host(directory: &Path) -> String {
+    directory.display().to_string().replace('/', "%2F")
+}
+
+/// Runs a script, as another user than root, which is no user for a server. Returns the directory that it writes.
+fn started(script: &str, arguments: [&str; 2]) -> (PathBuf, Child) {
+    let mut command = if rustix::process::geteuid().is_root() {
+        let mut command = Command::new("runuser");
+        command.args(["-u", "postgres", "--", "sh", "-c"]);
+        command
+    } else {
+        let mut command = Command::new("sh");
+        command.arg("-c");
+        command
+    };
+    command.args([script, "sh"]).args(arguments).current_dir("/");
+    let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut directory = String::new();
+    BufReader::new(process.stdout.take().unwrap()).read_line(&mut directory).unwrap();
+    assert!(!directory.is_empty(), "it did not start: {script}");
+    (directory.trim_end().into(), process)
+}
+
+/// True if this command finds what is needed. If not, that is reported, or the test fails where it is required.
+fn is_installed(find: &str, what: &str) -> bool {
+    let is_there = Command::new("sh").args(["-c", find]).output().is_ok_and(|found| found.status.success());
+    if !is_there {
+        let is_required = env::var("ORCHESTRATOR_TEST_POSTGRES").is_ok_and(|it| it == "required");
+        assert!(!is_required, "{what} is not installed");
+        eprintln!("*** NOT CHECKED: the store in PostgreSQL: {what} is not installed ***");
+    }
+    is_there
 }

@@ -2,11 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use tokio_postgres::types::ToSql;
-
 use super::{
     connect::{Connection, Connector},
     error::{ends_connection, explain, is_ambiguous, is_worth_repeating},
+    parameter::Parameter,
 };
 use crate::{
     model::{Epoch, Name, Output},
@@ -27,19 +26,15 @@ pub(super) const DURABLE: &str = "durable AS (
                       CASE current_setting('synchronous_commit') WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END,
                       true)
 )";
-/// Most statements that stay prepared: commits have few forms.
-const PREPARED: usize = 64;
 /// Most times that a statement is executed that another transaction has met.
 const ATTEMPTS: usize = 3;
 /// The parameters that the chain gives: the token before, and the own one.
 const OF_CHAIN: usize = 2;
 
-type Parameter<'w> = Box<dyn ToSql + Sync + Send + 'w>;
-
 /// A commit as a statement, whose first two parameters are the token before it and its own.
 pub(super) struct Statement<'w> {
     text: String,
-    parameters: Vec<Parameter<'w>>,
+    parameters: Vec<Box<dyn Parameter + 'w>>,
 }
 
 /// Rows of one table that are sealed anew: their keys and their seals.
@@ -78,7 +73,7 @@ fn outputs_after(write: &Write, mut stored: BTreeMap<Name, Output>) -> BTreeMap<
 /// Puts a statement together.
 struct Builder<'w, 's> {
     schema: &'s str,
-    parameters: Vec<Parameter<'w>>,
+    parameters: Vec<Box<dyn Parameter + 'w>>,
     parts: Vec<String>,
     /// Conditions without which the whole statement fails.
     checks: Vec<String>,
@@ -87,24 +82,22 @@ struct Builder<'w, 's> {
 /// A column of inserted rows.
 struct Column<'w> {
     name: &'static str,
-    kind: &'static str,
-    values: Parameter<'w>,
+    values: Box<dyn Parameter + 'w>,
 }
 
-fn column<'w, T: ToSql + Sync + Send + 'w>(
-    name: &'static str,
-    kind: &'static str,
-    values: impl Iterator<Item = T>,
-) -> Column<'w> {
-    Column { name, kind, values: Box::new(values.collect::<Vec<_>>()) }
+fn column<'w, T>(name: &'static str, values: impl Iterator<Item = T>) -> Column<'w>
+where
+    Vec<T>: Parameter + 'w,
+{
+    Column { name, values: Box::new(values.collect::<Vec<_>>()) }
 }
 
 impl<'w> Builder<'w, '_> {
-    fn bind(&mut self, value: impl ToSql + Sync + Send + 'w) -> String {
+    fn bind(&mut self, value: impl Parameter + 'w) -> String {
         self.bind_boxed(Box::new(value))
     }
 
-    fn bind_boxed(&mut self, value: Parameter<'w>) -> String {
+    fn bind_boxed(&mut self, value: Box<dyn Parameter + 'w>) -> String {
         self.parameters.push(value);
         format!("${}", OF_CHAIN + self.parameters.len())
     }
@@ -112,10 +105,7 @@ impl<'w> Builder<'w, '_> {
     /// Rows of arrays, one array for each column.
     fn rows(&mut self, columns: Vec<Column<'w>>) -> String {
         let names = columns.iter().map(|column| column.name).collect::<Vec<_>>().join(", ");
-        let arrays: Vec<_> = columns
-            .into_iter()
-            .map(|Column { kind, values, .. }| format!("{}::{kind}[]", self.bind_boxed(values)))
-            .collect();
+        let arrays: Vec<_> = columns.into_iter().map(|column| self.bind_boxed(column.values)).collect();
         format!("unnest({}) AS u ({names})", arrays.join(", "))
     }
 
@@ -150,7 +140,7 @@ impl<'w> Builder<'w, '_> {
     /// Deletes the rows of a table that have these names, if any.
     fn delete_names(&mut self, table: &str, names: Vec<&'w str>) {
         if !names.is_empty() {
-            self.delete(table, vec![column("name", "text", names.into_iter())], "t.name = u.name", None);
+            self.delete(table, vec![column("name", names.into_iter())], "t.name = u.name", None);
         }
     }
 }
@@ -247,7 +237,7 @@ impl<'w> Builder<'w, '_> {
                         text(open.trigger.loop_name().map(Name::as_str)),
                         Value::Integer(nanoseconds(open.scheduled_at)),
                         number_or_null(*started_at),
-                        blob(open.request_id.as_deref().map(str::as_bytes)),
+                        text(open.request_id.as_deref()),
                         text(caller.as_deref()),
                         blob(trace.as_deref()),
                         blob(*request),
@@ -257,17 +247,17 @@ impl<'w> Builder<'w, '_> {
                 })
                 .collect();
             let columns = vec![
-                column("cycle_id", "bigint", open().map(|open| integer(open.cycle_id.0))),
-                column("trigger", "smallint", stages.iter().map(|(trigger, ..)| small(*trigger))),
-                column("loop", "text", open().map(|open| open.trigger.loop_name().map(Name::as_str))),
-                column("scheduled_at", "bigint", open().map(|open| nanoseconds(open.scheduled_at))),
-                column("started_at", "bigint", stages.iter().map(|(_, started_at, _)| *started_at)),
-                column("request_id", "bytea", open().map(|open| open.request_id.as_deref().map(str::as_bytes))),
-                column("triggered_by", "text", callers.into_iter()),
-                column("trace_id", "bytea", traces.into_iter()),
-                column("request", "bytea", stages.iter().map(|(.., request)| *request)),
-                column("audit", "bytea", open().map(|open| open.audit.as_deref())),
-                column("seal", "bytea", seals.into_iter()),
+                column("cycle_id", open().map(|open| integer(open.cycle_id.0))),
+                column("trigger", stages.iter().map(|(trigger, ..)| small(*trigger))),
+                column("loop", open().map(|open| open.trigger.loop_name().map(Name::as_str))),
+                column("scheduled_at", open().map(|open| nanoseconds(open.scheduled_at))),
+                column("started_at", stages.iter().map(|(_, started_at, _)| *started_at)),
+                column("request_id", open().map(|open| open.request_id.as_deref().map(str::as_bytes))),
+                column("triggered_by", callers.into_iter()),
+                column("trace_id", traces.into_iter()),
+                column("request", stages.iter().map(|(.., request)| *request)),
+                column("audit", open().map(|open| open.audit.as_deref())),
+                column("seal", seals.into_iter()),
             ];
             self.insert("open_cycles", columns, Some("cycle_id"));
         }
@@ -279,22 +269,22 @@ impl<'w> Builder<'w, '_> {
         let noted = term.frontier.last_cycle_id;
         let open: Vec<_> = records().map(|record| record.cycle_id).filter(|id| *id <= noted).collect();
         if !open.is_empty() {
-            let ids = column("cycle_id", "bigint", open.iter().map(|id| integer(id.0)));
+            let ids = column("cycle_id", open.iter().map(|id| integer(id.0)));
             self.delete("open_cycles", vec![ids], "t.cycle_id = u.cycle_id", Some(open.len()));
         }
         let leaves: Vec<_> = appended.records(write).map(|(leaf, _)| integer(leaf)).collect();
         let columns = vec![
-            column("revision", "bigint", records().map(|record| integer(record.revision.0))),
-            column("cycle_id", "bigint", records().map(|record| integer(record.cycle_id.0))),
-            column("epoch", "bigint", records().map(|record| integer(record.epoch.0))),
-            column("state", "smallint", records().map(|record| small(state_number(record.state)))),
-            column("trigger", "smallint", records().map(|record| small(trigger_number(&record.trigger)))),
-            column("loop", "text", records().map(|record| record.trigger.loop_name().map(Name::as_str))),
-            column("request_id", "bytea", records().map(|record| record.request_id.as_deref().map(str::as_bytes))),
-            column("triggered_by", "text", records().map(|it| it.triggered_by.as_ref().map(ToString::to_string))),
-            column("finished_at", "bigint", records().map(|record| nanoseconds(record.finished_at))),
-            column("leaf", "bigint", leaves.into_iter()),
-            column("record", "bytea", records().map(|record| &record.bytes[..])),
+            column("revision", records().map(|record| integer(record.revision.0))),
+            column("cycle_id", records().map(|record| integer(record.cycle_id.0))),
+            column("epoch", records().map(|record| integer(record.epoch.0))),
+            column("state", records().map(|record| small(state_number(record.state)))),
+            column("trigger", records().map(|record| small(trigger_number(&record.trigger)))),
+            column("loop", records().map(|record| record.trigger.loop_name().map(Name::as_str))),
+            column("request_id", records().map(|record| record.request_id.as_deref().map(str::as_bytes))),
+            column("triggered_by", records().map(|it| it.triggered_by.as_ref().map(ToString::to_string))),
+            column("finished_at", records().map(|record| nanoseconds(record.finished_at))),
+            column("leaf", leaves.into_iter()),
+            column("record", records().map(|record| &record.bytes[..])),
         ];
         self.insert("cycles", columns, None);
     }
@@ -304,26 +294,26 @@ impl<'w> Builder<'w, '_> {
         if !appended.nodes.is_empty() {
             let ids = (appended.first_node..).zip(&appended.nodes).map(|(id, _)| integer(id));
             let hashes = appended.nodes.iter().map(|hash| hash.0.to_vec());
-            self.insert("hashes", vec![column("id", "bigint", ids), column("hash", "bytea", hashes)], None);
+            self.insert("hashes", vec![column("id", ids), column("hash", hashes)], None);
         }
         if !write.audit.is_empty() {
             let events = || write.audit.iter();
             let leaves: Vec<_> = appended.events(write).map(|(leaf, _)| integer(leaf)).collect();
             let columns = vec![
-                column("leaf", "bigint", leaves.into_iter()),
-                column("kind", "smallint", events().map(|event| small(kind_number(event.kind)))),
-                column("time", "bigint", events().map(|event| nanoseconds(event.time))),
-                column("caller", "text", events().map(|event| event.caller.as_str())),
-                column("rpc", "text", events().map(|event| event.rpc.as_str())),
-                column("denied", "boolean", events().map(|event| event.denied)),
-                column("event", "bytea", events().map(|event| &event.bytes[..])),
+                column("leaf", leaves.into_iter()),
+                column("kind", events().map(|event| small(kind_number(event.kind)))),
+                column("time", events().map(|event| nanoseconds(event.time))),
+                column("caller", events().map(|event| event.caller.as_str())),
+                column("rpc", events().map(|event| event.rpc.as_str())),
+                column("denied", events().map(|event| event.denied)),
+                column("event", events().map(|event| &event.bytes[..])),
             ];
             self.insert("audit", columns, None);
         }
         let controls: Vec<_> = appended.control(write).collect();
         if !controls.is_empty() {
-            let leaves = column("leaf", "bigint", controls.iter().map(|(leaf, _)| integer(*leaf)));
-            let entries = column("entry", "bytea", controls.iter().map(|(_, entry)| &entry[..]));
+            let leaves = column("leaf", controls.iter().map(|(leaf, _)| integer(*leaf)));
+            let entries = column("entry", controls.iter().map(|(_, entry)| &entry[..]));
             self.insert("control", vec![leaves, entries], None);
         }
     }
@@ -338,30 +328,30 @@ impl<'w> Builder<'w, '_> {
     ) {
         if !records.is_empty() {
             let columns = vec![
-                column("revision", "bigint", records.iter().map(|record| integer(record.revision.0))),
-                column("leaf", "bigint", records.iter().map(|record| record.leaf.map(integer))),
-                column("state", "smallint", records.iter().map(|record| small(state_number(record.state)))),
+                column("revision", records.iter().map(|record| integer(record.revision.0))),
+                column("leaf", records.iter().map(|record| record.leaf.map(integer))),
+                column("state", records.iter().map(|record| small(state_number(record.state)))),
             ];
             let condition = "t.revision = u.revision AND t.leaf IS NOT DISTINCT FROM u.leaf AND t.state = u.state";
             self.delete("cycles", columns, condition, Some(records.len()));
         }
         if !events.is_empty() {
             let columns = vec![
-                column("leaf", "bigint", events.iter().map(|event| integer(event.leaf))),
-                column("kind", "smallint", events.iter().map(|event| small(kind_number(event.kind)))),
+                column("leaf", events.iter().map(|event| integer(event.leaf))),
+                column("kind", events.iter().map(|event| small(kind_number(event.kind)))),
             ];
             self.delete("audit", columns, "t.leaf = u.leaf AND t.kind = u.kind", Some(events.len()));
         }
         if !controls.is_empty() {
-            let leaves = column("leaf", "bigint", controls.iter().map(|leaf| integer(*leaf)));
+            let leaves = column("leaf", controls.iter().map(|leaf| integer(*leaf)));
             self.delete("control", vec![leaves], "t.leaf = u.leaf", Some(controls.len()));
         }
         let gone = |leaves| term.removed.contain_with(&next.gone, leaves);
         let needless = needless_hashes(removed, appended.log.frontier.size(), gone);
         if !needless.is_empty() {
             let columns = vec![
-                column("first", "bigint", needless.iter().map(|numbers| integer(numbers.start))),
-                column("after", "bigint", needless.iter().map(|numbers| integer(numbers.end))),
+                column("first", needless.iter().map(|numbers| integer(numbers.start))),
+                column("after", needless.iter().map(|numbers| integer(numbers.end))),
             ];
             self.delete("hashes", columns, "t.id >= u.first AND t.id < u.after", None);
         }
@@ -376,10 +366,10 @@ impl<'w> Builder<'w, '_> {
                 term.sealer.row(&OUTPUTS, [text(Some(name.as_str())), id, Value::Blob(payload.as_bytes())]).to_vec()
             });
             let columns = vec![
-                column("name", "text", stored.iter().map(|(name, _)| name.as_str())),
-                column("cycle_id", "bigint", stored.iter().map(|(_, output)| integer(output.cycle_id.0))),
-                column("payload", "bytea", stored.iter().map(|(_, output)| output.payload.as_bytes().to_vec())),
-                column("seal", "bytea", seals),
+                column("name", stored.iter().map(|(name, _)| name.as_str())),
+                column("cycle_id", stored.iter().map(|(_, output)| integer(output.cycle_id.0))),
+                column("payload", stored.iter().map(|(_, output)| output.payload.as_bytes().to_vec())),
+                column("seal", seals),
             ];
             self.insert("outputs", columns, Some("name"));
         }
@@ -418,13 +408,13 @@ impl<'w> Builder<'w, '_> {
                 })
                 .collect();
             let columns = vec![
-                column("name", "text", stored.iter().map(|(name, _)| name.as_str())),
-                column("spec", "text", specs.into_iter()),
-                column("lease_ms", "bigint", leases.into_iter()),
-                column("suspended", "boolean", stored.iter().map(|(_, it)| it.suspended)),
-                column("owner", "text", owners.into_iter()),
-                column("former_names", "text", former_names.into_iter()),
-                column("seal", "bytea", seals.into_iter()),
+                column("name", stored.iter().map(|(name, _)| name.as_str())),
+                column("spec", specs.into_iter()),
+                column("lease_ms", leases.into_iter()),
+                column("suspended", stored.iter().map(|(_, it)| it.suspended)),
+                column("owner", owners.into_iter()),
+                column("former_names", former_names.into_iter()),
+                column("seal", seals.into_iter()),
             ];
             self.insert("subsystems", columns, Some("name"));
         }
@@ -450,10 +440,10 @@ impl<'w> Builder<'w, '_> {
                 })
                 .collect();
             let columns = vec![
-                column("name", "text", stored.iter().map(|(name, _)| name.as_str())),
-                column("spec", "text", specs.into_iter()),
-                column("state", "text", states.into_iter()),
-                column("seal", "bytea", seals.into_iter()),
+                column("name", stored.iter().map(|(name, _)| name.as_str())),
+                column("spec", specs.into_iter()),
+                column("state", states.into_iter()),
+                column("seal", seals.into_iter()),
             ];
             self.insert("loops", columns, Some("name"));
         }
@@ -484,16 +474,16 @@ impl<'w> Builder<'w, '_> {
             let (key, keys, seals): (_, Column<'w>, Vec<_>) = if table == OPEN_CYCLES.name {
                 let kept: Vec<_> = numbers.into_iter().zip(seals).filter(|(id, _)| !cycles.contains(id)).collect();
                 let (numbers, seals): (Vec<_>, Vec<_>) = kept.into_iter().unzip();
-                ("cycle_id", column("key", "bigint", numbers.into_iter()), seals)
+                ("cycle_id", column("key", numbers.into_iter()), seals)
             } else {
                 let kept: Vec<_> = names.into_iter().zip(seals).filter(|(name, _)| !is_written(name)).collect();
                 let (names, seals): (Vec<_>, Vec<_>) = kept.into_iter().unzip();
-                ("name", column("key", "text", names.into_iter()), seals)
+                ("name", column("key", names.into_iter()), seals)
             };
             if seals.is_empty() {
                 continue;
             }
-            let rows = self.rows(vec![keys, column("new", "bytea", seals.into_iter())]);
+            let rows = self.rows(vec![keys, column("new", seals.into_iter())]);
             let schema = self.schema;
             self.parts.push(format!(
                 "renewed_{table} AS (UPDATE {schema}.{table} t SET seal = u.new FROM {rows}, fence
@@ -508,13 +498,11 @@ pub(super) struct Line {
     /// The name of its session.
     application: String,
     connection: Option<Connection>,
-    /// By their texts, on this connection.
-    prepared: BTreeMap<String, tokio_postgres::Statement>,
 }
 
 impl Line {
     pub(super) fn new(application: impl Into<String>) -> Self {
-        Self { application: application.into(), connection: None, prepared: BTreeMap::new() }
+        Self { application: application.into(), connection: None }
     }
 
     /// Takes the connection for other use; it is given back by [`Line::give`].
@@ -522,7 +510,6 @@ impl Line {
         if let Some(connection) = self.connection.take().filter(|connection| !connection.is_closed()) {
             return Ok(connection);
         }
-        self.prepared.clear();
         connector.connect(&self.application).await
     }
 
@@ -535,7 +522,7 @@ impl Line {
         &mut self,
         connector: &Connector,
         text: &str,
-        parameters: &[&(dyn ToSql + Sync)],
+        parameters: &[&dyn Parameter],
     ) -> Answer<tokio_postgres::Row> {
         let store = connector.url().to_string();
         let mut attempts = 0;
@@ -545,36 +532,21 @@ impl Line {
                 Ok(connection) => connection,
                 Err(error) => return Answer::Refused(error),
             };
-            let prepared = match self.prepared.get(text) {
-                Some(prepared) => prepared.clone(),
-                None => match connection.prepare(text).await {
-                    Ok(prepared) => {
-                        if self.prepared.len() >= PREPARED {
-                            self.prepared.clear();
-                        }
-                        self.prepared.insert(text.to_owned(), prepared.clone());
-                        prepared
-                    }
-                    // Nothing was executed.
-                    Err(error) => return Answer::Refused(explain(&store, &error)),
-                },
-            };
             let _ = connection.take_warning();
-            let executed = connection.query_opt(&prepared, parameters).await;
+            let executed = connection.query(text, parameters).await;
             let warning = connection.take_warning();
             match executed {
                 Ok(_) if warning.is_some() => {
                     let problem = format!("the server has warned of a commit: {}", warning.unwrap_or_default());
                     return Answer::Lost(StoreError::Unavailable { store, problem });
                 }
-                Ok(row) => {
+                Ok(mut rows) => {
                     self.connection = Some(connection);
-                    return row.map_or(Answer::Superseded, Answer::Executed);
+                    return rows.pop().map_or(Answer::Superseded, Answer::Executed);
                 }
                 Err(error) if is_ambiguous(&error) => return Answer::Lost(explain(&store, &error)),
                 Err(error) if is_worth_repeating(&error) && attempts < ATTEMPTS => {
                     self.connection = Some(connection);
-                    self.prepared.clear();
                 }
                 Err(error) => {
                     if !ends_connection(&error) {
@@ -606,8 +578,8 @@ pub(super) struct Attempt<'a, 'w> {
 
 impl Database for Attempt<'_, '_> {
     async fn commit(&mut self, after: Token, token: Token) -> Answer<()> {
-        let of_chain: [&(dyn ToSql + Sync); OF_CHAIN] = [&after.0, &token.0];
-        let others = self.statement.parameters.iter().map(|parameter| &**parameter as &(dyn ToSql + Sync));
+        let of_chain: [&dyn Parameter; OF_CHAIN] = [&after.0, &token.0];
+        let others = self.statement.parameters.iter().map(|parameter| &**parameter as &dyn Parameter);
         let parameters: Vec<_> = of_chain.into_iter().chain(others).collect();
         match self.line.execute(self.connector, &self.statement.text, &parameters).await {
             Answer::Executed(_) => Answer::Executed(()),

@@ -1,17 +1,19 @@
 //! Connections to the server that takes writes.
 
 use std::{
+    collections::BTreeMap,
     future::poll_fn,
     ops::Deref,
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use tokio::time::timeout;
 use tokio_postgres::{
-    AsyncMessage, Client, Config,
+    AsyncMessage, Client, Config, Error, Row, Statement,
     config::Host,
-    error::{DbError, Severity},
+    error::{DbError, Severity, SqlState},
+    types::ToSql,
 };
 use tokio_postgres_rustls::MakeRustlsConnect;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto};
@@ -19,6 +21,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::{
     error::explain,
+    parameter::Parameter,
     url::{CONNECT, PostgresUrl, Verification},
 };
 use crate::{clock::Clock, file, model::Epoch, pem::Pem, ports::StoreError};
@@ -31,6 +34,9 @@ pub(super) fn application_of(epoch: Epoch) -> String {
     format!("{APPLICATION}/{epoch}")
 }
 
+/// Most statements that stay prepared in a session: commits have few forms, and reads fewer.
+const PREPARED: usize = 64;
+
 /// Connects to the servers of one URL.
 pub(super) struct Connector {
     url: PostgresUrl,
@@ -38,8 +44,13 @@ pub(super) struct Connector {
 }
 
 /// A connection. Once it is dropped, the server rolls back what it has begun.
+///
+/// Statements with parameters go by [`Connection::query`]: those of the client itself are prepared by name, which a
+/// pooler does not allow.
 pub(super) struct Connection {
     client: Client,
+    /// By their texts. `None` behind a pooler, which executes each transaction in any session.
+    prepared: Option<Mutex<BTreeMap<String, Statement>>>,
     /// What the server has warned of since this was last taken.
     warning: Arc<Mutex<Option<String>>>,
     /// Moves the bytes.
@@ -60,10 +71,42 @@ impl Connection {
         &mut self.client
     }
 
+    /// The rows of a statement: in one round trip, once it was prepared, and behind a pooler.
+    pub(super) async fn query(&self, text: &str, parameters: &[&dyn Parameter]) -> Result<Vec<Row>, Error> {
+        let values = parameters.iter().map(|parameter| *parameter as &(dyn ToSql + Sync));
+        let kinds = parameters.iter().map(|parameter| parameter.kind());
+        let Some(prepared) = &self.prepared else {
+            return self.client.query_typed(text, &values.zip(kinds).collect::<Vec<_>>()).await;
+        };
+        let known = locked(prepared).get(text).cloned();
+        let statement = match known {
+            Some(statement) => statement,
+            None => {
+                let statement = self.client.prepare_typed(text, &kinds.collect::<Vec<_>>()).await?;
+                let mut prepared = locked(prepared);
+                if prepared.len() >= PREPARED {
+                    prepared.clear();
+                }
+                prepared.insert(text.to_owned(), statement.clone());
+                statement
+            }
+        };
+        let queried = self.client.query(&statement, &values.collect::<Vec<_>>()).await;
+        // The tables were changed since it was prepared.
+        if queried.as_ref().is_err_and(|error| error.code() == Some(&SqlState::FEATURE_NOT_SUPPORTED)) {
+            locked(prepared).remove(text);
+        }
+        queried
+    }
+
     /// What the server has warned of since this was last asked: statements that have returned are among that.
     pub(super) fn take_warning(&self) -> Option<String> {
         self.warning.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
+}
+
+fn locked(prepared: &Mutex<BTreeMap<String, Statement>>) -> MutexGuard<'_, BTreeMap<String, Statement>> {
+    prepared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Connector {
@@ -134,7 +177,8 @@ impl Connector {
                 }
             }
         });
-        Ok(Connection { client, warning, _task: AbortOnDropHandle::new(task) })
+        let prepared = (!self.url.is_pooled()).then(Mutex::default);
+        Ok(Connection { client, prepared, warning, _task: AbortOnDropHandle::new(task) })
     }
 
     /// The password in its file, if the URL names one. Read each time, so that it can be changed.

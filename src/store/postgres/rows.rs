@@ -3,12 +3,9 @@
 use std::{collections::BTreeMap, fmt, ops::ControlFlow};
 
 use tokio::runtime::Handle;
-use tokio_postgres::{
-    Error, IsolationLevel, Transaction,
-    types::{ToSql, Type},
-};
+use tokio_postgres::{Error, types::Type};
 
-use super::connect::Connection;
+use super::{connect::Connection, parameter::Parameter};
 use crate::{
     ledger::{Hash, Node},
     model::Revision,
@@ -23,6 +20,8 @@ use crate::{
 
 /// The columns of a record, but the record itself.
 const COLUMNS: &str = "revision, cycle_id, epoch, state, trigger, loop, request_id, triggered_by, finished_at, leaf";
+/// The column of a text that can have U+0000, which no text of PostgreSQL has: its bytes are stored.
+pub(super) const TEXT_AS_BYTES: &str = "request_id";
 /// Most rows without their large values that are read at once: as many as the largest page of a list has.
 const COLUMN_ROWS: i64 = 1000;
 /// Number of nodes whose hashes are read with that of one, on either side: those beside and above it are needed next.
@@ -76,7 +75,8 @@ impl Row for tokio_postgres::Row {
             }
             Type::BYTEA => {
                 let bytes: Option<&[u8]> = self.try_get(index).map_err(wrong)?;
-                Ok(bytes.map_or(Value::Null, Value::Blob))
+                let value = if column == TEXT_AS_BYTES { Value::Text } else { Value::Blob };
+                Ok(bytes.map_or(Value::Null, value))
             }
             ref other => Err(Wrong::new(column, format!("has the type {other}"))),
         }
@@ -85,7 +85,7 @@ impl Row for tokio_postgres::Row {
 
 /// A database within one transaction, on a blocking thread.
 pub(super) struct Snapshot<'c> {
-    transaction: Transaction<'c>,
+    connection: &'c Connection,
     runtime: Handle,
     schema: String,
     /// By the numbers of their nodes; `None` for one that is not there.
@@ -96,7 +96,7 @@ pub(super) struct Snapshot<'c> {
 /// that are under way, and before others. Also returns the connection for further use, and what was given: both are
 /// lost if the thread panics.
 pub(super) async fn at_once<S, T, E>(
-    mut connection: Connection,
+    connection: Connection,
     schema: &str,
     lock: bool,
     mut given: S,
@@ -110,14 +110,12 @@ where
     let (runtime, schema) = (Handle::current(), schema.to_owned());
     let task = tokio::task::spawn_blocking(move || {
         let read = (|| {
-            let begin = connection.client().build_transaction().isolation_level(IsolationLevel::RepeatableRead);
-            let transaction = runtime.block_on(begin.read_only(!lock).start()).map_err(Failed::from)?;
-            let mut snapshot = Snapshot { transaction, runtime: runtime.clone(), schema, hashes: BTreeMap::new() };
-            if lock {
-                snapshot.query("SELECT 1 FROM SCHEMA.meta WHERE id = 0 FOR UPDATE", &[]).map_err(Failed::from)?;
-            }
-            let read = read(&mut snapshot, &mut given)?;
-            runtime.block_on(snapshot.transaction.rollback()).map_err(Failed::from)?;
+            let mut snapshot = Snapshot::begin(&connection, runtime, schema, lock)?;
+            let read = read(&mut snapshot, &mut given);
+            // Also if it has failed: the connection is used again.
+            let ended = snapshot.end("ROLLBACK");
+            let read = read?;
+            ended.map_err(Failed::from)?;
             Ok(read)
         })();
         ((connection, given), read)
@@ -131,19 +129,38 @@ where
     }
 }
 
-impl Snapshot<'_> {
+impl<'c> Snapshot<'c> {
+    /// Begins a transaction that reads as of one moment. With `lock`, it waits for commits that are under way, makes
+    /// others wait, and may write.
+    pub(super) fn begin(
+        connection: &'c Connection,
+        runtime: Handle,
+        schema: String,
+        lock: bool,
+    ) -> Result<Self, Failed> {
+        let access = if lock { "READ WRITE" } else { "READ ONLY" };
+        runtime.block_on(connection.batch_execute(&format!("BEGIN ISOLATION LEVEL REPEATABLE READ {access}")))?;
+        let snapshot = Self { connection, runtime, schema, hashes: BTreeMap::new() };
+        if lock && let Err(error) = snapshot.query("SELECT 1 FROM SCHEMA.meta WHERE id = 0 FOR UPDATE", &[]) {
+            let _ = snapshot.end("ROLLBACK");
+            return Err(error.into());
+        }
+        Ok(snapshot)
+    }
+
+    /// Ends the transaction: by `COMMIT`, or by `ROLLBACK`.
+    pub(super) fn end(self, how: &str) -> Result<(), Error> {
+        self.runtime.block_on(self.connection.batch_execute(how))
+    }
+
     /// The rows of a query, in which `SCHEMA.` stands for the schema.
-    pub(super) fn query(
-        &self,
-        query: &str,
-        parameters: &[&(dyn ToSql + Sync)],
-    ) -> Result<Vec<tokio_postgres::Row>, Error> {
+    pub(super) fn query(&self, query: &str, parameters: &[&dyn Parameter]) -> Result<Vec<tokio_postgres::Row>, Error> {
         let query = query.replace("SCHEMA.", &format!("{}.", self.schema));
-        self.runtime.block_on(self.transaction.query(&query, parameters))
+        self.runtime.block_on(self.connection.query(&query, parameters))
     }
 
     /// The only row of a query.
-    pub(super) fn one(&self, query: &str, parameters: &[&(dyn ToSql + Sync)]) -> Result<tokio_postgres::Row, Failed> {
+    pub(super) fn one(&self, query: &str, parameters: &[&dyn Parameter]) -> Result<tokio_postgres::Row, Failed> {
         self.query(query, parameters)?.pop().ok_or_else(|| Wrong::new("row", "is not there").into())
     }
 
@@ -151,7 +168,7 @@ impl Snapshot<'_> {
     pub(super) fn record_where(
         &mut self,
         condition: &str,
-        parameters: &[&(dyn ToSql + Sync)],
+        parameters: &[&dyn Parameter],
     ) -> Result<Option<StoredEntry>, Failed> {
         let query = format!("SELECT {} FROM SCHEMA.cycles WHERE {condition}", columns(Table::Records));
         Ok(self.query(&query, parameters)?.pop().map(|row| StoredEntry::of(Table::Records, &row)).transpose()?)

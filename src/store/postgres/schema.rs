@@ -141,7 +141,7 @@ async fn migrate_once(connection: &mut Connection, store: &str, schema: &str) ->
         transaction.batch_execute(&create).await?;
     }
     let lock = format!("SELECT version, usable_from FROM {schema}.store_schema WHERE id = 0 FOR UPDATE");
-    let row = transaction.query_one(&lock, &[]).await?;
+    let row = transaction.query_typed_one(&lock, &[]).await?;
     let from = check((row.get(0), row.get(1)))?;
     for migration in migrations().filter(|migration| migration.version > from) {
         transaction.batch_execute(&in_schema(migration.statements, schema)).await?;
@@ -157,12 +157,12 @@ async fn migrate_once(connection: &mut Connection, store: &str, schema: &str) ->
 /// The schema version and the lowest one with which it may be used, if there is a store.
 async fn version(connection: &Connection, schema: &str) -> Result<Option<(i32, i32)>, Error> {
     let table = format!("{schema}.store_schema");
-    let is_there = connection.query_one("SELECT to_regclass($1) IS NOT NULL", &[&table]).await?;
-    if !is_there.get::<_, bool>(0) {
+    let is_there = connection.query("SELECT 1 WHERE to_regclass($1) IS NOT NULL", &[&table]).await?;
+    if is_there.is_empty() {
         return Ok(None);
     }
-    let row = connection.query_opt(&format!("SELECT version, usable_from FROM {table} WHERE id = 0"), &[]).await?;
-    Ok(row.map(|row| (row.get(0), row.get(1))))
+    let row = connection.query(&format!("SELECT version, usable_from FROM {table} WHERE id = 0"), &[]).await?;
+    Ok(row.first().map(|row| (row.get(0), row.get(1))))
 }
 
 /// True if a table, a schema, or one of their entries in the catalogue exists already.

@@ -36,6 +36,7 @@ pub struct PostgresUrl {
     verification: Verification,
     password_file: Option<PathBuf>,
     schema: String,
+    is_pooled: bool,
 }
 
 /// How the server proves that it is the one that is meant.
@@ -121,6 +122,7 @@ impl PostgresUrl {
             verification,
             password_file: own.password_file,
             schema: own.schema.unwrap_or_else(|| SCHEMA.into()),
+            is_pooled: own.pooled,
         })
     }
 
@@ -147,6 +149,11 @@ impl PostgresUrl {
     /// The file with the password, if it has one.
     pub(super) fn password_file(&self) -> Option<&PathBuf> {
         self.password_file.as_ref()
+    }
+
+    /// True if a pooler is in between, which may execute each transaction in another session.
+    pub(super) fn is_pooled(&self) -> bool {
+        self.is_pooled
     }
 
     /// The schema of the tables: a word that needs no quotes.
@@ -176,6 +183,7 @@ struct Own {
     sslrootcert: Option<PathBuf>,
     password_file: Option<PathBuf>,
     schema: Option<String>,
+    pooled: bool,
 }
 
 impl Own {
@@ -191,11 +199,15 @@ impl Own {
                      digits, at most {MAX_SCHEMA}"
                 ));
             }
+            "pooled" => {
+                let wrong = |_| format!("pooled={value} is neither true nor false");
+                self.pooled = value.parse().map_err(wrong)?;
+            }
             "password" => return Err("a password belongs before the @, or into a file: password_file=PATH".into()),
             _ => {
                 return Err(format!(
-                    "{key} is not a parameter; give dbname, host, password_file, port, schema, sslmode, \
-                     sslrootcert or user"
+                    "{key} is not a parameter; give dbname, host, password_file, pooled, port, schema, \
+                     sslmode, sslrootcert or user"
                 ));
             }
         }
@@ -325,6 +337,7 @@ mod tests {
             ("postgres://u@h/d?password=secret", "before the @"),
             ("postgres://u:secret@h/d?password_file=/a", "leave one of them out"),
             ("postgres://u:secret@h/d?schema", "has no value"),
+            ("postgres://u:secret@h/d?pooled=yes", "neither true nor false"),
         ] {
             let error = PostgresUrl::parse(url).unwrap_err();
             assert!(error.contains(said) && !error.contains("secret"), "{url}: {error}");
