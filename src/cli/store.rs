@@ -13,7 +13,7 @@ use crate::{
     host::Host,
     ledger::{LogBegan, LogBeganReason},
     record,
-    store::{self, Accepted, Compacted, EntryCodec, KeyFileError, LogKeys, Migrated, PostgresUrl, StoreUrl},
+    store::{self, Accepted, Compacted, EntryCodec, KeyFileError, LogKeys, Migrated, Moved, PostgresUrl, StoreUrl},
 };
 
 /// Work on a store that no process has open
@@ -27,6 +27,7 @@ pub(super) struct Store {
 enum Command {
     Accept(Accept),
     Compact(Compact),
+    Copy(Copy),
     Migrate(Migrate),
 }
 
@@ -50,6 +51,40 @@ struct Compact {
     /// The store, as in store.url
     #[arg(value_name = "URL", value_parser = StoreUrl::parse, default_value = "sqlite:orchestrator.db")]
     url: StoreUrl,
+}
+
+/// Move a store to another database: from SQLite to PostgreSQL, or back
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Copies everything, byte for byte: the history with its log and its newest checkpoint, registrations, loops, latest \
+outputs, and waiting cycles. Then it reads both stores and compares digests of all rows. From then on, the target is the \
+store, and the source is refused, with a message that names the target. Watchers resume, and earlier checkpoints and pins \
+stay valid, since the log is the same.
+
+Stop the service first. The source must have been closed: a store whose process was killed is served once more before, \
+and stopped. The target must be new or empty. A copy that is interrupted leaves a target that is refused, and a source \
+that is served as before: remove the target, and copy again. If the source is refused already, repeat the command.
+
+The keys of the log are in files, which stay where they are: see what the command prints.
+
+Exit codes:
+  0    the target is the store now
+  1    a store can't be used, is served, or was not closed, the target is not
+       empty, or the copy differs
+  2    wrong usage
+
+Examples:
+  orchestrator store copy --from sqlite:/var/lib/orchestrator/orchestrator.db \\
+    --to postgres://owner@db1.example,db2.example/fleet
+  orchestrator store copy --from postgres://owner@localhost/fleet \\
+    --to sqlite:orchestrator.db")]
+struct Copy {
+    /// The source, as in store.url
+    #[arg(long, value_name = "URL", value_parser = StoreUrl::parse)]
+    from: StoreUrl,
+    /// The target
+    #[arg(long, value_name = "URL", value_parser = StoreUrl::parse)]
+    to: StoreUrl,
 }
 
 /// Make the tables of a store in PostgreSQL, or bring them up to date
@@ -165,6 +200,11 @@ impl Store {
                 print(&(clean(&brought(&url, migrated)) + "\n"))?;
                 return Ok(Exit::Done);
             }
+            Command::Copy(Copy { from, to }) => {
+                let moved = store::copy(&from, &to, Host::system().clock).await.map_err(|error| refused(&error))?;
+                print(&moved_to(&moved))?;
+                return Ok(Exit::Done);
+            }
             Command::Compact(Compact { url }) => {
                 let Compacted { before, after } = store::compact(&url).map_err(|error| refused(&error))?;
                 let (before, after) = (grouped(before), grouped(after));
@@ -188,6 +228,21 @@ fn brought(url: &PostgresUrl, Migrated { from, to }: Migrated) -> String {
         from if from == to => format!("{url} has version {to} already"),
         from => format!("{url} has version {to} now; it had version {from}"),
     }
+}
+
+/// The message about a store that was copied.
+fn moved_to(Moved { from, to, records, events, last_cycle_id, key_file }: &Moved) -> String {
+    let (records, events) = (count(*records, "record"), count(*events, "audit event"));
+    let key = match key_file {
+        Some(file) => format!("the key of its log stays in {}: name that file in ledger.key_files", file.display()),
+        None => "the keys of its log stay where they are: name the same files in ledger.key_files".into(),
+    };
+    let lines = [
+        format!("{to} is the store now, up to cycle {last_cycle_id}: {records} and {events}"),
+        key,
+        format!("{from} is refused from now on"),
+    ];
+    lines.iter().map(|line| clean(line) + "\n").collect()
 }
 
 /// The entries of a log that begins when an operator accepts a store.

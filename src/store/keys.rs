@@ -196,6 +196,12 @@ pub fn signing_key(path: &Path) -> Result<SigningKey, KeyFileError> {
     key.map_err(|problem| KeyFileError::Invalid { path: path.to_owned(), problem })
 }
 
+/// The file of the key beside the database of a store, if it exists.
+pub(super) fn key_file_beside(url: &StoreUrl) -> Option<PathBuf> {
+    let StoreUrl::Sqlite(database) = url else { return None };
+    Some(beside(database, ".key")).filter(|file| file.exists())
+}
+
 /// The key beside the database of a store, if it exists. Waits for the disk.
 ///
 /// # Errors

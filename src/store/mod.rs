@@ -3,6 +3,7 @@
 mod backup;
 mod chain;
 mod contents;
+mod copying;
 mod counts;
 mod entries;
 mod excess;
@@ -31,6 +32,7 @@ use std::{
 };
 
 pub use self::backup::{BackedUp, BackupError, backup, restore};
+pub use self::copying::{CopyError, Moved, copy};
 pub use self::keys::{
     KeyFileError, LogKeys, NewKeys, checkpoint_of, keep_published, key_beside, published, signing_key,
 };

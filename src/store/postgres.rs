@@ -13,6 +13,7 @@
 
 mod commit;
 mod connect;
+mod copying;
 mod error;
 mod leader;
 mod parameter;
@@ -33,11 +34,13 @@ use jiff::Timestamp;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio_util::task::AbortOnDropHandle;
 
+pub(super) use self::copying::Copying;
 use self::{
     commit::{DURABLE, Line},
     connect::{APPLICATION, Connection, Connector},
     error::{ends_connection, explain, is_worth_repeating},
     leader::{LastClaim, LeaderRow},
+    parameter::Parameter,
     rows::{Failed, Snapshot, at_once},
     writer::{Writer, failure, read},
 };
@@ -85,13 +88,22 @@ struct Writing {
 
 impl PostgresStore {
     pub(super) async fn open(url: &PostgresUrl, checks: Checks, clock: Clock) -> Result<Self, OpenError> {
+        Self::open_even(url, (checks, clock), false).await
+    }
+
+    /// Opens a database, even if it was moved.
+    async fn open_even(
+        url: &PostgresUrl,
+        (checks, clock): (Checks, Clock),
+        even_moved: bool,
+    ) -> Result<Self, OpenError> {
         let connector = Arc::new(Connector::new(url.clone(), clock).await?);
         let mut connection = connector.connect(APPLICATION).await?;
         schema::migrate(&connector, &mut connection).await?;
         let (log, claim) = (SharedLog::default(), LastClaim::default());
         let (jobs, incoming) = Jobs::new();
         let leader = Arc::new(LeaderRow::new(connector.clone(), claim.clone()));
-        let writer = Writer::new(connector.clone(), claim, log.clone(), (checks, clock));
+        let writer = Writer::new(connector.clone(), claim, log.clone(), (checks, clock), even_moved);
         let writer = AbortOnDropHandle::new(tokio::spawn(writer.run(incoming)));
         Ok(Self::new(connector, connection, (checks, clock), log, Some(Writing { jobs, leader, _writer: writer })))
     }
@@ -117,6 +129,18 @@ impl PostgresStore {
         let idle = Mutex::new(vec![connection]);
         let readers = Arc::new(Readers { connector, idle, permits: Semaphore::new(READERS) });
         Self { readers, checks, clock, writing, log, trouble }
+    }
+
+    /// Executes a statement that no commit depends on.
+    async fn write_beside(&self, statement: &str, parameters: &[&dyn Parameter]) -> Result<(), StoreError> {
+        let store = self.readers.connector.url().to_string();
+        let _permit = self.readers.permit().await?;
+        let connection = self.readers.take(false).await?;
+        let _ = connection.take_warning();
+        connection.query(statement, parameters).await.map_err(|error| explain(&store, &error))?;
+        let warning = connection.take_warning();
+        self.readers.give(Some(connection));
+        warning.map_or(Ok(()), |problem| Err(StoreError::Unavailable { store, problem }))
     }
 
     /// How records are read now.
@@ -206,7 +230,7 @@ pub(super) async fn accept(
     EntryCodec { checks, began }: EntryCodec,
     clock: Clock,
 ) -> Result<Accepted, AcceptError> {
-    let store = PostgresStore::open(url, checks, clock).await?;
+    let store = PostgresStore::open_even(url, (checks, clock), true).await?;
     let signer = Signer::of(origin, keys);
     let taken = store.take_over(Seals::Renewed(SealKeys::of(&signer))).await;
     let Contents { epoch, last_cycle_id, missing, checkpoint, .. } = taken.map_err(OpenError::from)?;
@@ -217,6 +241,8 @@ pub(super) async fn accept(
     store.commit(Arc::new(write)).await.map_err(OpenError::from)?;
     let log = store.log().frontier;
     store.publish_checkpoint(signer.sign(log.size(), log.root())).await.map_err(OpenError::from)?;
+    let served = format!("WITH {DURABLE} UPDATE {}.meta SET not_served = NULL FROM durable WHERE id = 0", url.schema());
+    store.write_beside(&served, &[]).await.map_err(OpenError::from)?;
     let (store, noted_cycle_id) = (url.to_string(), last_cycle_id);
     Ok(Accepted { store, earlier: None, last_cycle_id, noted_cycle_id, missing: lacks })
 }
@@ -237,7 +263,8 @@ impl Store for PostgresStore {
         Box::pin(async move {
             let Some(Writing { jobs, .. }) = &self.writing else {
                 let (connector, how) = (&self.readers.connector, (self.checks, self.clock));
-                let taken = read(connector, &mut Line::new(APPLICATION), how, seals, false).await?;
+                let line = &mut Line::new(APPLICATION);
+                let taken = read(connector, line, how, seals, (false, true)).await?;
                 self.log.begins_after(taken.term.unlogged_to);
                 self.log.set(&taken.term.frontier.log);
                 return Ok(Contents { epoch: taken.term.current, ..taken.contents });
@@ -328,20 +355,13 @@ impl Store for PostgresStore {
 
     fn publish_checkpoint(&self, checkpoint: String) -> BoxFuture<'_, Result<(), StoreError>> {
         Box::pin(async move {
-            let connector = &self.readers.connector;
-            let (store, schema) = (connector.url().to_string(), connector.url().schema());
-            let _permit = self.readers.permit().await?;
-            let connection = self.readers.take(false).await?;
             let put = format!(
-                "WITH {DURABLE} INSERT INTO {schema}.checkpoint SELECT 0, $1 FROM durable
-                 ON CONFLICT (id) DO UPDATE SET note = EXCLUDED.note"
+                "WITH {DURABLE} INSERT INTO {}.checkpoint SELECT 0, $1 FROM durable
+                 ON CONFLICT (id) DO UPDATE SET note = EXCLUDED.note",
+                self.readers.connector.url().schema()
             );
-            let _ = connection.take_warning();
             // If this fails, it is published again with the next one.
-            connection.query(&put, &[&checkpoint]).await.map_err(|error| explain(&store, &error))?;
-            let warning = connection.take_warning();
-            self.readers.give(Some(connection));
-            warning.map_or(Ok(()), |problem| Err(StoreError::Unavailable { store, problem }))
+            self.write_beside(&put, &[&checkpoint]).await
         })
     }
 

@@ -43,7 +43,8 @@ impl Wrong {
         Self { column: column.to_owned(), problem: problem.into() }
     }
 
-    fn kind(column: &str, value: Value<'_>, expected: &str) -> Self {
+    /// The problem of a value of another kind.
+    pub(super) fn kind(column: &str, value: Value<'_>, expected: &str) -> Self {
         let found = match value {
             Value::Null => "missing".to_owned(),
             Value::Integer(number) => number.to_string(),

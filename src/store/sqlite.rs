@@ -24,6 +24,7 @@
 mod backup;
 mod commit;
 mod contents;
+mod copying;
 mod error;
 mod identity;
 mod log;
@@ -55,13 +56,14 @@ use rusqlite::Connection;
 pub use self::place::DatabaseFileError;
 pub(super) use self::{
     backup::{copy, put},
+    copying::Copying,
     opening::{accept, compact},
     verify::verify,
 };
 use self::{
     error::{explain, unavailable, unwritable},
     note::{Mark, Note, is_of_this_database, refuse_older_copy},
-    opening::{Opened, connect, immutable, look},
+    opening::{Allowed, Opened, connect, immutable, look},
     place::LockedDatabase,
     reading::{ReadError, Readers},
     writer::Writer,
@@ -112,7 +114,7 @@ impl SqliteStore {
     }
 
     fn open_blocking(path: &Path, checks: Checks, clock: Clock) -> Result<Self, OpenError> {
-        let Opened { place, connection, here, .. } = Opened::at(path, false)?;
+        let Opened { place, connection, here, .. } = Opened::at(path, Allowed::None)?;
         let mark = Mark::read(&connection).map_err(|error| explain(&place.path, &error))?;
         let (note, noted) = Note::open(&place.path)?;
         let noted = noted.filter(|noted| is_of_this_database(&place.path, &mark, noted));

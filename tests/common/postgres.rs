@@ -1,6 +1,7 @@
 //! A PostgreSQL server. The tests of the store in `src` use it as well, so it needs nothing else of the kit.
 
 use std::{
+    collections::BTreeSet,
     env,
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
@@ -107,11 +108,22 @@ impl Server {
         self.execute(&format!("SET search_path = {schema}; {statement}")).await;
     }
 
-    async fn execute(&self, statement: &str) {
+    /// The columns of the tables of the store at this URL, each behind the name of its table and a dot.
+    pub async fn columns(&self, url: &str) -> BTreeSet<String> {
+        let (_, schema) = url.rsplit_once("schema=").unwrap();
+        let columns = "SELECT table_name || '.' || column_name FROM information_schema.columns WHERE table_schema = ";
+        let found = self.execute(&format!("{columns} '{schema}'")).await;
+        found.lines().map(str::to_owned).collect()
+    }
+
+    /// Executes a statement, and returns what it returns: a line for each row.
+    pub async fn execute(&self, statement: &str) -> String {
         let mut psql = tokio::process::Command::new("psql");
-        psql.args(["--quiet", "--no-psqlrc", "--username", "owner", "--dbname", "postgres", "--command", statement]);
-        psql.arg("--host").arg(&self.directory);
-        assert!(psql.stdout(Stdio::null()).status().await.unwrap().success());
+        psql.args(["--quiet", "--no-psqlrc", "--tuples-only", "--no-align", "--username", "owner", "--dbname"]);
+        psql.args(["postgres", "--command", statement]).arg("--host").arg(&self.directory);
+        let output = psql.stderr(Stdio::inherit()).output().await.unwrap();
+        assert!(output.status.success(), "{statement}");
+        String::from_utf8(output.stdout).unwrap()
     }
 
     /// The directory of its socket.

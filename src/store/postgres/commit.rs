@@ -26,6 +26,8 @@ pub(super) const DURABLE: &str = "durable AS (
                       CASE current_setting('synchronous_commit') WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END,
                       true)
 )";
+/// A token that no other process has: the first bits of a random id.
+pub(super) const RANDOM_TOKEN: &str = "('x' || left(replace(gen_random_uuid()::text, '-', ''), 15))::bit(60)::bigint";
 /// Most times that a statement is executed that another transaction has met.
 const ATTEMPTS: usize = 3;
 /// The parameters that the chain gives: the token before, and the own one.

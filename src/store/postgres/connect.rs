@@ -10,10 +10,10 @@ use std::{
 
 use tokio::time::timeout;
 use tokio_postgres::{
-    AsyncMessage, Client, Config, Error, Row, Statement,
+    AsyncMessage, Client, Config, Error, Row, RowStream, Statement,
     config::Host,
     error::{DbError, Severity, SqlState},
-    types::ToSql,
+    types::{ToSql, Type},
 };
 use tokio_postgres_rustls::MakeRustlsConnect;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto};
@@ -97,6 +97,11 @@ impl Connection {
             locked(prepared).remove(text);
         }
         queried
+    }
+
+    /// The rows of a query, one by one.
+    pub(super) async fn stream(&self, text: &str) -> Result<RowStream, Error> {
+        self.client.query_typed_raw(text, Vec::<(bool, Type)>::new()).await
     }
 
     /// What the server has warned of since this was last asked: statements that have returned are among that.

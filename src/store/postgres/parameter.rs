@@ -30,6 +30,7 @@ parameters! {
     &[String] => TEXT_ARRAY,
     Vec<u8> => BYTEA,
     Vec<bool> => BOOL_ARRAY,
+    Vec<Option<bool>> => BOOL_ARRAY,
     Vec<i16> => INT2_ARRAY,
     Vec<i64> => INT8_ARRAY,
     Vec<Option<i64>> => INT8_ARRAY,

@@ -23,6 +23,8 @@ CREATE TABLE SCHEMA.meta (
     log_counted_at bigint   NOT NULL DEFAULT -1,  -- the leaf of the entry with which the entries were counted anew
     unlogged_to    bigint   NOT NULL DEFAULT 0,   -- the highest revision of the records that are older than the log
     is_closed      boolean  NOT NULL DEFAULT true, -- the last process wrote everything that it had to
+    not_served     text,                          -- NULL if it may be served; the URL of the store that it was copied
+                                                  -- to; or, for an unfinished copy, unfinished: and the URL of that
     -- Numbers of the records of each state, and of the audit events of each kind, so that retention need not count them.
     succeeded      bigint   NOT NULL DEFAULT 0,
     degraded       bigint   NOT NULL DEFAULT 0,

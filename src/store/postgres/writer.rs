@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use tokio::sync::mpsc;
 
 use super::{
-    commit::{Attempt, Before, Line, Renewed, Statement},
+    commit::{Attempt, Before, Line, RANDOM_TOKEN, Renewed, Statement},
     connect::{APPLICATION, Connector, application_of},
     error::{explain, is_worth_repeating},
     leader::LastClaim,
@@ -19,6 +19,7 @@ use crate::{
     store::{
         chain::{Chain, Stored, Token},
         contents::{Refused, Tables, read_contents},
+        copying::NotServed,
         excess::Searches,
         frontier::Appended,
         jobs::Job,
@@ -49,6 +50,8 @@ pub(super) struct Writer {
     checks: Checks,
     clock: Clock,
     line: Line,
+    /// It is accepted, whatever it was moved to.
+    even_moved: bool,
     /// `None` until the store is taken over.
     term: Option<(Term, Chain)>,
     /// The last epoch that was fixed.
@@ -67,9 +70,10 @@ impl Writer {
         claim: LastClaim,
         log: SharedLog,
         (checks, clock): (Checks, Clock),
+        even_moved: bool,
     ) -> Self {
         let (line, searches) = (Line::new(APPLICATION), Searches::default());
-        Self { connector, checks, clock, line, term: None, fixed: None, claim, searches, log }
+        Self { connector, checks, clock, line, even_moved, term: None, fixed: None, claim, searches, log }
     }
 
     /// Does the jobs in their order, until no more can come.
@@ -92,7 +96,8 @@ impl Writer {
         if let Some(epoch) = claim {
             self.line = Line::new(application_of(epoch));
         }
-        let taken = read(&self.connector, &mut self.line, (self.checks, self.clock), seals, true).await?;
+        let how = (self.checks, self.clock);
+        let taken = read(&self.connector, &mut self.line, how, seals, (true, self.even_moved)).await?;
         let Taken { mut contents, mut term, claimed, last, given } = taken;
         contents.epoch = match claim {
             Some(epoch) if epoch != claimed || epoch <= term.current => {
@@ -190,13 +195,14 @@ impl Writer {
     }
 }
 
-/// Reads the state that a process would take over. With `lock`, after commits that are under way.
+/// Reads the state that a process would take over. With `lock`, after commits that are under way. One that was moved is
+/// read only if `even_moved` is true.
 pub(super) async fn read(
     connector: &Connector,
     line: &mut Line,
     (checks, clock): (Checks, Clock),
     seals: Seals,
-    lock: bool,
+    (lock, even_moved): (bool, bool),
 ) -> Result<Taken, StoreError> {
     let store = connector.url().to_string();
     let mut attempts = 0;
@@ -205,23 +211,30 @@ pub(super) async fn read(
         let connection = line.take(connector).await?;
         let seals = seals.clone();
         let (back, read) = at_once(connection, connector.url().schema(), lock, (), move |snapshot, ()| {
+            let row = snapshot.one("SELECT not_served FROM SCHEMA.meta", &[])?;
+            match optional_text(&row, "not_served").map_err(Failed::from)?.map(|text| NotServed::parse(&text)) {
+                Some(NotServed::MovedTo(_)) if even_moved => {}
+                Some(not_served) => return Ok(Err(not_served)),
+                None => {}
+            }
             let (mut contents, term) = read_contents(snapshot, checks, clock, seals)?;
-            // The first bits of a random id.
-            let tokens = "SELECT token, ('x' || left(replace(gen_random_uuid()::text, '-', ''), 15))::bit(60)::bigint
-                          AS given, (SELECT note FROM SCHEMA.checkpoint) AS note,
-                          (SELECT epoch FROM SCHEMA.leader) AS claimed FROM SCHEMA.meta";
-            let row = snapshot.one(tokens, &[])?;
+            let beside = format!(
+                "SELECT token, {RANDOM_TOKEN} AS given, (SELECT note FROM SCHEMA.checkpoint) AS note,
+                 (SELECT epoch FROM SCHEMA.leader) AS claimed FROM SCHEMA.meta"
+            );
+            let row = snapshot.one(&beside, &[])?;
             let claimed = Epoch(number(&row, "claimed").map_err(Failed::from)?);
             contents.checkpoint = optional_text(&row, "note").map_err(Failed::from)?;
             let token = |column| Ok::<_, Failed>(Token(integer_of(&row, column)?));
-            Ok((contents, term, claimed, token("token")?, token("given")?))
+            Ok(Ok((contents, term, claimed, token("token")?, token("given")?)))
         })
         .await;
         if let Some((connection, ())) = back {
             line.give(connection);
         }
         match read {
-            Ok((contents, term, claimed, last, given)) => return Ok(Taken { contents, term, claimed, last, given }),
+            Ok(Err(not_served)) => return Err(not_served.refusal(store)),
+            Ok(Ok((contents, term, claimed, last, given))) => return Ok(Taken { contents, term, claimed, last, given }),
             Err(Refused::Unreadable(Failed::Statement(error))) if is_worth_repeating(&error) && attempts < ATTEMPTS => {
             }
             Err(Refused::Unreadable(failed)) => return Err(failure(connector, &failed)),

@@ -15,6 +15,7 @@ use std::{
 use rusqlite::{Connection, OptionalExtension, named_params};
 
 use super::place::{DatabaseFileError, FileId, file_id, log_of};
+use crate::store::copying::NotServed;
 
 /// The identity of a database file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,6 +31,20 @@ impl Identity {
     /// The file at this path now, which is absolute and without links.
     pub(super) fn at(path: &Path) -> io::Result<Self> {
         Ok(Self { path: path.to_owned(), file: file_id(path)? })
+    }
+
+    /// Why a database is not served, if it says so in the place of the path: a path is absolute, and no URL is.
+    pub(super) fn not_served(connection: &Connection) -> rusqlite::Result<Option<NotServed>> {
+        let path: Option<Vec<u8>> = connection.query_row("SELECT path FROM meta", [], |row| row.get(0))?;
+        let text = path.filter(|path| !path.starts_with(b"/")).map(|text| String::from_utf8_lossy(&text).into_owned());
+        Ok(text.map(|text| NotServed::parse(&text)))
+    }
+
+    /// Notes why a database is not served. Earlier versions of this software take it for a copy of the store at that
+    /// URL, and refuse it as well.
+    pub(super) fn put_not_served(connection: &Connection, not_served: &NotServed) -> rusqlite::Result<()> {
+        connection.execute("UPDATE meta SET path = ?1, device = 0, inode = 0", [not_served.text().as_bytes()])?;
+        Ok(())
     }
 
     /// The file of the database when it was last used, if noted in it.

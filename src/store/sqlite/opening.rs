@@ -22,8 +22,9 @@ use crate::{
     model::Revision,
     ports::{Checks, Log, StoreError, Write},
     store::{
-        AcceptError, Accepted, Compacted, NewKeys, OpenError,
+        AcceptError, Accepted, Compacted, NewKeys, OpenError, StoreUrl,
         contents::{check_extent, check_unsealed_epoch, read_log},
+        copying::NotServed,
         counts::Counts,
         frontier::Appended,
         row::integer,
@@ -31,6 +32,16 @@ use crate::{
         walk::{Recounted, recount},
     },
 };
+
+/// Which databases are opened, beside those that may be served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Allowed {
+    None,
+    /// Copies of other databases, and one that was moved.
+    Copies,
+    /// Those that are not served, for any reason.
+    NotServed,
+}
 
 /// A database of this software with the current schema.
 pub(super) struct Opened {
@@ -43,9 +54,9 @@ pub(super) struct Opened {
 }
 
 impl Opened {
-    pub(super) fn at(path: &Path, even_a_copy: bool) -> Result<Self, OpenError> {
+    pub(super) fn at(path: &Path, allowed: Allowed) -> Result<Self, OpenError> {
         let mut place = LockedDatabase::take(path)?;
-        let opened = Self::open(&place.path, even_a_copy);
+        let opened = Self::open(&place.path, allowed);
         if let Err(OpenError::Files(DatabaseFileError::NotADatabase { .. }) | OpenError::Foreign { .. }) = opened {
             place.leave();
         }
@@ -53,15 +64,26 @@ impl Opened {
         Ok(Self { place, connection, here, noted })
     }
 
-    fn open(path: &Path, even_a_copy: bool) -> Result<(Connection, Identity, Option<Identity>), OpenError> {
+    fn open(path: &Path, allowed: Allowed) -> Result<(Connection, Identity, Option<Identity>), OpenError> {
         let explained = |error| explain(path, &error);
         // A foreign database, or a copy, is not changed.
         let connection = open_file(path).map_err(explained)?;
         let version = check_version(&connection, path)?;
         let here = Identity::at(path).map_err(|error| unwritable(path, &error))?;
-        let noted = if version < Identity::SINCE { None } else { Identity::noted(&connection).map_err(explained)? };
+        let (not_served, noted) = if version < Identity::SINCE {
+            (None, None)
+        } else {
+            (Identity::not_served(&connection).map_err(explained)?, Identity::noted(&connection).map_err(explained)?)
+        };
+        let noted = noted.filter(|_| not_served.is_none());
+        match (&not_served, allowed) {
+            (Some(NotServed::MovedTo(_)), Allowed::Copies) | (_, Allowed::NotServed) | (None, _) => {}
+            (Some(not_served), _) => {
+                return Err(not_served.refusal(StoreUrl::Sqlite(path.to_owned()).to_string()).into());
+            }
+        }
         match here.check(noted.as_ref()) {
-            Err(DatabaseFileError::Copy { .. }) if even_a_copy => {}
+            Err(DatabaseFileError::Copy { .. }) if allowed == Allowed::Copies => {}
             checked => checked?,
         }
         let mut connection = configure(connection).map_err(explained)?;
@@ -81,7 +103,7 @@ pub(in crate::store) fn accept(
     if !path.exists() {
         return Err(OpenError::from(DatabaseFileError::Missing { database: path.display().to_string() }).into());
     }
-    let Opened { place, mut connection, here, noted } = Opened::at(path, true)?;
+    let Opened { place, mut connection, here, noted } = Opened::at(path, Allowed::Copies)?;
     let log = log_of_meta(&connection, &place.path).map_err(OpenError::from)?;
     let epoch = epoch(&connection).map_err(|error| OpenError::from(explain(&place.path, &error)))?;
     let extent = check_extent(&mut Snapshot(&connection)).map_err(|refused| refusal(&place.path, refused));
@@ -147,7 +169,7 @@ pub(in crate::store) fn compact(path: &Path) -> Result<Compacted, OpenError> {
     if !path.exists() {
         return Err(DatabaseFileError::Missing { database: path.display().to_string() }.into());
     }
-    let Opened { place, connection, .. } = Opened::at(path, false)?;
+    let Opened { place, connection, .. } = Opened::at(path, Allowed::None)?;
     let size = || fs::metadata(&place.path).map_or(0, |file| file.len());
     let truncate = || connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()));
     let compacted = (|| {
@@ -189,6 +211,11 @@ pub(super) fn look(given: &Path) -> Result<LockedDatabase, OpenError> {
     let (found, known) = (check_version(&connection, path)?, latest());
     if found < known {
         return Err(OpenError::NotMigrated { store: path.display().to_string(), found, known });
+    }
+    if let Some(unfinished @ NotServed::UnfinishedCopyOf(_)) =
+        Identity::not_served(&connection).map_err(|error| explain(path, &error))?
+    {
+        return Err(unfinished.refusal(StoreUrl::Sqlite(path.clone()).to_string()).into());
     }
     Ok(place)
 }
