@@ -9,8 +9,10 @@ use std::net::TcpListener;
 use common::{
     Stage, command,
     command::orchestrator,
+    http::get,
+    patiently,
     postgres::{Server, shared, shared_pooler},
-    service::{Home, Service, next_recorded, reason},
+    service::{Home, Service, decode, next_recorded, reason},
 };
 use orchestrator_core::ledger::SigningKey;
 use tokio::process::Command;
@@ -172,16 +174,8 @@ async fn no_acknowledged_cycle_is_lost_or_twice_while_the_server_ends_sessions()
         acknowledged.extend(run.ok().map(|telemetry| telemetry.cycle_id));
     }
     // The session that was ended last may be found out about only now.
-    let last = loop {
-        if let Ok(telemetry) = stage.client.run().await {
-            break telemetry.cycle_id;
-        }
-    };
-    let history = stage.client.history().await.unwrap();
-    let ids: Vec<_> = history.into_iter().map(|bytes| common::service::decode(bytes).cycle_id).collect();
-    let mut sorted = ids.clone();
-    sorted.sort_unstable();
-    assert_eq!(sorted, (1..=last).collect::<Vec<_>>(), "{}", stage.home.log());
+    let last = run_until_acknowledged(&mut stage).await;
+    let ids = ids(&mut stage, last).await;
     assert!(acknowledged.iter().all(|id| ids.contains(id)));
 }
 
@@ -256,4 +250,190 @@ async fn a_history_moves_to_postgres_and_back_with_everything_that_a_watcher_see
     let (code, said) = orchestrator(None, &["verify", "--db", file, "--key-file", &key]).await;
     assert!(code == 0 && said.contains("the seals of the log"), "{said}");
     assert_eq!(stage.client.run().await.unwrap().cycle_id, 4);
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// A standby
+
+/// A server and a standby of it, if PostgreSQL is installed, and the URL of a new store on both.
+fn pair() -> Option<(Server, Server, String)> {
+    let primary = Server::start("", None)?;
+    let standby = primary.standby();
+    let url = format!("postgres://owner@{},{}/postgres?schema=fleet", primary.host(), standby.host());
+    Some((primary, standby, url))
+}
+
+/// The value of a metric, if it is there.
+async fn metric(stage: &Stage, series: &str) -> Option<f64> {
+    let scrape = get(stage.service.admin(), "/metrics").await.text().await;
+    let value = scrape.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ').map(str::to_owned));
+    value.map(|value| value.parse().unwrap())
+}
+
+/// Runs cycles until one is acknowledged. Returns its id.
+async fn run_until_acknowledged(stage: &mut Stage) -> u64 {
+    let acknowledged = async {
+        loop {
+            if let Ok(telemetry) = stage.client.run().await {
+                return telemetry.cycle_id;
+            }
+        }
+    };
+    patiently("an acknowledged cycle", acknowledged).await
+}
+
+/// The ids of all cycles, which have no gap.
+async fn ids(stage: &mut Stage, last: u64) -> Vec<u64> {
+    let history = stage.client.history().await.unwrap();
+    let mut ids: Vec<_> = history.into_iter().map(|bytes| decode(bytes).cycle_id).collect();
+    ids.sort_unstable();
+    assert_eq!(ids, (1..=last).collect::<Vec<_>>(), "{}", stage.home.log());
+    ids
+}
+
+#[tokio::test]
+async fn nothing_is_acknowledged_while_the_standby_is_away_and_reads_go_on() {
+    let Some((primary, standby, url)) = pair() else { return };
+    let mut stage = Stage::at(home_at(&url)).await;
+    primary.wait_for_standby().await;
+    stage.register_all(&["a"]).await;
+    assert_eq!(stage.client.run().await.unwrap().cycle_id, 1);
+    standby.crash().await;
+    assert_eq!(metric(&stage, "orchestrator_store_synchronous").await, Some(1.0));
+    let refused = stage.client.run().await.unwrap_err();
+    assert_eq!(reason(&refused).why, "STORE_UNAVAILABLE", "{refused:?}");
+    assert!(refused.message().contains("waits for a standby that is away"), "{refused:?}");
+    assert_eq!(stage.client.history().await.unwrap().len(), 1);
+    assert!(stage.client.status().await.unwrap().store_error.contains("has not returned"));
+    standby.start_again().await;
+    let last = run_until_acknowledged(&mut stage).await;
+    ids(&mut stage, last).await;
+}
+
+#[tokio::test]
+async fn what_was_on_the_primary_only_was_not_acknowledged_and_no_watcher_has_seen_it() {
+    let Some((primary, standby, url)) = pair() else { return };
+    let mut stage = Stage::at(home_at(&url)).await;
+    primary.wait_for_standby().await;
+    stage.register_all(&["a"]).await;
+    let mut watcher = stage.client.watch_after(0).await.unwrap();
+    let mut seen = Vec::new();
+    for _ in 0..3 {
+        stage.client.run().await.unwrap();
+        seen.push(next_recorded(&mut watcher).await);
+    }
+    standby.crash().await;
+    let mut caller = stage.service.client().await;
+    let waiting = tokio::spawn(async move { caller.run().await });
+    let in_line = "FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND application_name = 'orchestrator'";
+    primary.shows(&format!("SELECT count(*) {in_line}"), "1").await;
+    primary.execute(&format!("SELECT pg_terminate_backend(pid) {in_line}")).await;
+    // The barrier waits as well.
+    primary.shows(&format!("SELECT count(*) {in_line}"), "1").await;
+    let visible = "SELECT count(*) FROM fleet.open_cycles";
+    primary.shows(visible, "1").await;
+    primary.crash().await;
+    standby.start_again().await;
+    assert_eq!(standby.execute(visible).await.trim_end(), "0", "it is on the primary only");
+    standby.promote().await;
+    let last = run_until_acknowledged(&mut stage).await;
+    if let Ok(telemetry) = waiting.await.unwrap() {
+        assert!(telemetry.cycle_id <= last);
+    }
+    ids(&mut stage, last).await;
+    assert_eq!(metric(&stage, r#"orchestrator_store_commits_ambiguous_total{outcome="not_kept"}"#).await, Some(1.0));
+    assert_eq!(metric(&stage, r#"orchestrator_store_commits_ambiguous_total{outcome="kept"}"#).await, Some(0.0));
+    let history = stage.client.history().await.unwrap();
+    while seen.len() < history.len() {
+        seen.push(next_recorded(&mut watcher).await);
+    }
+    assert_eq!(seen, history);
+}
+
+#[tokio::test]
+async fn the_same_process_goes_on_when_a_standby_is_promoted_under_load() {
+    let Some((primary, standby, url)) = pair() else { return };
+    let mut stage = Stage::at(home_at(&url)).await;
+    primary.wait_for_standby().await;
+    stage.register_all(&["a", "b"]).await;
+    let mut acknowledged = vec![stage.client.run().await.unwrap().cycle_id];
+    let epoch = stage.client.status().await.unwrap().epoch;
+    let fail_over = async {
+        primary.crash().await;
+        standby.promote().await;
+    };
+    let (stop, mut stopped) = tokio::sync::oneshot::channel();
+    let load = async {
+        while stopped.try_recv().is_err() {
+            acknowledged.extend(stage.client.run().await.ok().map(|telemetry| telemetry.cycle_id));
+        }
+    };
+    let ((), ()) = tokio::join!(load, async {
+        fail_over.await;
+        stop.send(()).unwrap();
+    });
+    acknowledged.push(run_until_acknowledged(&mut stage).await);
+    let ids = ids(&mut stage, acknowledged[acknowledged.len() - 1]).await;
+    assert!(acknowledged.iter().all(|id| ids.contains(id)), "{acknowledged:?}");
+    assert_eq!(stage.client.status().await.unwrap().epoch, epoch);
+}
+
+#[tokio::test]
+async fn a_failover_that_has_lost_acknowledged_cycles_ends_the_process_and_is_named() {
+    let Some((primary, standby, url)) = pair() else { return };
+    // Nothing waits for the standby.
+    let mut stage = Stage::at(home_at(&url)).await;
+    assert!(stage.home.log().contains("commits don't wait for them"), "{}", stage.home.log());
+    stage.client.run().await.unwrap();
+    assert_eq!(metric(&stage, "orchestrator_store_synchronous").await, Some(0.0));
+    assert!(metric(&stage, "orchestrator_store_oldest_xmin_age").await.is_some());
+    assert!(metric(&stage, "orchestrator_store_round_trip_seconds_count").await.is_some_and(|number| number > 0.0));
+    standby.crash().await;
+    stage.client.run().await.unwrap();
+    primary.crash().await;
+    standby.start_again().await;
+    standby.promote().await;
+    let refused = loop {
+        let refused = stage.client.run().await.unwrap_err();
+        // Until the service has found the other server.
+        if refused.message().contains("an older copy has replaced it") {
+            break refused;
+        }
+    };
+    assert_eq!(reason(&refused).why, "STORE_UNAVAILABLE", "{refused:?}");
+    assert_eq!(stage.service.ended().await.code(), Some(1), "{}", stage.home.log());
+    assert!(stage.home.log().contains("an older copy has replaced it"), "{}", stage.home.log());
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// A full disk
+
+#[tokio::test]
+async fn a_full_disk_refuses_cycles_until_there_is_room_again() {
+    let disk = tempfile::tempdir().unwrap();
+    let Some(server) = Server::with_small_disk(disk.path()) else { return };
+    let path = disk.path().display().to_string();
+    let program = async |command: &str| {
+        server.execute(&format!("COPY (SELECT 1) TO PROGRAM 'cat > /dev/null; {command}'")).await;
+    };
+    program(&format!("mkdir {path}/tables")).await;
+    server.execute(&format!("CREATE TABLESPACE small LOCATION '{path}/tables'")).await;
+    server.execute("CREATE DATABASE small TABLESPACE small").await;
+    let url = format!("postgres://owner@{}/small", server.host());
+    let mut stage = Stage::at(home_at(&url)).await;
+    stage.register_all(&["a"]).await;
+    stage.client.run().await.unwrap();
+    program(&format!("dd if=/dev/zero of={path}/filler bs=8k 2> /dev/null || true")).await;
+    // The last pages have room for some more.
+    let refused = loop {
+        if let Err(refused) = stage.client.run().await {
+            break refused;
+        }
+    };
+    assert_eq!(reason(&refused).why, "STORE_UNAVAILABLE", "{refused:?}");
+    assert!(refused.message().contains("no space left to write"), "{refused:?}");
+    assert!(!stage.client.history().await.unwrap().is_empty());
+    program(&format!("rm {path}/filler")).await;
+    let last = run_until_acknowledged(&mut stage).await;
+    ids(&mut stage, last).await;
 }

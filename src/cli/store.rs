@@ -107,6 +107,8 @@ used. Parameters:
   pooled           true if a pooler such as pgbouncer is in between, which
                    executes each transaction in any session; false
   schema           the schema of the tables; orchestrator
+  sslcert, sslkey  the files with a certificate of the user and with its
+                   private key, which nobody else may read; none
   sslmode          verify-full, or disable; verify-full unless all hosts are on
                    this machine
   sslrootcert      the file with the certificate of the authority of the

@@ -14,7 +14,7 @@ use jiff::Timestamp;
 use super::{Orchestrator, State};
 use crate::{
     model::{CycleState, Epoch, Histogram, Name, Revision},
-    ports::{Durability, Record, StoreError, StoreSize, TriggerKind},
+    ports::{Durability, Record, ServerFigures, StoreError, StoreSize, TriggerKind},
     schedule::LoopEntry,
 };
 
@@ -158,6 +158,11 @@ impl Orchestrator {
     /// The store can't be read.
     pub async fn store_size(&self) -> Result<StoreSize, StoreError> {
         self.0.store.size().await
+    }
+
+    /// Figures of the server of the store, if that is on one.
+    pub async fn store_server(&self) -> Option<ServerFigures> {
+        self.0.store.server().await
     }
 }
 

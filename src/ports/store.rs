@@ -1,6 +1,6 @@
 //! The port to a store: what it promises, what is written to it and read from it, and why it fails.
 
-use std::{collections::BTreeMap, ops::Range, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, future, ops::Range, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::{future::BoxFuture, stream::BoxStream};
@@ -10,8 +10,8 @@ use super::Leadership;
 use crate::{
     ledger::{Control, Frontier, Hash, Node, Part, SealKeys},
     model::{
-        CycleId, CycleState, Epoch, EventKind, Identity, LoopSpec, LoopState, Name, Output, RequestKey, Revision,
-        SubsystemSpec, TraceId, Trigger,
+        CycleId, CycleState, Epoch, EventKind, Histogram, Identity, LoopSpec, LoopState, Name, Output, RequestKey,
+        Revision, SubsystemSpec, TraceId, Trigger,
     },
 };
 
@@ -148,6 +148,11 @@ pub trait Store: Send + Sync + 'static {
     /// # Errors
     /// The store can't be read.
     fn size(&self) -> BoxFuture<'_, Result<StoreSize, StoreError>>;
+
+    /// Figures of a store on a server; `None` for one of this machine. Cheap.
+    fn server(&self) -> BoxFuture<'_, Option<ServerFigures>> {
+        Box::pin(future::ready(None))
+    }
 }
 
 /// How the seals in a store are judged when it is taken over.
@@ -684,6 +689,29 @@ pub struct StoreSize {
     pub records: u64,
     /// Size in bytes.
     pub bytes: u64,
+}
+
+/// Figures of a store on a server, since this process has opened it.
+#[derive(Clone, Debug, Default)]
+pub struct ServerFigures {
+    /// Number of commits whose answer was lost, and which turned out to be kept.
+    pub lost_and_kept: u64,
+    /// Number of commits whose answer was lost, and which turned out not to be kept.
+    pub lost_and_not_kept: u64,
+    /// Times of statements that only begin a read: the way to the server and back.
+    pub round_trips: Histogram,
+    /// How the server is set up; `None` if it does not answer.
+    pub state: Option<ServerState>,
+}
+
+/// How the server of a store is set up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ServerState {
+    /// True if commits wait for standbys.
+    pub is_synchronous: bool,
+    /// Number of transactions since the oldest one whose view of the tables is still needed: the server keeps all rows
+    /// that were removed or replaced since.
+    pub oldest_xmin_age: u64,
 }
 
 /// Why a store did not write or read. Each message contains the remedy. `store` is its location, for people.

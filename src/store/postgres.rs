@@ -15,6 +15,7 @@ mod commit;
 mod connect;
 mod copying;
 mod error;
+mod figures;
 mod leader;
 mod parameter;
 mod rows;
@@ -51,7 +52,7 @@ use super::{
     jobs::Jobs,
     pages::{cycles_after, cycles_before, events_before, record_of},
     parts::parts,
-    row::{integer, leaf, number},
+    row::{flag, integer, leaf, number},
     term::SharedLog,
     trouble::Trouble,
 };
@@ -61,7 +62,7 @@ use crate::{
     model::{CycleId, RequestKey, Revision},
     ports::{
         Checks, Contents, EventFilter, EventPage, Excess, Filter, Found, Leadership, Log, Page, PageLimits,
-        ResumeError, Retention, Seals, Store, StoreError, StoreSize, Write,
+        ResumeError, Retention, Seals, ServerFigures, ServerState, Store, StoreError, StoreSize, Write,
     },
 };
 
@@ -100,6 +101,8 @@ impl PostgresStore {
         let connector = Arc::new(Connector::new(url.clone(), clock).await?);
         let mut connection = connector.connect(APPLICATION).await?;
         schema::migrate(&connector, &mut connection).await?;
+        schema::check_additions(&connector, &connection).await?;
+        report_asynchronous(&connector, &connection).await?;
         let (log, claim) = (SharedLog::default(), LastClaim::default());
         let (jobs, incoming) = Jobs::new();
         let leader = Arc::new(LeaderRow::new(connector.clone(), claim.clone()));
@@ -114,6 +117,7 @@ impl PostgresStore {
         let connector = Arc::new(Connector::new(url.clone(), clock).await?);
         let connection = connector.connect(APPLICATION).await?;
         schema::check(&connector, &connection).await?;
+        schema::check_additions(&connector, &connection).await?;
         Ok(Self::new(connector, connection, (checks, clock), SharedLog::default(), None))
     }
 
@@ -203,6 +207,22 @@ impl Readers {
         }
         Err(StoreError::Defect { problem: "no connection was tried".into() })
     }
+}
+
+/// Logs that there are standbys for which commits don't wait.
+async fn report_asynchronous(connector: &Connector, connection: &Connection) -> Result<(), StoreError> {
+    let standbys = "SELECT 1 WHERE current_setting('synchronous_standby_names') = ''
+                             AND EXISTS (SELECT 1 FROM pg_stat_replication)";
+    let store = connector.url().to_string();
+    let found = connection.query(standbys, &[]).await.map_err(|error| explain(&store, &error))?;
+    if !found.is_empty() {
+        tracing::warn!(
+            store,
+            "the server has standbys, and commits don't wait for them: a failover can lose acknowledged cycles. Name \
+             them in synchronous_standby_names of the server"
+        );
+    }
+    Ok(())
 }
 
 /// True if a read with this error may succeed at once over a new connection.
@@ -362,6 +382,26 @@ impl Store for PostgresStore {
             );
             // If this fails, it is published again with the next one.
             self.write_beside(&put, &[&checkpoint]).await
+        })
+    }
+
+    fn server(&self) -> BoxFuture<'_, Option<ServerFigures>> {
+        Box::pin(async move {
+            // Users see their own sessions, and others with the role pg_read_all_stats.
+            let read = self.readers.read(|snapshot| {
+                let state = "SELECT current_setting('synchronous_standby_names') <> '' AS is_synchronous,
+                                    greatest(txid_snapshot_xmax(now) - txid_snapshot_xmin(now),
+                                             (SELECT max(age(backend_xmin)) FROM pg_stat_activity),
+                                             (SELECT max(age(transaction)) FROM pg_prepared_xacts),
+                                             (SELECT max(greatest(age(xmin), age(catalog_xmin)))
+                                              FROM pg_replication_slots))::bigint AS oldest_xmin_age
+                             FROM txid_current_snapshot() AS now";
+                let row = snapshot.one(state, &[])?;
+                let is_synchronous = flag(&row, "is_synchronous")?;
+                Ok(ServerState { is_synchronous, oldest_xmin_age: number(&row, "oldest_xmin_age")? })
+            });
+            let state = read.await.inspect_err(|error| tracing::debug!(%error, "the server tells nothing of itself"));
+            Some(ServerFigures { state: state.ok(), ..self.readers.connector.figures().get() })
         })
     }
 

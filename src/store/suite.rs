@@ -843,6 +843,26 @@ async fn a_cycle_of_a_parent_is_one_while_it_is_open_and_in_the_history(store: &
     assert_eq!(page.records, [Ok(record)]);
 }
 
+async fn a_request_id_can_have_any_character(store: &dyn Store, epoch: Epoch) {
+    let request_id = Some("\0a\u{10ffff}\0".to_owned());
+    let open = OpenCycle { request_id: request_id.clone(), ..open_cycle(1) };
+    commit(store, Write { epoch, last_cycle_id: CycleId(1), open: vec![open.clone()], ..Write::default() }).await;
+    let contents = store.take_over(seals()).await.unwrap();
+    assert_eq!((contents.open, contents.unreadable), (vec![open], Vec::new()));
+    let (epoch, record) = (contents.epoch, Record { request_id, ..record_of(1, 1, epoch) });
+    let records = vec![record.clone()];
+    commit(store, Write { epoch, last_cycle_id: CycleId(1), records, ..Write::default() }).await;
+    let found = store.cycle_of_request(request("\0a\u{10ffff}\0", record.triggered_by.clone())).await.unwrap();
+    assert_eq!(found, Some(Ok(record)));
+}
+
+async fn one_write_can_have_ten_thousand_outputs(store: &dyn Store, epoch: Epoch) {
+    let outputs = || (0..10_000).map(|number| (name(&format!("s{number}")), output(1, "o"))).collect();
+    commit(store, Write { outputs: outputs(), ..recorded(1..=2, epoch) }).await;
+    commit(store, Write { outputs: outputs(), ..recorded(3..=4, epoch) }).await;
+    assert_eq!(store.take_over(seals()).await.unwrap().outputs.len(), 10_000);
+}
+
 /// The URL of a new store in PostgreSQL, if that is installed.
 fn postgres_url() -> Option<StoreUrl> {
     Some(StoreUrl::parse(&super::postgres::tests::server::shared()?.url()).unwrap())
@@ -927,6 +947,8 @@ every_store! {
     an_old_event_keeps_few_hashes_of_what_was_removed_after_it
     audit_events_are_listed_from_the_newest_and_removed_by_number_and_age
     events_of_one_kind_push_out_no_others
+    a_request_id_can_have_any_character
+    one_write_can_have_ten_thousand_outputs
 }
 
 #[tokio::test]

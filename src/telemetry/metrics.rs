@@ -31,7 +31,7 @@ use crate::{
     memory::{Memory, Shares},
     model::{CycleState, Histogram, Name},
     orchestrator::{Counts, Figures, Orchestrator, Registered},
-    ports::{Durability, TriggerKind},
+    ports::{Durability, ServerFigures, TriggerKind},
 };
 
 /// The media type of the text.
@@ -146,6 +146,7 @@ impl Metrics {
         if let Some(orchestrator) = orchestrator {
             families.extend(of_orchestrator(orchestrator).await);
         }
+        families.extend(orchestrator.store_server().await.as_ref().map(of_server).into_iter().flatten());
         let by_server = |of: &Definition, figure: fn(&Connections) -> usize| {
             of.family(self.servers.iter().map(|(name, it)| of.value(&[name], count(figure(it)))).collect())
         };
@@ -189,6 +190,24 @@ impl Metrics {
         families.extend(self.process.collect());
         families
     }
+}
+
+/// The metrics of the server of a store.
+fn of_server(figures: &ServerFigures) -> Vec<MetricFamily> {
+    let ServerFigures { lost_and_kept, lost_and_not_kept, round_trips, state } = figures;
+    let outcomes = [("kept", lost_and_kept), ("not_kept", lost_and_not_kept)];
+    let outcomes = outcomes.map(|(outcome, commits)| STORE_AMBIGUOUS.value(&[outcome], number(*commits)));
+    let mut families = vec![
+        STORE_AMBIGUOUS.family(outcomes.into()),
+        STORE_ROUND_TRIP.family(vec![STORE_ROUND_TRIP.durations(&[], round_trips)]),
+    ];
+    families.extend(state.iter().flat_map(|state| {
+        [
+            STORE_SYNCHRONOUS.single(if state.is_synchronous { 1.0 } else { 0.0 }),
+            STORE_OLDEST_XMIN.single(number(state.oldest_xmin_age)),
+        ]
+    }));
+    families
 }
 
 /// The next piece of the metrics by subsystem; `None` at the end.

@@ -13,19 +13,39 @@ use std::{
 };
 
 /// Starts a server in a new directory, writes the path of that, and ends the server once its input ends: when the test
-/// ends in any way. `$1` has further options of the server, and `$2` is a directory whose files are copied there first.
+/// ends in any way. `$1` has further options of the server, `$2` is a directory whose files are copied there first, and
+/// `$3` is that of the primary if the server is to be a standby.
 const SCRIPT: &str = r#"
 set -e
 PATH="$PATH:$(ls -d /usr/lib/postgresql/*/bin 2> /dev/null | tail -n 1)"
 directory="$(mktemp -d)"
-initdb --pgdata "$directory/data" --username owner --auth trust --encoding UTF8 --locale C --no-sync > /dev/null
-if [ -n "$2" ]; then cp "$2"/* "$directory/data/" && chmod 600 "$directory/data"/*.pem; fi
-pg_ctl start --wait --silent --pgdata "$directory/data" --log "$directory/log" \
-    --options "-k $directory -c listen_addresses= -c fsync=off -c max_connections=200 $1"
+data="$directory/data"
+if [ -n "$3" ]; then
+    pg_basebackup --pgdata "$data" --dbname "host=$3 user=owner application_name=standby" --write-recovery-conf \
+        --checkpoint fast --no-sync
+else
+    initdb --pgdata "$data" --username owner --auth trust --encoding UTF8 --locale C --no-sync > /dev/null
+fi
+if [ -n "$2" ]; then cp "$2"/* "$data/" && chmod 600 "$data"/*.pem; fi
+cat >> "$data/postgresql.conf" << END
+unix_socket_directories = '$directory'
+listen_addresses = ''
+fsync = off
+max_connections = 200
+END
+pg_ctl start --wait --silent --pgdata "$data" --log "$directory/log" --options "$1"
 echo "$directory"
 read -r _ || true
-pg_ctl stop --silent --mode immediate --pgdata "$directory/data"
+pg_ctl stop --silent --mode immediate --pgdata "$data" 2> /dev/null || true
 rm -rf "$directory"
+"#;
+
+/// Does something with the server in the directory `$1`, which takes part in the words after that.
+const CONTROL: &str = r#"
+PATH="$PATH:$(ls -d /usr/lib/postgresql/*/bin 2> /dev/null | tail -n 1)"
+directory="$1"
+shift
+exec pg_ctl "$@" --wait --silent --pgdata "$directory/data" --log "$directory/log"
 "#;
 
 /// Starts pgbouncer in front of the server whose socket is in the directory `$1`, writes the path of its own directory,
@@ -78,8 +98,68 @@ impl Server {
             return None;
         }
         let files = files.unwrap_or(Path::new("")).display().to_string();
-        let (directory, process) = started(SCRIPT, [options, &files]);
+        let (directory, process) = started(as_user(SCRIPT).args([options, &files]));
         Some(Self { directory, process })
+    }
+
+    /// Starts a server that alone sees a disk of 24 MiB at this path, which its tables can be on. `None` as in
+    /// [`shared`], and where this process may not mount one, which is reported.
+    pub fn with_small_disk(path: &Path) -> Option<Self> {
+        const MOUNT: &str = r#"mount -t tmpfs -o size=24m,mode=1777 tmpfs "$0" && exec "$@""#;
+        let with_disk = |command: &Command| {
+            let mut within = Command::new("unshare");
+            within.args(["--mount", "sh", "-c", MOUNT]).arg(path).arg(command.get_program()).args(command.get_args());
+            within.current_dir("/");
+            within
+        };
+        if !is_installed("command -v initdb || ls /usr/lib/postgresql/*/bin/initdb", "PostgreSQL") {
+            return None;
+        }
+        if !with_disk(&Command::new("true")).status().is_ok_and(|it| it.success()) {
+            eprintln!("SKIPPED: this mounts a disk");
+            return None;
+        }
+        let (directory, process) = started(&mut with_disk(as_user(SCRIPT).args(["", ""])));
+        Some(Self { directory, process })
+    }
+
+    /// Starts a standby of this server, with the name `standby`.
+    pub fn standby(&self) -> Self {
+        let (directory, process) = started(as_user(SCRIPT).args(["", "", &self.directory.display().to_string()]));
+        Self { directory, process }
+    }
+
+    /// Ends the server at once, as when its machine fails.
+    pub async fn crash(&self) {
+        self.control(&["stop", "--mode", "immediate"]).await;
+    }
+
+    /// Starts the server after it has crashed.
+    pub async fn start_again(&self) {
+        self.control(&["start"]).await;
+    }
+
+    /// Makes a standby take writes.
+    pub async fn promote(&self) {
+        self.control(&["promote"]).await;
+    }
+
+    async fn control(&self, action: &[&str]) {
+        let mut command = tokio::process::Command::from(as_user(CONTROL));
+        command.arg(&self.directory).args(action).stdin(Stdio::null()).stdout(Stdio::null());
+        assert!(command.status().await.unwrap().success(), "{action:?}");
+    }
+
+    /// Has commits wait for the standby, which is there.
+    pub async fn wait_for_standby(&self) {
+        self.execute("ALTER SYSTEM SET synchronous_standby_names = 'standby'").await;
+        self.execute("SELECT pg_reload_conf()").await;
+        self.shows("SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'", "1").await;
+    }
+
+    /// Waits until a query returns this.
+    pub async fn shows(&self, query: &str, expected: &str) {
+        while self.execute(query).await.trim_end() != expected {}
     }
 
     /// The URL of a store on it that no other test has.
@@ -163,7 +243,7 @@ impl Pooler {
         if !is_installed("PATH=$PATH:/usr/sbin command -v pgbouncer", "pgbouncer") {
             return None;
         }
-        let (directory, process) = started(POOLER, [&server.directory.display().to_string(), ""]);
+        let (directory, process) = started(as_user(POOLER).arg(&server.directory));
         Some(Self { directory, process })
     }
 
@@ -187,8 +267,8 @@ fn host(directory: &Path) -> String {
     directory.display().to_string().replace('/', "%2F")
 }
 
-/// Runs a script, as another user than root, which is no user for a server. Returns the directory that it writes.
-fn started(script: &str, arguments: [&str; 2]) -> (PathBuf, Child) {
+/// A script, as another user than root, which is no user for a server.
+fn as_user(script: &str) -> Command {
     let mut command = if rustix::process::geteuid().is_root() {
         let mut command = Command::new("runuser");
         command.args(["-u", "postgres", "--", "sh", "-c"]);
@@ -198,11 +278,16 @@ fn started(script: &str, arguments: [&str; 2]) -> (PathBuf, Child) {
         command.arg("-c");
         command
     };
-    command.args([script, "sh"]).args(arguments).current_dir("/");
+    command.args([script, "sh"]).current_dir("/");
+    command
+}
+
+/// Runs a script. Returns the directory that it writes.
+fn started(command: &mut Command) -> (PathBuf, Child) {
     let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     let mut directory = String::new();
     BufReader::new(process.stdout.take().unwrap()).read_line(&mut directory).unwrap();
-    assert!(!directory.is_empty(), "it did not start: {script}");
+    assert!(!directory.is_empty(), "it did not start: {command:?}");
     (directory.trim_end().into(), process)
 }
 

@@ -576,6 +576,8 @@ pub(super) struct Attempt<'a, 'w> {
     pub(super) connector: &'a Connector,
     pub(super) line: &'a mut Line,
     pub(super) statement: &'a Statement<'w>,
+    /// Set once the answer was lost.
+    pub(super) is_lost: bool,
 }
 
 impl Database for Attempt<'_, '_> {
@@ -587,7 +589,10 @@ impl Database for Attempt<'_, '_> {
             Answer::Executed(_) => Answer::Executed(()),
             Answer::Superseded => Answer::Superseded,
             Answer::Refused(error) => Answer::Refused(error),
-            Answer::Lost(error) => Answer::Lost(error),
+            Answer::Lost(error) => {
+                self.is_lost = true;
+                Answer::Lost(error)
+            }
         }
     }
 

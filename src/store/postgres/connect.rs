@@ -8,7 +8,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tokio_postgres::{
     AsyncMessage, Client, Config, Error, Row, RowStream, Statement,
     config::Host,
@@ -16,13 +16,14 @@ use tokio_postgres::{
     types::{ToSql, Type},
 };
 use tokio_postgres_rustls::MakeRustlsConnect;
-use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto};
+use tokio_rustls::rustls::{self, ClientConfig, RootCertStore, crypto};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{
     error::explain,
+    figures::Figures,
     parameter::Parameter,
-    url::{CONNECT, PostgresUrl, Verification},
+    url::{CONNECT, OwnCertificate, PostgresUrl, Verification},
 };
 use crate::{clock::Clock, file, model::Epoch, pem::Pem, ports::StoreError};
 
@@ -40,6 +41,7 @@ const PREPARED: usize = 64;
 /// Connects to the servers of one URL.
 pub(super) struct Connector {
     url: PostgresUrl,
+    figures: Arc<Figures>,
     tls: MakeRustlsConnect,
 }
 
@@ -51,6 +53,7 @@ pub(super) struct Connection {
     client: Client,
     /// By their texts. `None` behind a pooler, which executes each transaction in any session.
     prepared: Option<Mutex<BTreeMap<String, Statement>>>,
+    figures: Arc<Figures>,
     /// What the server has warned of since this was last taken.
     warning: Arc<Mutex<Option<String>>>,
     /// Moves the bytes.
@@ -99,6 +102,15 @@ impl Connection {
         queried
     }
 
+    /// Begins a transaction that reads as of one moment, and that may write if `writes` is true.
+    pub(super) async fn begin(&self, writes: bool) -> Result<(), Error> {
+        let access = if writes { "READ WRITE" } else { "READ ONLY" };
+        let sent = Instant::now();
+        self.client.batch_execute(&format!("BEGIN ISOLATION LEVEL REPEATABLE READ {access}")).await?;
+        self.figures.went_and_came(sent.elapsed());
+        Ok(())
+    }
+
     /// The rows of a query, one by one.
     pub(super) async fn stream(&self, text: &str) -> Result<RowStream, Error> {
         self.client.query_typed_raw(text, Vec::<(bool, Type)>::new()).await
@@ -121,11 +133,16 @@ impl Connector {
     /// A file can't be used.
     pub(super) async fn new(url: PostgresUrl, clock: Clock) -> Result<Self, StoreError> {
         let store = url.to_string();
-        let verification = url.verification().clone();
-        let made = tokio::task::spawn_blocking(move || tls(&verification, clock)).await;
+        let (verification, own) = (url.verification().clone(), url.own_certificate().cloned());
+        let made = tokio::task::spawn_blocking(move || tls(&verification, own.as_ref(), clock)).await;
         let made = made.unwrap_or_else(|error| Err(error.to_string()));
         let tls = made.map_err(|problem| StoreError::Unavailable { store, problem })?;
-        Ok(Self { url, tls: MakeRustlsConnect::new(tls) })
+        Ok(Self { url, figures: Arc::default(), tls: MakeRustlsConnect::new(tls) })
+    }
+
+    /// What is counted of its connections.
+    pub(super) fn figures(&self) -> &Figures {
+        &self.figures
     }
 
     /// The URL.
@@ -183,7 +200,7 @@ impl Connector {
             }
         });
         let prepared = (!self.url.is_pooled()).then(Mutex::default);
-        Ok(Connection { client, prepared, warning, _task: AbortOnDropHandle::new(task) })
+        Ok(Connection { client, prepared, figures: self.figures.clone(), warning, _task: AbortOnDropHandle::new(task) })
     }
 
     /// The password in its file, if the URL names one. Read each time, so that it can be changed.
@@ -213,8 +230,8 @@ fn shown(host: &Host) -> String {
     }
 }
 
-/// The TLS of connections to servers that are verified in this way.
-fn tls(verification: &Verification, clock: Clock) -> Result<ClientConfig, String> {
+/// The TLS of connections to servers that are verified in this way, with an own certificate, if any.
+fn tls(verification: &Verification, own: Option<&OwnCertificate>, clock: Clock) -> Result<ClientConfig, String> {
     let mut roots = RootCertStore::empty();
     match verification {
         // It is not used.
@@ -233,14 +250,28 @@ fn tls(verification: &Verification, clock: Clock) -> Result<ClientConfig, String
     let config = ClientConfig::builder_with_details(crypto::aws_lc_rs::default_provider().into(), Arc::new(clock))
         .with_safe_default_protocol_versions()
         .map_err(|error| error.to_string())?;
-    Ok(config.with_root_certificates(roots).with_no_client_auth())
+    let config = config.with_root_certificates(roots);
+    let Some(OwnCertificate { certificate, key }) = own else { return Ok(config.with_no_client_auth()) };
+    let (certificate, name) = (read_file("sslcert", certificate)?, format!("sslkey {}", key.display()));
+    let secret = file::read_secret(key).map_err(|error| format!("{name} {error}"))?;
+    let key = Pem { name, path: key.clone(), bytes: secret.to_vec() };
+    let own = config.with_client_auth_cert(certificate.certificates()?, key.private_key()?);
+    own.map_err(|error| match error {
+        rustls::Error::InconsistentKeys(_) => key.belongs_elsewhere(&certificate),
+        error => certificate.refused(&error),
+    })
+}
+
+/// Reads a file that this parameter names.
+fn read_file(parameter: &str, path: &Path) -> Result<Pem, String> {
+    let name = format!("{parameter} {}", path.display());
+    let bytes = file::read(path).map_err(|error| format!("{name} {error}"))?;
+    Ok(Pem { name, path: path.to_owned(), bytes })
 }
 
 /// Adds the certificates in a file.
 fn add_file(roots: &mut RootCertStore, path: &Path) -> Result<(), String> {
-    let name = format!("sslrootcert {}", path.display());
-    let bytes = file::read(path).map_err(|error| format!("{name} {error}"))?;
-    let pem = Pem { name, path: path.to_owned(), bytes };
+    let pem = read_file("sslrootcert", path)?;
     for certificate in pem.certificates()? {
         roots.add(certificate).map_err(|error| pem.refused(&error))?;
     }

@@ -49,9 +49,11 @@ impl Copying {
                 Side::Source => {
                     schema::check(&connector, &connection).await?;
                     let lock = format!("SELECT 1 FROM {}.meta WHERE id = 0 FOR UPDATE", url.schema());
-                    let begin = format!("BEGIN ISOLATION LEVEL REPEATABLE READ; {lock}");
-                    let locked = connection.batch_execute(&begin).await;
-                    locked.map_err(|error| explain(&url.to_string(), &error))?;
+                    let locked = async {
+                        connection.begin(true).await?;
+                        connection.query(&lock, &[]).await
+                    };
+                    locked.await.map_err(|error| explain(&url.to_string(), &error))?;
                 }
                 Side::Target => drop(schema::migrate(&connector, &mut connection).await?),
             }

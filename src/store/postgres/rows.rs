@@ -138,8 +138,7 @@ impl<'c> Snapshot<'c> {
         schema: String,
         lock: bool,
     ) -> Result<Self, Failed> {
-        let access = if lock { "READ WRITE" } else { "READ ONLY" };
-        runtime.block_on(connection.batch_execute(&format!("BEGIN ISOLATION LEVEL REPEATABLE READ {access}")))?;
+        runtime.block_on(connection.begin(lock))?;
         let snapshot = Self { connection, runtime, schema, hashes: BTreeMap::new() };
         if lock && let Err(error) = snapshot.query("SELECT 1 FROM SCHEMA.meta WHERE id = 0 FOR UPDATE", &[]) {
             let _ = snapshot.end("ROLLBACK");

@@ -115,6 +115,25 @@ pub(super) async fn check(connector: &Connector, connection: &Connection) -> Res
     }
 }
 
+/// Checks that no table of the store has a trigger, or a rule that rewrites statements: this software creates none, and
+/// each could change what is written.
+pub(super) async fn check_additions(connector: &Connector, connection: &Connection) -> Result<(), OpenError> {
+    let additions = "SELECT t.tgname || ' of the table ' || c.relname
+                     FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid
+                     WHERE NOT t.tgisinternal AND t.tgenabled <> 'D' AND c.relnamespace = to_regnamespace($1)
+                     UNION ALL
+                     SELECT r.rulename || ' of the table ' || c.relname
+                     FROM pg_rewrite r JOIN pg_class c ON c.oid = r.ev_class
+                     WHERE c.relkind IN ('r', 'p') AND c.relnamespace = to_regnamespace($1)
+                     ORDER BY 1 LIMIT 1";
+    let (store, schema) = (connector.url().to_string(), connector.url().schema());
+    let found = connection.query(additions, &[&schema]).await.map_err(|error| refusal(&store, &error))?;
+    match found.first() {
+        Some(row) => Err(OpenError::Trigger { store, trigger: row.get(0) }),
+        None => Ok(()),
+    }
+}
+
 /// Why the migrations were not applied.
 enum Failed {
     Statement(Error),

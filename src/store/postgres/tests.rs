@@ -115,6 +115,28 @@ async fn tables_of_other_software_stay_as_they_are() {
 }
 
 #[tokio::test]
+async fn a_store_with_a_trigger_or_a_rule_of_other_software_is_refused() {
+    let Some(server) = shared() else { return };
+    for (addition, undo) in [
+        (
+            "CREATE FUNCTION drops() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+             CREATE TRIGGER other BEFORE INSERT ON cycles FOR EACH ROW EXECUTE FUNCTION drops()",
+            "DROP TRIGGER other ON cycles",
+        ),
+        ("CREATE RULE other AS ON DELETE TO cycles DO INSTEAD NOTHING", "DROP RULE other ON cycles"),
+    ] {
+        let store = server.url();
+        drop(opened(&store).await);
+        server.change(&store, addition).await;
+        let refused = crate::store::open(&StoreUrl::parse(&store).unwrap(), CHECKS, Clock::system()).await;
+        let refused = refused.map(drop).unwrap_err().to_string();
+        assert!(refused.contains(r#"has the trigger "other of the table cycles""#), "{refused}");
+        server.change(&store, undo).await;
+        drop(opened(&store).await);
+    }
+}
+
+#[tokio::test]
 async fn a_user_who_may_not_create_tables_uses_those_of_their_owner() {
     let Some(server) = shared() else { return };
     let owners = server.url();
@@ -254,12 +276,18 @@ async fn a_server_proves_its_name_and_a_user_their_password() {
     fs::create_dir(file("server")).unwrap();
     fs::write(file("server/cert.pem"), &issued.certificate).unwrap();
     fs::write(file("server/key.pem"), &issued.key).unwrap();
-    fs::write(file("server/pg_hba.conf"), "local all all trust\nhostssl all all 127.0.0.1/32 scram-sha-256\n").unwrap();
+    fs::write(
+        file("server/pg_hba.conf"),
+        "local all all trust\nhostssl all known 127.0.0.1/32 cert\nhostssl all all 127.0.0.1/32 scram-sha-256\n",
+    )
+    .unwrap();
     fs::write(file("a.pem"), &authority.certificate).unwrap();
+    fs::write(file("server/ca.pem"), &authority.certificate).unwrap();
     fs::write(file("b.pem"), &other.certificate).unwrap();
     let port = free_port();
     let options = format!(
-        "-c listen_addresses=127.0.0.1 -c port={port} -c ssl=on -c ssl_cert_file=cert.pem -c ssl_key_file=key.pem"
+        "-c listen_addresses=127.0.0.1 -c port={port} -c ssl=on -c ssl_cert_file=cert.pem -c ssl_key_file=key.pem \
+         -c ssl_ca_file=ca.pem"
     );
     let Some(server) = Server::start(&options, Some(&file("server"))) else { return };
     let socket = connect(&format!("postgres://owner@{}:{port}/postgres", server.host())).await.unwrap();
@@ -284,6 +312,28 @@ async fn a_server_proves_its_name_and_a_user_their_password() {
         };
         assert!(refused.to_string().contains(said), "{url}: {refused}");
     }
+
+    socket.batch_execute("CREATE ROLE known LOGIN").await.unwrap();
+    let (mine, key) = (file("mine.pem"), file("mine.key"));
+    let of_user = authority.service_with(|params| {
+        params.distinguished_name.push(rcgen::DnType::CommonName, "known");
+    });
+    fs::write(&mine, &of_user.certificate).unwrap();
+    fs::write(&key, &of_user.key).unwrap();
+    set_mode(&key, 0o644);
+    let with = |key: &Path| {
+        let of_known = to("localhost", "a.pem").replace("owner:secret", "known");
+        of_known + &format!("&sslcert={}&sslkey={}", mine.display(), key.display())
+    };
+    let refused = Connector::new(self::url(&with(&key)), Clock::system()).await.map(drop).unwrap_err().to_string();
+    assert!(refused.contains("mine.key") && refused.contains("run chmod 600"), "{refused}");
+    set_mode(&key, 0o600);
+    let connection = connect(&with(&key)).await.unwrap();
+    assert_eq!(connection.query_one("SELECT current_user::text", &[]).await.unwrap().get::<_, String>(0), "known");
+    let other_key = file("server/key.pem");
+    set_mode(&other_key, 0o600);
+    let refused = Connector::new(self::url(&with(&other_key)), Clock::system()).await.map(drop).unwrap_err();
+    assert!(refused.to_string().contains("is not the key of the certificate in sslcert"), "{refused}");
 
     let password = file("password");
     fs::write(&password, "secret\n").unwrap();

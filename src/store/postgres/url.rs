@@ -34,9 +34,17 @@ pub struct PostgresUrl {
     config: Box<Config>,
     hosts: Vec<(Host, u16)>,
     verification: Verification,
+    own_certificate: Option<OwnCertificate>,
     password_file: Option<PathBuf>,
     schema: String,
     is_pooled: bool,
+}
+
+/// The certificate by which this process proves to be a user.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct OwnCertificate {
+    pub(super) certificate: PathBuf,
+    pub(super) key: PathBuf,
 }
 
 /// How the server proves that it is the one that is meant.
@@ -100,6 +108,14 @@ impl PostgresUrl {
                 ));
             }
         };
+        let own_certificate = match (own.sslcert, own.sslkey) {
+            (None, None) => None,
+            (Some(_), Some(_)) if verification == Verification::Disabled => {
+                return Err("sslcert is not used without TLS; give sslmode=verify-full, or leave it out".into());
+            }
+            (Some(certificate), Some(key)) => Some(OwnCertificate { certificate, key }),
+            _ => return Err("sslcert and sslkey belong together; give both, or leave both out".into()),
+        };
         if has_password && own.password_file.is_some() {
             return Err("it has a password and password_file; leave one of them out".into());
         }
@@ -120,6 +136,7 @@ impl PostgresUrl {
             config: Box::new(config),
             hosts,
             verification,
+            own_certificate,
             password_file: own.password_file,
             schema: own.schema.unwrap_or_else(|| SCHEMA.into()),
             is_pooled: own.pooled,
@@ -144,6 +161,11 @@ impl PostgresUrl {
     /// How servers are verified.
     pub(super) fn verification(&self) -> &Verification {
         &self.verification
+    }
+
+    /// The own certificate, if it has one.
+    pub(super) fn own_certificate(&self) -> Option<&OwnCertificate> {
+        self.own_certificate.as_ref()
     }
 
     /// The file with the password, if it has one.
@@ -181,6 +203,8 @@ impl fmt::Debug for PostgresUrl {
 struct Own {
     sslmode: Option<String>,
     sslrootcert: Option<PathBuf>,
+    sslcert: Option<PathBuf>,
+    sslkey: Option<PathBuf>,
     password_file: Option<PathBuf>,
     schema: Option<String>,
     pooled: bool,
@@ -191,6 +215,8 @@ impl Own {
         match key {
             "sslmode" => self.sslmode = Some(value.into()),
             "sslrootcert" => self.sslrootcert = Some(value.into()),
+            "sslcert" => self.sslcert = Some(value.into()),
+            "sslkey" => self.sslkey = Some(value.into()),
             "password_file" => self.password_file = Some(value.into()),
             "schema" if is_word(value) => self.schema = Some(value.into()),
             "schema" => {
@@ -207,7 +233,7 @@ impl Own {
             _ => {
                 return Err(format!(
                     "{key} is not a parameter; give dbname, host, password_file, pooled, port, schema, \
-                     sslmode, sslrootcert or user"
+                     sslcert, sslkey, sslmode, sslrootcert or user"
                 ));
             }
         }
@@ -330,6 +356,8 @@ mod tests {
             ("postgres://u:secret@h,i/d?port=1,2,3", "2 hosts and 5 ports"),
             ("postgres://u:secret@h/d?sslmode=require", "give sslmode=verify-full"),
             ("postgres://u:secret@h/d?sslmode=disable&sslrootcert=/a", "leave one of them out"),
+            ("postgres://u:secret@h/d?sslcert=/a", "belong together"),
+            ("postgres://u:secret@h/d?sslmode=disable&sslcert=/a&sslkey=/b", "not used without TLS"),
             ("postgres://u:secret@h/d?schema=Big", "needs quotes"),
             ("postgres://u:secret@h/d?schema=pg_x", "needs quotes"),
             ("postgres://u:secret@h/d?schema=", "needs quotes"),

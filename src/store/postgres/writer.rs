@@ -139,7 +139,12 @@ impl Writer {
         let statement = Statement::of(schema, term, write, (&appended, &next), (&removed, before));
         let statement = statement.map_err(|error| StoreError::Defect { problem: error.to_string() })?;
         let (connector, line) = (&*self.connector, &mut self.line);
-        chain.commit(&mut Attempt { connector, line, statement: &statement }).await?;
+        let mut attempt = Attempt { connector, line, statement: &statement, is_lost: false };
+        let committed = chain.commit(&mut attempt).await;
+        if attempt.is_lost {
+            connector.figures().found_out(committed.is_ok());
+        }
+        committed?;
         drop(statement);
         term.advance(write, appended, next);
         self.log.set(&term.frontier.log);

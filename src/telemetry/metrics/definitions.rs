@@ -113,6 +113,19 @@ definitions! {
         "Size of the store in bytes, including its write-ahead log.";
     STORE_RECORDS: Gauge "orchestrator_store_records" []
         "Cycles that are retained in the history.";
+    STORE_AMBIGUOUS: Counter "orchestrator_store_commits_ambiguous_total" ["outcome"]
+        "Commits to PostgreSQL whose answer was lost, by what was found out then: they were made (kept), or not \
+         (not_kept). Missing for other stores.";
+    STORE_ROUND_TRIP: Histogram "orchestrator_store_round_trip_seconds" []
+        "Time of statements to PostgreSQL that only begin a read: the way to the server and back. Missing for other \
+         stores.";
+    STORE_SYNCHRONOUS: Gauge "orchestrator_store_synchronous" []
+        "1 if commits to PostgreSQL wait for standbys (synchronous_standby_names), so that a failover loses none, else 0. \
+         Missing for other stores, and while no server answers.";
+    STORE_OLDEST_XMIN: Gauge "orchestrator_store_oldest_xmin_age" []
+        "Transactions of PostgreSQL since the oldest one whose view of the tables is still needed, as far as the user of \
+         the service may see that. If it only increases, a forgotten transaction, replication slot or standby makes the \
+         tables grow. Missing for other stores, and while no server answers.";
 
     TASK_RUNS: Counter "orchestrator_task_runs_total" ["task", "result"]
         "Repeated work of tasks, by whether it succeeded (ok) or failed: removing records that need not be kept \
