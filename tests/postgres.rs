@@ -325,11 +325,15 @@ async fn what_was_on_the_primary_only_was_not_acknowledged_and_no_watcher_has_se
     standby.crash().await;
     let mut caller = stage.service.client().await;
     let waiting = tokio::spawn(async move { caller.run().await });
-    let in_line = "FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND application_name = 'orchestrator'";
-    primary.shows(&format!("SELECT count(*) {in_line}"), "1").await;
-    primary.execute(&format!("SELECT pg_terminate_backend(pid) {in_line}")).await;
+    let in_line = |statement: &str| {
+        format!(
+            "FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND query LIKE '%{statement}%' AND pid <> pg_backend_pid()"
+        )
+    };
+    primary.shows(&format!("SELECT count(*) {}", in_line("fence AS")), "1").await;
+    primary.execute(&format!("SELECT pg_terminate_backend(pid) {}", in_line("fence AS"))).await;
     // The barrier waits as well.
-    primary.shows(&format!("SELECT count(*) {in_line}"), "1").await;
+    primary.shows(&format!("SELECT count(*) {}", in_line("RETURNING found")), "1").await;
     let visible = "SELECT count(*) FROM fleet.open_cycles";
     primary.shows(visible, "1").await;
     primary.crash().await;
