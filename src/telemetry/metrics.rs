@@ -145,8 +145,8 @@ impl Metrics {
         families.extend(self.membership.iter().flat_map(of_replica));
         if let Some(orchestrator) = orchestrator {
             families.extend(of_orchestrator(orchestrator).await);
+            families.extend(orchestrator.store_server().await.as_ref().map(of_server).into_iter().flatten());
         }
-        families.extend(orchestrator.store_server().await.as_ref().map(of_server).into_iter().flatten());
         let by_server = |of: &Definition, figure: fn(&Connections) -> usize| {
             of.family(self.servers.iter().map(|(name, it)| of.value(&[name], count(figure(it)))).collect())
         };

@@ -7,7 +7,7 @@ use tokio::runtime::Handle;
 
 use super::{
     commit::{DURABLE, RANDOM_TOKEN},
-    connect::{Connection, Connector},
+    connect::{APPLICATION, Connection, Connector},
     error::explain,
     parameter::Parameter,
     rows::Failed,
@@ -44,7 +44,7 @@ impl Copying {
     ) -> Result<Self, OpenError> {
         let opened = runtime.block_on(async {
             let connector = Connector::new(url.clone(), clock).await?;
-            let mut connection = connector.connect().await?;
+            let mut connection = connector.connect(APPLICATION).await?;
             match side {
                 Side::Source => {
                     schema::check(&connector, &connection).await?;

@@ -12,11 +12,11 @@ use std::{
 use futures_util::future::BoxFuture;
 use jiff::Timestamp;
 use tokio::sync::Mutex;
-use tokio_postgres::types::ToSql;
 
 use super::{
     commit::{DURABLE, Line},
     connect::{APPLICATION, Connector, application_of},
+    parameter::Parameter,
 };
 use crate::{
     model::{Endpoint, Epoch, Leader, Replica},
@@ -68,7 +68,7 @@ impl LeaderRow {
     async fn execute(
         &self,
         text: &str,
-        parameters: &[&(dyn ToSql + Sync)],
+        parameters: &[&dyn Parameter],
     ) -> Result<Option<tokio_postgres::Row>, StoreError> {
         match self.line.lock().await.execute(&self.connector, text, parameters).await {
             Answer::Executed(row) => Ok(Some(row)),
@@ -148,7 +148,7 @@ impl Leadership for LeaderRow {
             let address = replica.address.as_ref().map(ToString::to_string);
             let lease_ms = i64::try_from(lease_ttl.as_millis()).unwrap_or(i64::MAX);
             let (epoch, beat, at_least) = (integer(seen.epoch.0), integer(seen.beat), integer(at_least.0));
-            let parameters: [&(dyn ToSql + Sync); 7] =
+            let parameters: [&dyn Parameter; 7] =
                 [&epoch, &beat, &at_least, &integer(id.0), &replica.name, &address, &lease_ms];
             let row = match self.execute(&text, &parameters).await {
                 Ok(row) => row,
