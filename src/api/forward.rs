@@ -56,13 +56,14 @@ use super::{
     error::{self, NotAnswered},
     forwarded,
     gate::Begun,
+    response,
     rpc::Rpc,
 };
 use crate::{
     memory::{Held, Memory},
     model::{Code, Leader, Role},
     orchestrator::Refusal,
-    proto::{framing, timeout},
+    proto::{framing, orchestrator::v1 as pb, timeout},
 };
 
 /// Has the leader answer calls. All clones share the connections to it.
@@ -488,9 +489,34 @@ impl Api {
         A: Message + Default,
         F: Future<Output = Answer<A>>,
     {
-        let Some(forwarder) = self.follows() else {
+        let is_read = Rpc::of_name(rpc).is_some_and(Rpc::is_read_by_followers);
+        let Some(forwarder) = self.follows().filter(|_| !is_read) else {
             return here(self.clone(), request).await.map(Response::into_inner);
         };
+        self.only(forwarder, rpc, request).await
+    }
+
+    /// The status of the leader, with the role of this replica.
+    ///
+    /// # Errors
+    /// The status of the call.
+    pub(super) async fn status_of_both(
+        &self,
+        forwarder: &Forwarder,
+        request: Request<pb::GetStatusRequest>,
+    ) -> Answer<pb::GetStatusResponse> {
+        let mut answer: pb::GetStatusResponse = self.only(forwarder, Rpc::GetStatus.name(), request).await?;
+        answer.status = answer.status.map(|status| response::asked_at(self.membership(), status));
+        Ok(Response::new(answer))
+    }
+
+    /// Has the leader answer a call whose answer is one message.
+    async fn only<Q: Message, A: Message + Default>(
+        &self,
+        forwarder: &Forwarder,
+        rpc: &str,
+        request: Request<Q>,
+    ) -> Result<A, Status> {
         let mut answer = self.ask(forwarder, rpc, request).await?;
         let only = answer.next().await?.ok_or_else(|| Status::internal("the leader's answer has no message"))?;
         match answer.next().await? {

@@ -265,7 +265,10 @@ impl Service for Api {
     }
 
     async fn get_status(&self, request: Request<pb::GetStatusRequest>) -> Answer<pb::GetStatusResponse> {
-        self.gate.answer(request, |call| self.handlers.get_status(call)).await
+        match self.follows() {
+            Some(forwarder) => self.status_of_both(forwarder, request).await,
+            None => self.gate.answer(request, |call| self.handlers.get_status(call)).await,
+        }
     }
 
     type WatchCyclesStream = Events;

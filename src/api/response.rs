@@ -85,6 +85,14 @@ pub(super) fn status(status: Status, insecure: bool, membership: &Membership) ->
     }
 }
 
+/// The status of the leader, as a follower of it answers.
+pub(super) fn asked_at(membership: &Membership, status: pb::OrchestratorStatus) -> pb::OrchestratorStatus {
+    let pb::OrchestratorStatus { replica, role, leader, lease_remaining, .. } = of_replica(membership);
+    // The leader knows best that it leads.
+    let leader = status.leader.or(leader);
+    pb::OrchestratorStatus { replica, role, leader, lease_remaining, ..status }
+}
+
 /// The part of the status that says which replica answers, and which one leads.
 fn of_replica(membership: &Membership) -> pb::OrchestratorStatus {
     let replica = |replica: &Replica| pb::Replica {

@@ -134,6 +134,12 @@ impl Rpc {
     pub(super) fn streams(self) -> bool {
         matches!(self, Self::WatchCycles | Self::ReadEntries)
     }
+
+    /// True if a follower does more than to pass its calls on: a watch outlasts its leader, and the status is that of
+    /// two replicas.
+    pub(super) fn is_read_by_followers(self) -> bool {
+        matches!(self, Self::WatchCycles | Self::GetStatus)
+    }
 }
 
 /// Asks for the metrics.

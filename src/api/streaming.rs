@@ -83,8 +83,7 @@ where
             }
             (Err(status), None) => return ready(Ok(status.into_http())).boxed(),
         };
-        // A watch outlasts its leader, so it is not only passed on.
-        let call = if let Some((rpc, forwarder)) = forwarded.filter(|(rpc, _)| *rpc != Rpc::WatchCycles) {
+        let call = if let Some((rpc, forwarder)) = forwarded.filter(|(rpc, _)| !rpc.is_read_by_followers()) {
             let call = self.api.clone().forward(forwarder, rpc, caller.clone(), begun.clone(), request);
             call.map(|answer| Ok(answer.unwrap_or_else(Status::into_http))).boxed()
         } else {
