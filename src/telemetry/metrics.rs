@@ -16,7 +16,7 @@ use prometheus::{
 };
 #[cfg(target_os = "linux")]
 use prometheus::{core::Collector, process_collector::ProcessCollector};
-use tokio::{runtime::Handle, sync::Semaphore, task::yield_now, time::Instant};
+use tokio::{join, runtime::Handle, sync::Semaphore, task::yield_now, time::Instant};
 
 #[allow(clippy::wildcard_imports, reason = "it is a list, and this is where all of it is shown")]
 use self::definitions::*;
@@ -145,7 +145,6 @@ impl Metrics {
         families.extend(self.membership.iter().flat_map(of_replica));
         if let Some(orchestrator) = orchestrator {
             families.extend(of_orchestrator(orchestrator).await);
-            families.extend(orchestrator.store_server().await.as_ref().map(of_server).into_iter().flatten());
         }
         let by_server = |of: &Definition, figure: fn(&Connections) -> usize| {
             of.family(self.servers.iter().map(|(name, it)| of.value(&[name], count(figure(it)))).collect())
@@ -272,13 +271,16 @@ async fn of_orchestrator(orchestrator: &Orchestrator) -> Vec<MetricFamily> {
         STORE_COMMIT_ERRORS.single(number(figures.counts.commit_errors)),
         STORE_UNREADABLE.single(number(figures.counts.unreadable_records)),
     ]);
-    match orchestrator.store_size().await {
+    // Both wait if no server answers.
+    let (size, server) = join!(orchestrator.store_size(), orchestrator.store_server());
+    match size {
         Ok(size) => {
             families.extend([STORE_SIZE.single(number(size.bytes)), STORE_RECORDS.single(number(size.records))]);
         }
         // The other metrics are all the more important then.
         Err(error) => tracing::warn!(%error, "the size of the store is missing in the metrics"),
     }
+    families.extend(server.as_ref().map(of_server).into_iter().flatten());
     families.extend(of_tasks(&figures.counts));
     families
 }

@@ -247,6 +247,11 @@ impl Pooler {
         Some(Self { directory, process })
     }
 
+    /// The directory of its socket.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
     /// A URL of the server behind it, as one that leads through it.
     pub fn url(&self, of_server: &str) -> String {
         let (user, rest) = of_server.split_once('@').unwrap();

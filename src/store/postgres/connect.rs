@@ -82,17 +82,16 @@ impl Connection {
             return self.client.query_typed(text, &values.zip(kinds).collect::<Vec<_>>()).await;
         };
         let known = locked(prepared).get(text).cloned();
-        let statement = match known {
-            Some(statement) => statement,
-            None => {
-                let statement = self.client.prepare_typed(text, &kinds.collect::<Vec<_>>()).await?;
-                let mut prepared = locked(prepared);
-                if prepared.len() >= PREPARED {
-                    prepared.clear();
-                }
-                prepared.insert(text.to_owned(), statement.clone());
-                statement
+        let statement = if let Some(statement) = known {
+            statement
+        } else {
+            let statement = self.client.prepare_typed(text, &kinds.collect::<Vec<_>>()).await?;
+            let mut prepared = locked(prepared);
+            if prepared.len() >= PREPARED {
+                prepared.clear();
             }
+            prepared.insert(text.to_owned(), statement.clone());
+            statement
         };
         let queried = self.client.query(&statement, &values.collect::<Vec<_>>()).await;
         // The tables were changed since it was prepared.
@@ -254,7 +253,7 @@ fn tls(verification: &Verification, own: Option<&OwnCertificate>, clock: Clock) 
     let Some(OwnCertificate { certificate, key }) = own else { return Ok(config.with_no_client_auth()) };
     let (certificate, name) = (read_file("sslcert", certificate)?, format!("sslkey {}", key.display()));
     let secret = file::read_secret(key).map_err(|error| format!("{name} {error}"))?;
-    let key = Pem { name, path: key.clone(), bytes: secret.to_vec() };
+    let key = Pem { name, path: key.clone(), bytes: secret };
     let own = config.with_client_auth_cert(certificate.certificates()?, key.private_key()?);
     own.map_err(|error| match error {
         rustls::Error::InconsistentKeys(_) => key.belongs_elsewhere(&certificate),

@@ -37,7 +37,7 @@ mod pki;
 #[allow(dead_code, unreachable_pub)]
 pub(in crate::store) mod server;
 
-use server::{Server, shared};
+use server::{Server, shared, shared_pooler};
 
 fn url(url: &str) -> PostgresUrl {
     PostgresUrl::parse(url).unwrap()
@@ -563,9 +563,21 @@ async fn an_output_that_was_changed_without_the_key_is_not_sealed_under_a_new_na
 #[tokio::test]
 async fn the_outcome_of_a_commit_is_right_wherever_its_connection_is_cut() {
     let Some(server) = shared() else { return };
-    let proxy = Proxy::before(server.directory().to_owned());
+    cut_everywhere(server, server.directory(), "").await;
+}
+
+#[tokio::test]
+async fn the_outcome_of_a_commit_is_right_wherever_its_connection_to_a_pooler_is_cut() {
+    let (Some(server), Some(pooler)) = (shared(), shared_pooler()) else { return };
+    cut_everywhere(server, pooler.directory(), "&pooled=true").await;
+}
+
+/// Cuts connections to what listens in this directory, at every place of a commit and of its answer.
+async fn cut_everywhere(server: &Server, directory: &Path, parameters: &str) {
+    let proxy = Proxy::before(directory.to_owned());
     let schema = url(&server.url()).schema().to_owned();
-    let (store, epoch) = opened(&format!("postgres://owner@{}/postgres?schema={schema}", proxy.host())).await;
+    let through = format!("postgres://owner@{}/postgres?schema={schema}{parameters}", proxy.host());
+    let (store, epoch) = opened(&through).await;
     let direct = connect(&server.url_of("owner", &schema)).await.unwrap();
     let stored = async || {
         let number = format!("SELECT count(*) FROM {schema}.cycles");
