@@ -279,10 +279,10 @@ async fn after_a_graceful_stop_another_replica_goes_on_at_once_and_nothing_is_in
 async fn a_replica_without_the_key_of_the_others_does_not_lead() {
     let Some(server) = shared() else { return };
     let store = server.url();
-    let mut replicas = Replicas::at([("a", store.clone())].into_iter()).await;
+    let mut replicas = Replicas::at([("a", store.clone())].into_iter(), TTL).await;
     replicas.client(0).await.run().await.unwrap();
     let elsewhere = tempfile::tempdir().unwrap();
-    let other = home("b", &store, elsewhere.path());
+    let other = home("b", &store, elsewhere.path(), TTL);
     let follower = other.serve().await;
     assert!({ replicas.services[0].take().unwrap() }.stop().await.success());
     other.logged("this replica can't lead", 1).await;

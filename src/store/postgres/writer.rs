@@ -239,7 +239,9 @@ pub(super) async fn read(
         }
         match read {
             Ok(Err(not_served)) => return Err(not_served.refusal(store)),
-            Ok(Ok((contents, term, claimed, last, given))) => return Ok(Taken { contents, term, claimed, last, given }),
+            Ok(Ok((contents, term, claimed, last, given))) => {
+                return Ok(Taken { contents, term, claimed, last, given });
+            }
             Err(Refused::Unreadable(Failed::Statement(error))) if is_worth_repeating(&error) && attempts < ATTEMPTS => {
             }
             Err(Refused::Unreadable(failed)) => return Err(failure(connector, &failed)),
