@@ -744,6 +744,14 @@ pub enum StoreError {
         /// What was changed.
         problem: String,
     },
+    /// It may not be served: it is a part of a copy, or was copied to another place.
+    #[error("{store} can't be served: {problem}")]
+    NotServed {
+        /// Which store.
+        store: String,
+        /// The problem and its remedy.
+        problem: String,
+    },
     /// It refuses writes, although it is not damaged.
     #[error(
         "{store} refuses a required write: {problem}; restore it from a backup if another program has changed \
@@ -806,6 +814,7 @@ impl StoreError {
             Self::Fenced { .. }
             | Self::Corrupt { .. }
             | Self::Tampered { .. }
+            | Self::NotServed { .. }
             | Self::Unusable { .. }
             | Self::Defect { .. } => true,
             Self::Full { .. } | Self::ReadOnly { .. } | Self::Unavailable { .. } | Self::Late { .. } => false,

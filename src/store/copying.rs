@@ -206,7 +206,7 @@ impl NotServed {
                  first"
             ),
         };
-        StoreError::Unavailable { store: url, problem }
+        StoreError::NotServed { store: url, problem }
     }
 }
 
