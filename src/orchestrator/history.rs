@@ -99,8 +99,11 @@ impl Orchestrator {
         max_events: usize,
     ) -> Result<EventPage, Refusal> {
         let mut room = self.0.room(max_events * AuditEvent::MAX_BYTES).await?;
-        let mut page =
-            self.0.store.events_before(before.unwrap_or(i64::MAX.unsigned_abs()), filter, max_events).await?;
+        let mut page = self
+            .0
+            .store
+            .events_before(before.unwrap_or_else(|| self.0.store.log().frontier.size()), filter, max_events)
+            .await?;
         for event in page.events.iter_mut().flatten() {
             let bytes = std::mem::take(&mut event.entry.bytes);
             event.entry.bytes = room.split(bytes.len()).around(bytes);
@@ -252,14 +255,17 @@ impl Shared {
         Cow::Owned(PartFilter { subsystems, states: parts.states.clone() })
     }
 
-    /// Reads a record, once there is memory for it.
+    /// Reads a record, once there is memory for it. A record whose commit is not acknowledged yet does not exist.
     pub(super) async fn read_one(
         &self,
         read: impl Future<Output = Result<Option<Found>, StoreError>>,
     ) -> Result<Option<Record>, Refusal> {
         let mut room = self.room(self.max_record()).await?;
         match read.await?.transpose() {
-            Ok(found) => Ok(found.map(|record| with_room(record, &mut room))),
+            Ok(found) => {
+                let found = found.filter(|record| record.revision <= self.state().last_revision);
+                Ok(found.map(|record| with_room(record, &mut room)))
+            }
             Err(unreadable) => {
                 self.state().tell_unreadable(&unreadable);
                 Err(Refusal::Unreadable(unreadable))

@@ -429,6 +429,10 @@ impl Watcher {
             }
             Err(ResumeError::Store(error)) => return Err(error.into()),
         };
+        // The store may have records whose commits are not acknowledged yet, which a failover could lose.
+        let newest = shared.state().last_revision;
+        let revision = |found: &Found| found.as_ref().map_or_else(|it| it.revision, |record| record.revision);
+        let records: Vec<_> = records.into_iter().take_while(|found| revision(found) <= newest).collect();
         let have = which_have(&records, &self.shared.with_all_names(&self.filter.parts)).await;
         let mut is_first = true;
         for (found, has) in records.into_iter().zip(have) {
