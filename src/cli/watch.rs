@@ -128,6 +128,8 @@ pub(super) async fn follow(
     let mut view = WatchView::new(remote.format, request.progress);
     let request = pb::WatchCyclesRequest { progress: request.progress || view.bar.is_some(), ..request };
     let mut events = Events::open(remote, request, None).await?;
+    // The witness finds out more of a history that was rewritten.
+    events.compares_epochs = witness.is_none();
     loop {
         let event = events.next(|text| view.note(text)).await?;
         if let Some(witness) = &mut witness {
@@ -289,6 +291,8 @@ pub(super) struct Events {
     health: Health,
     stream: Streaming<pb::WatchCyclesResponse>,
     give_up_after: Option<Duration>,
+    /// True if the stream ends where the history was rewritten.
+    compares_epochs: bool,
     /// Attempts to resume since the last event.
     failures: u32,
 }
@@ -310,7 +314,7 @@ impl Events {
     ) -> Result<Self, Failure> {
         let (mut client, health) = remote.connect_for_long().await?;
         let stream = remote.quickly(client.watch_cycles(request.clone())).await?.into_inner();
-        Ok(Self { remote: remote.clone(), request, health, stream, give_up_after, failures: 0 })
+        Ok(Self { remote: remote.clone(), request, health, stream, give_up_after, compares_epochs: true, failures: 0 })
     }
 
     /// The next event. `note` is called with the reason of a wait.
@@ -327,7 +331,7 @@ impl Events {
                 Ok(Some(pb::WatchCyclesResponse { event: Some(event) })) => {
                     self.failures = 0;
                     self.request.after_revision = Some(event.revision);
-                    self.request.after_epoch = event.epoch;
+                    self.request.after_epoch = if self.compares_epochs { event.epoch } else { 0 };
                     self.request.from_oldest = false;
                     return Ok(event);
                 }
