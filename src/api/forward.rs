@@ -451,7 +451,7 @@ impl Api {
         Self { forwarder, ..self }
     }
 
-    /// What has the leader answer calls, while this replica does not lead.
+    /// The forwarder, while this replica does not lead.
     pub(super) fn follows(&self) -> Option<&Forwarder> {
         self.forwarder.as_ref().filter(|forwarder| forwarder.follows())
     }
@@ -489,8 +489,8 @@ impl Api {
         A: Message + Default,
         F: Future<Output = Answer<A>>,
     {
-        let is_read = Rpc::of_name(rpc).is_some_and(Rpc::is_read_by_followers);
-        let Some(forwarder) = self.follows().filter(|_| !is_read) else {
+        let rpc = known(rpc)?;
+        let Some(forwarder) = self.follows().filter(|_| !rpc.is_read_by_followers()) else {
             return here(self.clone(), request).await.map(Response::into_inner);
         };
         self.only(forwarder, rpc, request).await
@@ -505,7 +505,7 @@ impl Api {
         forwarder: &Forwarder,
         request: Request<pb::GetStatusRequest>,
     ) -> Answer<pb::GetStatusResponse> {
-        let mut answer: pb::GetStatusResponse = self.only(forwarder, Rpc::GetStatus.name(), request).await?;
+        let mut answer: pb::GetStatusResponse = self.only(forwarder, Rpc::GetStatus, request).await?;
         answer.status = answer.status.map(|status| response::asked_at(self.membership(), status));
         Ok(Response::new(answer))
     }
@@ -514,7 +514,7 @@ impl Api {
     async fn only<Q: Message, A: Message + Default>(
         &self,
         forwarder: &Forwarder,
-        rpc: &str,
+        rpc: Rpc,
         request: Request<Q>,
     ) -> Result<A, Status> {
         let mut answer = self.ask(forwarder, rpc, request).await?;
@@ -543,7 +543,7 @@ impl Api {
         let Some(forwarder) = self.follows() else {
             return here(self.clone(), request).await.map(Response::into_inner);
         };
-        let answer = self.ask(forwarder, rpc, request).await?;
+        let answer = self.ask(forwarder, known(rpc)?, request).await?;
         let messages = stream::unfold(Some(answer), |answer| async {
             let mut answer = answer?;
             match answer.next().await.transpose()? {
@@ -558,11 +558,10 @@ impl Api {
     async fn ask<Q: Message, A: Message + Default>(
         &self,
         forwarder: &Forwarder,
-        rpc: &str,
+        rpc: Rpc,
         request: Request<Q>,
     ) -> Result<Messages<A>, Status> {
         let (_, mut extensions, message) = request.into_parts();
-        let rpc = Rpc::of_name(rpc).ok_or_else(|| Status::internal("an unknown RPC"))?;
         let mut counted = self.gate.counted(rpc, extensions.get());
         let arrived = self.gate.arrive(rpc, &mut extensions);
         let (caller, begun) = arrived.inspect_err(|status| counted.answered(Some(status)))?;
@@ -578,6 +577,11 @@ impl Api {
     fn lapse(&self, rpc: Rpc, caller: &Caller) -> Option<BoxFuture<'static, Status>> {
         self.gate.judge.lapse(caller, rpc).filter(|_| rpc.streams())
     }
+}
+
+/// The RPC with this name.
+fn known(name: &str) -> Result<Rpc, Status> {
+    Rpc::of_name(name).ok_or_else(|| Status::internal("an unknown RPC"))
 }
 
 /// The headers of a call over gRPC, with the trace of its caller.

@@ -432,10 +432,7 @@ pub fn interval_loop(settings: &IntervalLoop) -> pb::IntervalLoop {
 pub(super) fn event(event: Event) -> pb::WatchCyclesResponse {
     use pb::cycle_event::Event as Is;
     let (Position { revision, epoch }, event) = match event {
-        Event::Recorded(record) => {
-            let position = Position { revision: record.revision, epoch: Some(record.epoch) };
-            (position, Is::Recorded(record.bytes.clone()))
-        }
+        Event::Recorded(record) => (Position::after(&record), Is::Recorded(record.bytes.clone())),
         Event::Unreadable(it) => (Position { revision: it.revision, epoch: None }, Is::Unreadable(unreadable(it))),
         Event::Bookmark(position, checkpoint) => {
             (position, Is::Bookmark(pb::Bookmark { checkpoint: checkpoint.as_deref().unwrap_or_default().to_owned() }))

@@ -93,8 +93,7 @@ fn shown(status: &pb::OrchestratorStatus, last: Option<&pb::CycleTelemetry>, pag
     let mut facts = Facts::new();
     let commit = if status.commit.is_empty() { String::new() } else { format!(" ({})", status.commit) };
     facts.fact("orchestrator", format!("{}, version {}{commit}", status.orchestrator_id, status.version));
-    let uptime = status.uptime.as_ref().map(|uptime| prost_types::Duration { nanos: 0, ..*uptime });
-    facts.fact("up", format!("{}, epoch {}", duration(uptime.as_ref()), status.epoch));
+    facts.fact("up", format!("{}, epoch {}", in_seconds(status.uptime.as_ref()), status.epoch));
     // Where there can be others.
     if status.lease_remaining.is_some() || status.role() == pb::ReplicaRole::Follower && !status.read_only {
         facts.fact("replica", replica(status));
@@ -134,6 +133,11 @@ fn shown(status: &pb::OrchestratorStatus, last: Option<&pb::CycleTelemetry>, pag
     sections([facts.finish(page), waiting(status, page), loops, subsystems, snapshots])
 }
 
+/// A duration in whole seconds, since it changes all the time.
+fn in_seconds(exact: Option<&prost_types::Duration>) -> String {
+    duration(exact.map(|exact| prost_types::Duration { nanos: 0, ..*exact }).as_ref())
+}
+
 /// Which replica answers, and which one leads.
 fn replica(status: &pb::OrchestratorStatus) -> String {
     let shown = |replica: &pb::Replica| match &*replica.address {
@@ -143,9 +147,7 @@ fn replica(status: &pb::OrchestratorStatus) -> String {
     let own = status.replica.as_ref().map(shown).unwrap_or_default();
     match (status.role(), &status.leader) {
         (pb::ReplicaRole::Leader, _) => {
-            let remaining = status.lease_remaining.as_ref();
-            let remaining = remaining.map(|remaining| prost_types::Duration { nanos: 0, ..*remaining });
-            format!("{own}, leads; its lease ends in {}", duration(remaining.as_ref()))
+            format!("{own}, leads; its lease ends in {}", in_seconds(status.lease_remaining.as_ref()))
         }
         (_, Some(leader)) => format!("{own}, follows {}", shown(leader)),
         (_, None) => format!("{own}; no replica leads"),

@@ -35,9 +35,9 @@ enum Command {
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Retention and `orchestrator cycles prune` leave the file as large as it was, and new records use its free pages. This \
-command removes them: it writes the database anew, which takes up to half a minute for 500 MB that are left, and twice as \
-much room on the disk. No service may have the store open, since none of its commits could be made meanwhile. The history \
-and its log stay as they are.
+command removes them: it writes the database anew, which takes up to half a minute for 500 MB that are left, and twice \
+as much room on the disk. No service may have the store open, since none of its commits could be made meanwhile. The \
+history and its log stay as they are.
 
 Exit codes:
   0    it is compact
@@ -57,9 +57,9 @@ struct Compact {
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Copies everything, byte for byte: the history with its log and its newest checkpoint, registrations, loops, latest \
-outputs, and waiting cycles. Then it reads both stores and compares digests of all rows. From then on, the target is the \
-store, and the source is refused, with a message that names the target. Watchers resume, and earlier checkpoints and pins \
-stay valid, since the log is the same.
+outputs, and waiting cycles. Then it reads both stores and compares digests of all rows. From then on, the target is \
+the store, and the source is refused, with a message that names the target. Watchers resume, and earlier checkpoints \
+and pins stay valid, since the log is the same.
 
 Stop the service first. The source must have been closed: a store whose process was killed is served once more before, \
 and stopped. The target must be new or empty. A copy that is interrupted leaves a target that is refused, and a source \
@@ -90,15 +90,16 @@ struct Copy {
 /// Make the tables of a store in PostgreSQL, or bring them up to date
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-The user in the URL becomes the owner of the tables. The user of the service needs fewer rights: USAGE of the schema, and \
-SELECT, INSERT, UPDATE and DELETE of all its tables. Grant them after each migration, or once by ALTER DEFAULT PRIVILEGES:
+The user in the URL becomes the owner of the tables. The user of the service needs fewer rights: USAGE of the schema, \
+and SELECT, INSERT, UPDATE and DELETE of all its tables. Grant them after each migration, or once by ALTER DEFAULT \
+PRIVILEGES:
 
   GRANT USAGE ON SCHEMA orchestrator TO service;
   GRANT SELECT, INSERT, UPDATE, DELETE
     ON ALL TABLES IN SCHEMA orchestrator TO service;
 
-Several processes can migrate at once: one does it, and the others wait. A store of a later version of this software stays \
-as it is, and so do tables of other software.
+Several processes can migrate at once: one does it, and the others wait. A store of a later version of this software \
+stays as it is, and so do tables of other software.
 
 URL: postgres://USER@HOST:PORT,HOST:PORT/DATABASE?PARAMETER=VALUE&PARAMETER=VALUE. The first host that takes writes is \
 used. Parameters:
@@ -138,12 +139,12 @@ struct Migrate {
 #[command(after_help = "\
 `orchestrator serve` refuses a database that is a copy of another one, because a copy takes over the fleet: its epoch \
 is higher, and subsystems then refuse calls of the original. It also refuses a database that lacks many acknowledged \
-cycles, one that another program has changed, and, with access.mode = \"enforce\", one that is not what was signed last: \
-its key or its checkpoint is missing, or an older copy has replaced it. This command accepts the database once, with \
-everything that is in it. First make sure that no process serves the original any more.
+cycles, one that another program has changed, and, with access.mode = \"enforce\", one that is not what was signed \
+last: its key or its checkpoint is missing, or an older copy has replaced it. This command accepts the database once, \
+with everything that is in it. First make sure that no process serves the original any more.
 
-A new log begins: its first entry says so, and contains the earlier checkpoint, which is kept in a file with the suffix \
-.checkpoint.lost. A key that is missing is created.
+A new log begins: its first entry says so, and contains the earlier checkpoint, which is kept in a file with the \
+suffix .checkpoint.lost. A key that is missing is created.
 
 A store in PostgreSQL is accepted in the same way, with the keys that ledger.key_files names. A service that leads \
 meanwhile follows, and then begins a new term.

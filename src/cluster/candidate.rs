@@ -36,7 +36,7 @@ pub struct Candidate {
     is_blind: bool,
 }
 
-/// What is known of a claim.
+/// Whether it is known that a claim was executed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
     Known,
@@ -95,7 +95,7 @@ impl Candidate {
         let observed = match self.leadership.observe().await {
             Ok(observed) => observed,
             Err(error) => {
-                // What was seen before says nothing of the time since.
+                // The row may have changed since it was seen.
                 self.seen = None;
                 self.membership.set(Role::Follower { leader: None });
                 self.membership.set_sees(false);

@@ -62,6 +62,14 @@ pub struct WatchFilter {
     pub parts: PartFilter,
 }
 
+impl Position {
+    /// The position after this record.
+    #[must_use]
+    pub fn after(record: &Record) -> Self {
+        Self { revision: record.revision, epoch: Some(record.epoch) }
+    }
+}
+
 impl Orchestrator {
     /// Follows the record.
     ///
@@ -396,7 +404,7 @@ impl Watcher {
         };
         let parts = self.shared.with_all_names(&self.filter.parts);
         let wanted = self.filter.wants_outside(&recent.record) && recent.has(&parts).await;
-        self.cursor = position(&recent.record);
+        self.cursor = Position::after(&recent.record);
         if !wanted {
             // There may be many of them.
             yield_now().await;
@@ -444,7 +452,7 @@ impl Watcher {
                     continue;
                 }
             };
-            let position = position(&record);
+            let position = Position::after(&record);
             if !has || !self.filter.wants_outside(&record) {
                 self.page.push_back((position, None));
             } else if is_first {
@@ -458,11 +466,6 @@ impl Watcher {
         }
         Ok(())
     }
-}
-
-/// The position after this record.
-fn position(record: &Record) -> Position {
-    Position { revision: record.revision, epoch: Some(record.epoch) }
 }
 
 impl Drop for Watcher {

@@ -80,9 +80,7 @@ pub(super) async fn take_over(
     let are_new = keys.are_new();
     let LogKeys { keys, new } = keys;
     let signer = signer(config, keys);
-    let seals = SealKeys::of(&signer);
-    let seals = if are_new { Seals::Renewed(seals) } else { Seals::Checked(seals) };
-    let contents = store.take_over(seals).await?;
+    let contents = store.take_over(seals(&signer, are_new)).await?;
     let (epoch, last_cycle) = (contents.epoch.0, contents.last_cycle_id.0);
     tracing::info!(store = %url, epoch, last_cycle, "store opened");
     let previous = contents.checkpoint.clone();
@@ -108,8 +106,8 @@ pub(super) async fn take_over(
     // earlier checkpoint is replaced by the first one after the write in which the new log begins.
     let of = url.clone();
     let is_first = previous.is_none() && began.is_none();
-    // The entry of the new log has it as well. A database on a server has no file beside it.
-    let lost = previous.filter(|_| began.is_some() && matches!(url, StoreUrl::Sqlite(_)));
+    // The entry of the new log has it as well.
+    let lost = previous.filter(|_| began.is_some());
     let kept = spawn_blocking(move || {
         new.save()?;
         let kept = lost.map(|lost| store::keep_published(&of, &lost)).transpose();
@@ -173,9 +171,7 @@ pub(super) async fn rehearse(config: &Config, host: &Host) -> Result<TakenOver, 
         let are_new = keys.are_new();
         let signer = Signer::of(config.ledger.origin.clone(), keys.keys);
         let store = store::look(url, record::CHECKS, host.clock).await?;
-        let seals = SealKeys::of(&signer);
-        let seals = if are_new { Seals::Renewed(seals) } else { Seals::Checked(seals) };
-        let contents = store.take_over(seals).await?;
+        let contents = store.take_over(seals(&signer, are_new)).await?;
         if !are_new || store.log().frontier.size() == 0 {
             return Ok(TakenOver { begin: Begin::ReadOnly, ..TakenOver::new(store, contents, signer) });
         }
@@ -230,6 +226,12 @@ impl LogBreak {
         };
         LogBegan { reason, previous: previous.unwrap_or_default().to_owned(), missing: missing.to_vec() }
     }
+}
+
+/// The seals of a store with these keys: new ones have sealed nothing yet.
+fn seals(signer: &Signer, are_new: bool) -> Seals {
+    let keys = SealKeys::of(signer);
+    if are_new { Seals::Renewed(keys) } else { Seals::Checked(keys) }
 }
 
 /// The keys of the log. `random` makes the name of a new key one that no other log has.

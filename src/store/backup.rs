@@ -93,7 +93,7 @@ pub fn backup<E: From<BackupError>>(
 }
 
 /// Puts a copy of a backup in the place of a store, which no process has open, once `verify` has accepted the copy, and
-/// [accepts](super::accept) it there. What is in that place is kept beside it if `replaces` is true. Waits for the
+/// [accepts](super::accept) it there. A store in that place is kept beside it if `replaces` is true. Waits for the
 /// disk.
 ///
 /// # Errors

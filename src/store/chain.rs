@@ -60,7 +60,31 @@ pub(super) enum Answer<T> {
     Lost(StoreError),
 }
 
-/// What the row says.
+impl<T> Answer<T> {
+    /// The same answer, with something else in place of what was returned.
+    pub(super) fn map<U>(self, to: impl FnOnce(T) -> U) -> Answer<U> {
+        match self {
+            Self::Executed(returned) => Answer::Executed(to(returned)),
+            Self::Superseded => Answer::Superseded,
+            Self::Refused(error) => Answer::Refused(error),
+            Self::Lost(error) => Answer::Lost(error),
+        }
+    }
+
+    /// The answer where nothing depends on whether a lost statement was executed; `None` if the row has another token.
+    ///
+    /// # Errors
+    /// It was refused, or the answer was lost.
+    pub(super) fn returned(self) -> Result<Option<T>, StoreError> {
+        match self {
+            Self::Executed(returned) => Ok(Some(returned)),
+            Self::Superseded => Ok(None),
+            Self::Refused(error) | Self::Lost(error) => Err(error),
+        }
+    }
+}
+
+/// The row, as far as a commit depends on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Stored {
     pub(super) epoch: Epoch,

@@ -24,7 +24,7 @@ use crate::{
     ports::{Checks, Contents, Log, Seals, Stage, StoredLoop, StoredOutput, StoredSubsystem, UnreadableRow},
 };
 
-/// What reads the rows of a table.
+/// Reads the rows of a table.
 pub(super) type Read<'r> = &'r mut dyn FnMut(&dyn Row) -> Result<(), Wrong>;
 
 /// The rows of a database, as of one moment, that are not in the log.

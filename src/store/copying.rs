@@ -226,7 +226,7 @@ pub(super) trait Database {
     /// Its URL, by which it is found from everywhere on this machine.
     fn url(&self) -> String;
     fn standing(&mut self) -> Result<Standing, CopyError>;
-    /// Marks it, or takes its mark away. What was written before is on the disk then.
+    /// Marks it, or takes its mark away. Earlier writes are on the disk then.
     fn mark(&mut self, not_served: Option<&NotServed>) -> Result<(), CopyError>;
     fn rows(&mut self, table: &Table, each: Each<'_>) -> Result<(), CopyError>;
     fn put(&mut self, table: &Table, rows: &[Values]) -> Result<(), CopyError>;

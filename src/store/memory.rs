@@ -185,7 +185,7 @@ impl Kept {
                 bytes += entry.len();
                 Part::entry(next, entry.into())
             } else {
-                // What is on its left is in an earlier part.
+                // The leaves on its left are in an earlier part.
                 let is_next =
                     |beside: Range<u64>| Ok(beside.start > next && self.entries.range(beside).next().is_none());
                 let Ok(subtree) = Node::largest_of::<Infallible>(next, leaves.end, is_next);

@@ -12,7 +12,7 @@ use crate::{
     ports::{EventCheck, EventFilter, EventPage, Filter, Found, Page, PageLimits, ResumeError, SCAN_LIMIT, Unreadable},
 };
 
-/// What is done with each row: on with the next one, or no further.
+/// Takes a row of a page, and decides whether the next one is read.
 pub(super) type Each<'e> = &'e mut dyn FnMut(&dyn Row) -> Result<ControlFlow<()>, Wrong>;
 
 /// The history and the audit of a database, as of one moment.

@@ -31,7 +31,7 @@ pub(super) fn parts<R: Rows>(
         let subtree = if first <= next {
             Node::of_leaf(next)
         } else {
-            // What is on its left is in an earlier part.
+            // The leaves on its left are in an earlier part.
             let is_gone = |beside: Range<u64>| Ok::<_, Infallible>(beside.start > next && beside.end <= first);
             let Ok(largest) = Node::largest_of(next, leaves.end, is_gone);
             largest

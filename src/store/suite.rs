@@ -875,13 +875,19 @@ fn pooled_url() -> Option<StoreUrl> {
     Some(StoreUrl::parse(&pooler.url(&server.url())).unwrap())
 }
 
+/// The store at this URL, which is new, and the epoch for which it was taken over.
+async fn opened(url: &StoreUrl) -> (Arc<dyn Store>, Epoch) {
+    let store = open(url, CHECKS, Clock::system()).await.unwrap();
+    let epoch = store.take_over(seals()).await.unwrap().epoch;
+    (store, epoch)
+}
+
 macro_rules! every_store {
     ($($test:ident)+) => {
         mod memory {
             $(#[tokio::test]
             async fn $test() {
-                let store = super::open(&super::StoreUrl::Memory, super::CHECKS, super::Clock::system()).await.unwrap();
-                let epoch = store.take_over(super::seals()).await.unwrap().epoch;
+                let (store, epoch) = super::opened(&super::StoreUrl::Memory).await;
                 super::$test(&*store, epoch).await;
             })+
         }
@@ -890,8 +896,7 @@ macro_rules! every_store {
             $(#[tokio::test]
             async fn $test() {
                 let Some(url) = super::postgres_url() else { return };
-                let store = super::open(&url, super::CHECKS, super::Clock::system()).await.unwrap();
-                let epoch = store.take_over(super::seals()).await.unwrap().epoch;
+                let (store, epoch) = super::opened(&url).await;
                 super::$test(&*store, epoch).await;
             })+
         }
@@ -900,8 +905,7 @@ macro_rules! every_store {
             $(#[tokio::test]
             async fn $test() {
                 let Some(url) = super::pooled_url() else { return };
-                let store = super::open(&url, super::CHECKS, super::Clock::system()).await.unwrap();
-                let epoch = store.take_over(super::seals()).await.unwrap().epoch;
+                let (store, epoch) = super::opened(&url).await;
                 super::$test(&*store, epoch).await;
             })+
         }
@@ -911,8 +915,7 @@ macro_rules! every_store {
             async fn $test() {
                 let directory = tempfile::tempdir().unwrap();
                 let url = super::StoreUrl::Sqlite(directory.path().join("o.db"));
-                let store = super::open(&url, super::CHECKS, super::Clock::system()).await.unwrap();
-                let epoch = store.take_over(super::seals()).await.unwrap().epoch;
+                let (store, epoch) = super::opened(&url).await;
                 super::$test(&*store, epoch).await;
             })+
         }

@@ -27,7 +27,7 @@ impl<A: Message + Default> Messages<A> {
     /// Those of this response.
     ///
     /// # Errors
-    /// The status of the call, if there are none.
+    /// The call has failed, with this status, and has no messages.
     pub(super) fn of(response: http::Response<Body>, memory: Memory) -> Result<Self, Status> {
         let (head, body) = response.into_parts();
         match Status::from_header_map(&head.headers) {

@@ -54,7 +54,7 @@ impl Choices {
     }
 }
 
-/// What is built wrong.
+/// A part of the chain, or of the database, that is built wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fault {
     None,
@@ -70,7 +70,7 @@ enum Fault {
     EarlyAnswer,
 }
 
-/// What can happen beside lost answers and failovers.
+/// An event beside lost answers and failovers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Incident {
     None,
@@ -238,12 +238,7 @@ impl<'c> Simulated<'c> {
 
 impl Database for Simulated<'_> {
     async fn commit(&mut self, after: Token, token: Token) -> Answer<()> {
-        match self.run(Statement::Commit { after, token }) {
-            Answer::Executed(_) => Answer::Executed(()),
-            Answer::Superseded => Answer::Superseded,
-            Answer::Refused(error) => Answer::Refused(error),
-            Answer::Lost(error) => Answer::Lost(error),
-        }
+        self.run(Statement::Commit { after, token }).map(drop)
     }
 
     async fn bar(&mut self, barrier: &Barrier) -> Answer<Token> {

@@ -47,7 +47,7 @@ pub(super) struct Renewed {
     pub(super) seals: Vec<Vec<u8>>,
 }
 
-/// What is read before a commit that removes entries, renames subsystems, or seals rows anew.
+/// The rows that are read before a commit that removes entries, renames subsystems, or seals rows anew.
 #[derive(Default)]
 pub(super) struct Before {
     /// The leaves of the control entries that go with what is removed.
@@ -585,15 +585,9 @@ impl Database for Attempt<'_, '_> {
         let of_chain: [&dyn Parameter; OF_CHAIN] = [&after.0, &token.0];
         let others = self.statement.parameters.iter().map(|parameter| &**parameter as &dyn Parameter);
         let parameters: Vec<_> = of_chain.into_iter().chain(others).collect();
-        match self.line.execute(self.connector, &self.statement.text, &parameters).await {
-            Answer::Executed(_) => Answer::Executed(()),
-            Answer::Superseded => Answer::Superseded,
-            Answer::Refused(error) => Answer::Refused(error),
-            Answer::Lost(error) => {
-                self.is_lost = true;
-                Answer::Lost(error)
-            }
-        }
+        let answer = self.line.execute(self.connector, &self.statement.text, &parameters).await;
+        self.is_lost |= matches!(answer, Answer::Lost(_));
+        answer.map(drop)
     }
 
     async fn bar(&mut self, barrier: &Barrier) -> Answer<Token> {
@@ -605,12 +599,8 @@ impl Database for Attempt<'_, '_> {
         );
         let earlier: Vec<_> = barrier.earlier.iter().map(|token| token.0).collect();
         let outcomes: Vec<_> = barrier.outcomes.iter().map(|token| token.0).collect();
-        match self.line.execute(self.connector, &text, &[&barrier.token.0, &earlier, &outcomes]).await {
-            Answer::Executed(row) => Answer::Executed(Token(row.get(0))),
-            Answer::Superseded => Answer::Superseded,
-            Answer::Refused(error) => Answer::Refused(error),
-            Answer::Lost(error) => Answer::Lost(error),
-        }
+        let answer = self.line.execute(self.connector, &text, &[&barrier.token.0, &earlier, &outcomes]).await;
+        answer.map(|row| Token(row.get(0)))
     }
 
     async fn read(&mut self) -> Result<Stored, StoreError> {
@@ -620,21 +610,10 @@ impl Database for Attempt<'_, '_> {
             "SELECT m.epoch, commits, l.epoch AS claimed FROM {schema}.meta m, {schema}.leader l
              WHERE m.id = 0 AND l.id = 0"
         );
-        match self.line.execute(self.connector, &text, &[]).await {
-            Answer::Executed(row) => {
-                let wrong = |wrong: crate::store::row::Wrong| StoreError::Corrupt {
-                    store: store.clone(),
-                    problem: wrong.to_string(),
-                };
-                let epoch = |column| number(&row, column).map(Epoch).map_err(wrong);
-                let commits = number(&row, "commits").map_err(wrong)?;
-                Ok(Stored { epoch: epoch("epoch")?, commits, claimed: epoch("claimed")? })
-            }
-            Answer::Superseded => {
-                let problem = "its table meta or leader has no row".into();
-                Err(StoreError::Corrupt { store, problem })
-            }
-            Answer::Refused(error) | Answer::Lost(error) => Err(error),
-        }
+        let corrupt = |problem| StoreError::Corrupt { store: store.clone(), problem };
+        let row = self.line.execute(self.connector, &text, &[]).await.returned()?;
+        let row = row.ok_or_else(|| corrupt("its table meta or leader has no row".into()))?;
+        let number = |column| number(&row, column).map_err(|wrong| corrupt(wrong.to_string()));
+        Ok(Stored { epoch: Epoch(number("epoch")?), commits: number("commits")?, claimed: Epoch(number("claimed")?) })
     }
 }

@@ -22,7 +22,6 @@ use crate::{
     model::{Endpoint, Epoch, Leader, Replica},
     ports::{Claim, ClaimId, Claimed, Leadership, Observed, Renewed, StoreError},
     store::{
-        chain::Answer,
         contents::check_unsealed_epoch,
         row::{Wrong, flag, integer, integer_of, number, optional_text},
     },
@@ -70,11 +69,7 @@ impl LeaderRow {
         text: &str,
         parameters: &[&dyn Parameter],
     ) -> Result<Option<tokio_postgres::Row>, StoreError> {
-        match self.line.lock().await.execute(&self.connector, text, parameters).await {
-            Answer::Executed(row) => Ok(Some(row)),
-            Answer::Superseded => Ok(None),
-            Answer::Refused(error) | Answer::Lost(error) => Err(error),
-        }
+        self.line.lock().await.execute(&self.connector, text, parameters).await.returned()
     }
 
     fn corrupt(&self, wrong: &Wrong) -> StoreError {
