@@ -1,6 +1,7 @@
 //! Tests with a real server.
 
 use std::{
+    cell::Cell,
     fs,
     net::TcpListener,
     path::{Path, PathBuf},
@@ -618,22 +619,36 @@ async fn a_commit_whose_wait_for_a_standby_is_cancelled_is_acknowledged_only_onc
         other.batch_execute(&format!("ALTER SYSTEM SET synchronous_standby_names = '{standby}'")).await.unwrap();
         other.batch_execute("SELECT pg_reload_conf()").await.unwrap();
     };
-    let shown = async || other.query_one("SHOW synchronous_standby_names", &[]).await.unwrap().get::<_, String>(0);
     wait_for("away").await;
-    while shown().await != "away" {}
-    let commit = store.commit(Arc::new(recorded(1..=1, epoch)));
+    let (acknowledged, is_over) = (Cell::new(0), Cell::new(false));
+    // A server that has read its settings begins to wait for the standby a moment later.
+    let commits = async {
+        while !is_over.get() {
+            let revision = acknowledged.get() + 1;
+            store.commit(Arc::new(recorded(revision..=revision, epoch))).await.unwrap();
+            acknowledged.set(revision);
+        }
+    };
     let operator = async {
-        // The commit, and then its first two barriers.
+        // A commit, and then its first two barriers. A wait that was cancelled is seen for a moment longer.
+        let mut before = String::new();
         for _ in 0..3 {
-            let cancel = "SELECT pg_cancel_backend(pid) FROM pg_stat_activity
-                          WHERE application_name = 'orchestrator' AND wait_event = 'SyncRep' AND pid <> pg_backend_pid()";
-            while other.query(cancel, &[]).await.unwrap().is_empty() {}
+            let cancel = "SELECT query_start::text, pg_cancel_backend(pid) FROM pg_stat_activity
+                          WHERE application_name = 'orchestrator' AND wait_event = 'SyncRep'
+                              AND query_start::text <> $1 AND pid <> pg_backend_pid()";
+            before = loop {
+                if let Some(row) = other.query(cancel, &[&before]).await.unwrap().first() {
+                    break row.get(0);
+                }
+            };
         }
         let visible = format!("SELECT count(*) FROM {}.cycles", url(&store_url).schema());
-        assert_eq!(other.query_one(&visible, &[]).await.unwrap().get::<_, i64>(0), 1, "visible, and not replicated");
+        let visible: i64 = other.query_one(&visible, &[]).await.unwrap().get(0);
+        assert_eq!(u64::try_from(visible), Ok(acknowledged.get() + 1), "visible, and not replicated");
+        is_over.set(true);
         wait_for("").await;
     };
-    let (committed, ()) = tokio::join!(commit, operator);
-    committed.unwrap();
-    assert_eq!(revisions(&store.cycles_after(Revision(0), ALL).await.unwrap()), [1]);
+    tokio::join!(commits, operator);
+    let stored = store.cycles_after(Revision(0), ALL).await.unwrap();
+    assert_eq!(revisions(&stored), (1..=acknowledged.get()).collect::<Vec<_>>());
 }
