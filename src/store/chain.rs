@@ -12,6 +12,15 @@
 //!
 //! A barrier that is executed late finds none of its tokens, and writes nothing: without that condition, it would seem
 //! to later commits that another process had taken over.
+//!
+//! The row can also have a token of another process that has kept nothing: of a barrier, after a first commit that
+//! was not executed. This process sees that nothing else has changed, by the epoch, the number of commits and the
+//! claim, and goes on from that token. That is safe. A token belongs to one state of the row, so a statement that is
+//! executed on this one builds on the state that was read; and if a failover undoes that state, the statement finds
+//! another token and writes nothing. While the outcome of an own commit is unknown, only a barrier goes on from such a
+//! token. The number of commits says whether the commit is part of that state, since no other process commits in an
+//! epoch that this one has begun. Of a first commit in an epoch it does not say that: another process can have chosen
+//! the same epoch. So this process then ends, as if it were fenced.
 
 use std::{future::Future, time::Duration};
 
@@ -39,12 +48,26 @@ impl Token {
 pub(super) struct Barrier {
     /// The token that the row gets.
     pub(super) token: Token,
-    /// The token before the commit, and that of the commit. If the row has one of them, the barrier notes and returns
-    /// it.
-    pub(super) outcomes: [Token; 2],
+    /// Tokens that the row has while the commit is not executed: the one that the commit needs, and those of other
+    /// processes that have kept nothing. If the row has one of them, the barrier notes and returns it.
+    pub(super) before: Vec<Token>,
+    /// Tokens that the row has once the commit is executed, likewise: that of the commit, and those of other processes.
+    pub(super) after: Vec<Token>,
     /// The tokens of earlier barriers of the same commit. If the row has one of them, the barrier returns what that one
     /// has noted.
     pub(super) earlier: Vec<Token>,
+}
+
+impl Barrier {
+    /// True if it is executed on a row with this token, and then notes and returns it.
+    pub(super) fn notes(&self, token: Token) -> bool {
+        self.before.contains(&token) || self.after.contains(&token)
+    }
+
+    /// True if it is executed on a row with this token.
+    fn accepts(&self, token: Token) -> bool {
+        self.notes(token) || self.earlier.contains(&token)
+    }
 }
 
 /// The answer to a commit or a barrier.
@@ -93,6 +116,8 @@ pub(super) struct Stored {
     /// The last epoch for which a replica has claimed to lead. A claim gives the row a new token before it commits
     /// anything.
     pub(super) claimed: Epoch,
+    /// Of the last commit or barrier.
+    pub(super) token: Token,
 }
 
 /// The database, as far as the outcome of one commit depends on it. Each call is one statement.
@@ -100,7 +125,7 @@ pub(super) trait Database {
     /// Commits what is to be committed, if the row has the token `after`, and gives it `token`.
     fn commit(&mut self, after: Token, token: Token) -> impl Future<Output = Answer<()>> + Send;
 
-    /// Gives the row the token of the barrier, if it has one of those that this accepts. Returns one of its outcomes.
+    /// Gives the row the token of the barrier, if it has one of those that this accepts. Returns one that it notes.
     fn bar(&mut self, barrier: &Barrier) -> impl Future<Output = Answer<Token>> + Send;
 
     /// Reads the row.
@@ -113,20 +138,18 @@ pub(super) struct Chain {
     /// The location of the store, for people.
     store: String,
     epoch: Epoch,
-    /// What the row said after the last commit that was acknowledged: before the first one, what an earlier process has
-    /// left.
+    /// What the row said after the last commit that was acknowledged, or before the first one, what an earlier process
+    /// has left. Its token is the one that the row had last, as far as this process knows.
     stored: Stored,
-    /// The token of the row, as far as it is known.
-    last: Token,
     /// The last one that was given.
     given: Token,
 }
 
 impl Chain {
-    /// Commits of this epoch, after a row that has this token. `given` is the token before the first one that they and
+    /// Commits of this epoch, after a row that says this. `given` is the token before the first one that they and
     /// their barriers get: chosen at random, so that no other process has the same ones.
-    pub(super) fn new(store: String, epoch: Epoch, (stored, last): (Stored, Token), given: Token) -> Self {
-        Self { store, epoch, stored, last, given }
+    pub(super) fn new(store: String, epoch: Epoch, stored: Stored, given: Token) -> Self {
+        Self { store, epoch, stored, given }
     }
 
     /// Commits. Returns once the outcome is known, however long that takes.
@@ -135,12 +158,20 @@ impl Chain {
     /// Nothing was kept, and nothing will be.
     pub(super) async fn commit(&mut self, database: &mut impl Database) -> Result<(), StoreError> {
         let token = self.give();
-        match database.commit(self.last, token).await {
+        match database.commit(self.stored.token, token).await {
             Answer::Executed(()) => {
                 self.kept(token);
                 Ok(())
             }
-            Answer::Superseded => Err(self.superseded(database.read().await?)),
+            Answer::Superseded => {
+                let now = database.read().await?;
+                if !self.is_unchanged(now) {
+                    return Err(self.superseded(now));
+                }
+                self.stored.token = now.token;
+                let problem = "another process was in the way, which has kept nothing".into();
+                Err(StoreError::Unavailable { store: self.store.clone(), problem })
+            }
             Answer::Refused(error) => Err(error),
             Answer::Lost(error) => self.resolve(database, token, error).await,
         }
@@ -153,22 +184,31 @@ impl Chain {
         commit: Token,
         lost: StoreError,
     ) -> Result<(), StoreError> {
-        // Eight bytes for each answer that is lost, at most one in a second.
-        let mut barrier = Barrier { token: self.give(), outcomes: [self.last, commit], earlier: Vec::new() };
+        // Eight bytes for each answer that is lost, and each process that has kept nothing: at most one in a second.
+        let (before, after) = (vec![self.stored.token], vec![commit]);
+        let mut barrier = Barrier { token: self.give(), before, after, earlier: Vec::new() };
         let mut pause = FIRST_PAUSE;
         loop {
             match database.bar(&barrier).await {
-                Answer::Executed(found) if found == commit => {
+                Answer::Executed(found) if barrier.after.contains(&found) => {
                     self.kept(barrier.token);
                     return Ok(());
                 }
                 Answer::Executed(_) => {
-                    self.last = barrier.token;
+                    self.stored.token = barrier.token;
                     return Err(lost);
                 }
                 Answer::Superseded => {
-                    if let Ok(stored) = database.read().await {
-                        return Err(self.superseded(stored));
+                    if let Ok(now) = database.read().await
+                        && !barrier.accepts(now.token)
+                    {
+                        if self.is_unchanged(now) {
+                            barrier.before.push(now.token);
+                        } else if self.has_next(now) {
+                            barrier.after.push(now.token);
+                        } else {
+                            return Err(self.superseded(now));
+                        }
                     }
                 }
                 // The same one again.
@@ -183,7 +223,18 @@ impl Chain {
         }
     }
 
-    /// The error for a row with a token that this process has not given it.
+    /// True if the row has what this process knows of, and nothing else, whichever token it has.
+    fn is_unchanged(&self, now: Stored) -> bool {
+        now == Stored { token: now.token, ..self.stored }
+    }
+
+    /// True if the row has that, and one more commit of this process.
+    fn has_next(&self, now: Stored) -> bool {
+        let next = Stored { commits: self.stored.commits + 1, token: now.token, ..self.stored };
+        self.stored.epoch == self.epoch && now == next
+    }
+
+    /// The error for a row with another state than the last one of this process.
     fn superseded(&self, now: Stored) -> StoreError {
         let Self { store, epoch, stored, .. } = self;
         let lacks_commits = now.epoch == stored.epoch && now.commits < stored.commits;
@@ -195,19 +246,21 @@ impl Chain {
             );
             return StoreError::Corrupt { store: store.clone(), problem };
         }
-        // Another process that writes with this epoch was in the way, unless this one has begun it.
+        // Another process that commits in this epoch was in the way, unless this one has begun it.
         let by = now.epoch.max(now.claimed);
         if by > *epoch || stored.epoch < *epoch {
             return StoreError::Fenced { by };
         }
-        let problem = format!("{store} has the epoch of this process, and a token of another one");
+        let problem = format!(
+            "{store} has {} commits in the epoch of this process, which knows of {}",
+            now.commits, stored.commits
+        );
         StoreError::Defect { problem }
     }
 
     /// The commit was acknowledged, and then the row had this token.
     fn kept(&mut self, last: Token) {
-        self.stored = Stored { epoch: self.epoch, commits: self.stored.commits + 1, ..self.stored };
-        self.last = last;
+        self.stored = Stored { epoch: self.epoch, commits: self.stored.commits + 1, token: last, ..self.stored };
     }
 
     /// A token that nothing has yet.

@@ -1,6 +1,6 @@
 //! Every course that two commits can take, with lost answers, late statements, failovers, and other processes.
 
-use tokio::runtime::Runtime;
+use tokio::{runtime::Runtime, time::timeout};
 
 use super::*;
 
@@ -14,6 +14,8 @@ const RIVAL: Token = Token(500);
 /// Most answers that are lost: each needs a barrier. Fewer where there are incidents, which multiply the courses.
 const LOST: usize = 3;
 const LOST_WITH_INCIDENT: usize = 2;
+/// Longer than any course takes, by its clock: each repeated statement waits for at most a second.
+const PATIENCE: Duration = Duration::from_mins(1);
 /// Most statements that are refused.
 const REFUSED: usize = 1;
 /// Most failovers, likewise.
@@ -76,10 +78,22 @@ enum Incident {
     None,
     /// Another process takes over.
     Rival,
+    /// The same, and a failover can undo it.
+    RivalAtRisk,
+    /// Another process begins to take over, and ends without a commit: its barrier leaves a token. A failover can undo
+    /// that.
+    RivalGivesUp,
     /// Another process claims to lead, and has not committed yet.
     Claim,
     /// An older copy replaces the database, which lacks what was acknowledged.
     OlderCopy,
+}
+
+impl Incident {
+    /// True if a failover can undo it.
+    fn can_be_undone(self) -> bool {
+        matches!(self, Self::RivalAtRisk | Self::RivalGivesUp)
+    }
 }
 
 /// The row, with the tokens of the commits that led to it.
@@ -158,9 +172,9 @@ impl<'c> Simulated<'c> {
                 (row.epoch, row.token) = (EPOCH, *token);
                 *token
             }
-            Statement::Bar(Barrier { token, outcomes, earlier }) => {
-                let is_barred = earlier.contains(&row.token) && self.fault != Fault::ForgetfulBarrier;
-                let is_known = is_barred || outcomes.contains(&row.token);
+            Statement::Bar(barrier) => {
+                let is_barred = barrier.earlier.contains(&row.token) && self.fault != Fault::ForgetfulBarrier;
+                let is_known = is_barred || barrier.notes(row.token);
                 if self.fault == Fault::MereRead {
                     return Some(row.token);
                 }
@@ -170,7 +184,7 @@ impl<'c> Simulated<'c> {
                 if !is_barred || self.fault == Fault::NoteOverwritten {
                     row.found = row.token;
                 }
-                row.token = *token;
+                row.token = barrier.token;
                 row.found
             }
         };
@@ -201,17 +215,26 @@ impl<'c> Simulated<'c> {
 
     fn incident(&mut self) {
         self.happened = true;
-        if matches!(self.incident, Incident::Rival | Incident::Claim) {
-            let (row, rival) = (self.row(), Epoch(EPOCH.0 + 1));
-            let epoch = if self.incident == Incident::Rival { rival } else { row.epoch };
-            self.rows.push(Row { epoch, claimed: rival, token: RIVAL, ..row });
+        let (row, rival) = (self.row(), Epoch(EPOCH.0 + 1));
+        match self.incident {
+            Incident::None => {}
+            Incident::Rival | Incident::RivalAtRisk => {
+                self.rows.push(Row { epoch: rival, claimed: rival, token: RIVAL, ..row });
+            }
+            Incident::RivalGivesUp => self.rows.push(Row { found: row.token, token: RIVAL, ..row }),
+            Incident::Claim => self.rows.push(Row { claimed: rival, token: RIVAL, ..row }),
+            Incident::OlderCopy => {
+                // It lacks at least the last one of those that were acknowledged, unless there is only the first row.
+                let kept = 1 + self.choices.of((self.acknowledged - 1).max(1));
+                let commits = |rows: &[Row]| rows.last().unwrap().commits.len();
+                self.lacks = commits(&self.rows[..kept]) < commits(&self.rows[..self.acknowledged]);
+                self.rows.truncate(kept);
+                // They were sent to the database before.
+                self.late.clear();
+            }
+        }
+        if !self.incident.can_be_undone() {
             self.acknowledged = self.rows.len();
-        } else {
-            // It lacks at least the last one of those that were acknowledged, unless there is only the first row.
-            let kept = 1 + self.choices.of((self.acknowledged - 1).max(1));
-            self.lacks = kept < self.acknowledged;
-            self.rows.truncate(kept);
-            self.acknowledged = kept;
         }
     }
 
@@ -246,25 +269,32 @@ impl Database for Simulated<'_> {
     }
 
     async fn read(&mut self) -> Result<Stored, StoreError> {
-        let Row { epoch, claimed, commits, .. } = self.row();
-        Ok(Stored { epoch, commits: commits.len() as u64, claimed })
+        if self.incident.can_be_undone() {
+            self.happens();
+        }
+        let Row { epoch, claimed, commits, token, .. } = self.row();
+        Ok(Stored { epoch, commits: commits.len() as u64, claimed, token })
     }
 }
 
 fn chain() -> Chain {
-    Chain::new("s".into(), EPOCH, (Stored { epoch: EARLIER, commits: 0, claimed: EPOCH }, LEFT), GIVEN)
+    Chain::new("s".into(), EPOCH, Stored { epoch: EARLIER, commits: 0, claimed: EPOCH, token: LEFT }, GIVEN)
 }
 
 /// One course: two commits, each with what the process learns of it, and then whatever is still on its way.
 async fn course(database: &mut Simulated<'_>) -> Result<(), String> {
-    let (mut chain, mut kept, mut ended) = (chain(), Vec::new(), None);
+    let (mut chain, mut kept, mut ended, mut was_executed) = (chain(), Vec::new(), None, false);
     for _ in 0..2 {
         let token = chain.given.next();
-        match chain.commit(database).await {
+        let Ok(outcome) = timeout(PATIENCE, chain.commit(database)).await else {
+            return Err("the outcome is never found out".into());
+        };
+        match outcome {
             Ok(()) if database.lacks => return Err("went on although acknowledged commits are gone".into()),
             Ok(()) => kept.push(token),
             Err(error) if error.is_final() => {
                 ended = Some(error);
+                was_executed = database.row().commits.contains(&token);
                 break;
             }
             Err(_) => {}
@@ -276,19 +306,26 @@ async fn course(database: &mut Simulated<'_>) -> Result<(), String> {
         database.execute(&statement);
     }
     let Row { claimed, token, commits, .. } = database.row();
-    let has_rival = matches!(database.incident, Incident::Rival | Incident::Claim);
+    let has_rival = matches!(database.incident, Incident::Rival | Incident::RivalAtRisk | Incident::Claim);
+    let is_gone = database.incident == Incident::RivalAtRisk && claimed == EPOCH;
     match ended {
         Some(error) if !database.happened => Err(format!("ended, although nothing was in the way: {error}")),
-        Some(StoreError::Fenced { by }) if has_rival && by != claimed => {
+        // It looks as if the other process had chosen the same epoch, and made the first commit.
+        Some(StoreError::Fenced { by: EPOCH })
+            if database.incident == Incident::RivalGivesUp && kept.is_empty() && was_executed =>
+        {
+            return Ok(());
+        }
+        Some(StoreError::Fenced { by }) if has_rival && by != claimed && !is_gone => {
             Err(format!("fenced by epoch {by}, and not by {claimed}"))
         }
         Some(StoreError::Fenced { .. }) if has_rival => Ok(()),
-        Some(error) if has_rival => Err(error.to_string()),
+        Some(error) if database.incident != Incident::OlderCopy => Err(error.to_string()),
         _ if database.lacks => Ok(()),
         _ if commits != kept => Err(format!("{commits:?} are in the database, and {kept:?} were acknowledged")),
         _ => Ok(()),
     }?;
-    let is_taken_over = database.happened && has_rival;
+    let is_taken_over = database.happened && has_rival && !is_gone;
     if is_taken_over && token != RIVAL { Err(format!("wrote {token:?} after the rival")) } else { Ok(()) }
 }
 
@@ -322,6 +359,18 @@ fn a_process_that_another_one_has_fenced_writes_nothing_more() {
         let (courses, problem) = all_courses(Fault::None, incident);
         assert_eq!(problem, None, "in course {courses}, {incident:?}");
     }
+}
+
+#[test]
+fn a_process_goes_on_if_a_failover_has_undone_what_fenced_it_before_it_knew() {
+    let (courses, problem) = all_courses(Fault::None, Incident::RivalAtRisk);
+    assert_eq!(problem, None, "in course {courses}");
+}
+
+#[test]
+fn a_process_goes_on_after_another_one_that_has_kept_nothing() {
+    let (courses, problem) = all_courses(Fault::None, Incident::RivalGivesUp);
+    assert_eq!(problem, None, "in course {courses}");
 }
 
 #[test]

@@ -14,7 +14,9 @@ use crate::{
         chain::{Answer, Barrier, Database, Stored, Token},
         frontier::Appended,
         pruning::needless_hashes,
-        row::{Value, integer, kind_number, nanoseconds, number, stage_columns, state_number, trigger_number},
+        row::{
+            Value, integer, integer_of, kind_number, nanoseconds, number, stage_columns, state_number, trigger_number,
+        },
         seal::{LOOPS, OPEN_CYCLES, OUTPUTS, SUBSYSTEMS, meta_columns},
         term::{Next, Term},
     },
@@ -598,7 +600,7 @@ impl Database for Attempt<'_, '_> {
              FROM durable WHERE id = 0 AND (token = ANY($2) OR token = ANY($3)) RETURNING found"
         );
         let earlier: Vec<_> = barrier.earlier.iter().map(|token| token.0).collect();
-        let outcomes: Vec<_> = barrier.outcomes.iter().map(|token| token.0).collect();
+        let outcomes: Vec<_> = barrier.before.iter().chain(&barrier.after).map(|token| token.0).collect();
         let answer = self.line.execute(self.connector, &text, &[&barrier.token.0, &earlier, &outcomes]).await;
         answer.map(|row| Token(row.get(0)))
     }
@@ -607,13 +609,18 @@ impl Database for Attempt<'_, '_> {
         let store = self.connector.url().to_string();
         let schema = self.connector.url().schema();
         let text = format!(
-            "SELECT m.epoch, commits, l.epoch AS claimed FROM {schema}.meta m, {schema}.leader l
+            "SELECT m.epoch, commits, token, l.epoch AS claimed FROM {schema}.meta m, {schema}.leader l
              WHERE m.id = 0 AND l.id = 0"
         );
         let corrupt = |problem| StoreError::Corrupt { store: store.clone(), problem };
         let row = self.line.execute(self.connector, &text, &[]).await.returned()?;
         let row = row.ok_or_else(|| corrupt("its table meta or leader has no row".into()))?;
         let number = |column| number(&row, column).map_err(|wrong| corrupt(wrong.to_string()));
-        Ok(Stored { epoch: Epoch(number("epoch")?), commits: number("commits")?, claimed: Epoch(number("claimed")?) })
+        Ok(Stored {
+            epoch: Epoch(number("epoch")?),
+            commits: number("commits")?,
+            claimed: Epoch(number("claimed")?),
+            token: Token(integer_of(&row, "token").map_err(|wrong| corrupt(wrong.to_string()))?),
+        })
     }
 }

@@ -107,8 +107,8 @@ impl Writer {
             None => contents.epoch.max(claimed.next()).max(self.fixed.map(Epoch::next).unwrap_or_default()),
         };
         (term.epoch, self.fixed) = (contents.epoch, Some(contents.epoch));
-        let stored = Stored { epoch: term.current, commits: term.commits, claimed };
-        let chain = Chain::new(self.connector.url().to_string(), term.epoch, (stored, last), given);
+        let stored = Stored { epoch: term.current, commits: term.commits, claimed, token: last };
+        let chain = Chain::new(self.connector.url().to_string(), term.epoch, stored, given);
         self.log.begins_after(term.unlogged_to);
         self.log.set(&term.frontier.log);
         self.searches = Searches::default();
