@@ -85,7 +85,7 @@ impl Orchestrator {
             return Err(Refusal::CycleNotFinished(cycle_id));
         }
         let record = self.0.read_one(self.0.store.cycle(cycle_id)).await?;
-        record.map(Arc::new).ok_or(Refusal::CycleNotFound(cycle_id))
+        record.map(Arc::new).ok_or_else(|| self.0.state().unknown(Refusal::CycleNotFound(cycle_id)))
     }
 
     /// A page of audit events below the leaf `before`, newest first, of at most `max_events`.

@@ -2,7 +2,7 @@
 
 use jiff::Timestamp;
 
-use super::{Orchestrator, State, ended::Ended};
+use super::{Orchestrator, Refusal, State, ended::Ended};
 use crate::{model::Epoch, ports::StoreError};
 
 impl Orchestrator {
@@ -44,6 +44,11 @@ impl State {
     /// When the next tick fires; `None` also while none may.
     pub(super) fn next_tick_at(&self) -> Option<Timestamp> {
         self.loops.next_at().filter(|_| !self.has_lapsed)
+    }
+
+    /// The refusal of a request for what this replica does not know: `refusal`, unless another one may know it.
+    pub(super) fn unknown(&self, refusal: Refusal) -> Refusal {
+        if self.has_lapsed { Refusal::Unconfirmed } else { refusal }
     }
 
     /// True if a cycle whose turn has come may begin.

@@ -71,6 +71,11 @@ pub enum Refusal {
     /// A record is damaged.
     #[error("{0}; restore the store from a backup to recover it")]
     Unreadable(Unreadable),
+    /// It is not known here, and this replica may not be the one that leads any more.
+    #[error(
+        "this replica could not confirm in time that it leads, so another one may have what it does not know; try again"
+    )]
+    Unconfirmed,
     /// The cycle does not exist.
     #[error("cycle {0} is not in the history: its id was never given, or its record is no longer retained")]
     CycleNotFound(CycleId),

@@ -187,11 +187,8 @@ impl Watcher {
                 From::After(Position { revision: after, .. })
                     if after < state.pruned_to || after > state.last_revision =>
                 {
-                    return Err(Refusal::RevisionNotRetained {
-                        after,
-                        oldest: state.pruned_to.next(),
-                        newest: state.last_revision,
-                    });
+                    let (oldest, newest) = (state.pruned_to.next(), state.last_revision);
+                    return Err(state.unknown(Refusal::RevisionNotRetained { after, oldest, newest }));
                 }
                 From::After(after) => after,
             }

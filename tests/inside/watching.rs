@@ -217,6 +217,21 @@ async fn a_watcher_whose_next_record_was_removed_is_refused_with_the_retained_ra
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_replica_whose_lease_has_ended_does_not_say_that_what_it_does_not_know_does_not_exist() {
+    let (orchestrator, _tasks) = stage(settings()).await;
+    record(&orchestrator, 1).await;
+    let watch = || orchestrator.watch(after(2), WatchFilter::default(), false);
+    assert!(matches!(watch(), Err(Refusal::RevisionNotRetained { .. })));
+    orchestrator.lapse();
+    assert!(matches!(watch(), Err(Refusal::Unconfirmed)));
+    assert!(matches!(orchestrator.cycle(CycleId(2)).await, Err(Refusal::Unconfirmed)));
+    assert_eq!(orchestrator.cycle(CycleId(1)).await.unwrap().cycle_id, CycleId(1));
+    orchestrator.confirm();
+    assert!(matches!(watch(), Err(Refusal::RevisionNotRetained { .. })));
+    assert!(matches!(orchestrator.cycle(CycleId(2)).await, Err(Refusal::CycleNotFound(CycleId(2)))));
+}
+
+#[tokio::test(start_paused = true)]
 async fn progress_of_a_cycle_comes_before_its_record_and_beside_the_progress_of_other_cycles() {
     let (orchestrator, _tasks) = stage(settings()).await;
     let mut watcher = orchestrator.watch(From::Now, WatchFilter::default(), true).unwrap();
