@@ -10,6 +10,7 @@
 //! - [`memory`]: the limit over all memory whose use peers decide, and its shares
 //! - [`clock`], [`random`], and both as the [`host`] of a process: a simulation replaces them
 //! - [`transport`]: the network of a process, which a simulation replaces as well
+//! - `fault`: faults that a simulation plants, to show that it finds them; only with the feature `simulation`
 //! - [`tasks`]: the tasks that run as long as the service; the end of each is detected
 //! - [`mod@file`]: files that users name: reading them, and detecting changes
 //! - `pem`: certificates and private keys in PEM
@@ -70,6 +71,8 @@ pub mod config;
 pub mod dial;
 #[cfg(feature = "service")]
 pub mod engine;
+#[cfg(feature = "simulation")]
+pub mod fault;
 #[cfg(feature = "tls")]
 pub mod file;
 #[cfg(feature = "service")]

@@ -181,6 +181,28 @@ impl Service {
         host: Host,
         transport: Arc<dyn Transport>,
     ) -> Result<Self, StartError> {
+        let (url, clock) = (&config.store.url, host.clock);
+        let store = async {
+            match begin {
+                Begin::ReadOnly => store::look(url, record::CHECKS, clock).await,
+                Begin::Again | Begin::Paused => store::open(url, record::CHECKS, clock).await,
+            }
+        };
+        Self::start_over(config, begin, host, transport, store).await
+    }
+
+    /// As [`Service::start`], over another store than that of the configuration, which is opened once all addresses are
+    /// taken.
+    ///
+    /// # Errors
+    /// As [`Service::start`].
+    pub async fn start_over(
+        config: &Config,
+        begin: Begin,
+        host: Host,
+        transport: Arc<dyn Transport>,
+        store: impl Future<Output = Result<Arc<dyn Store>, OpenError>>,
+    ) -> Result<Self, StartError> {
         let (certificates, changes) = Certificates::load(config, host.clock).await.map_err(StartError::Tls)?;
         // The address comes early: a second process that was started by mistake fails here, before it opens the store.
         let address = config.server.listen;
@@ -222,7 +244,7 @@ impl Service {
         let dialer = Arc::new(Dialer::with(transport.clone(), connect_timeout, replies, tls, config.reach()));
         dialer.revoke(config.access.revoked.clone());
         let sums = Sums::new(host.clock, settings(config).audit_reads);
-        let source = Box::pin(Source::open(config, begin, &host, &sums)).await?;
+        let source = Box::pin(Source::of(store.await?, config, begin, &host, &sums)).await?;
         let (mut exporting, stop_exporting) = (Tasks::default(), CancellationToken::new());
         let (mut exporter, mut spans): (_, Arc<dyn Spans>) = (None, Arc::new(Untraced));
         if let Some(endpoint) = &config.tracing.otlp_endpoint {
@@ -490,12 +512,16 @@ enum Source {
 }
 
 impl Source {
-    async fn open(config: &Config, begin: Begin, host: &Host, sums: &Sums) -> Result<Self, StartError> {
-        let (url, checks) = (&config.store.url, record::CHECKS);
+    async fn of(
+        store: Arc<dyn Store>,
+        config: &Config,
+        begin: Begin,
+        host: &Host,
+        sums: &Sums,
+    ) -> Result<Self, StartError> {
         let taken_over = if begin == Begin::ReadOnly {
-            log::look(config, store::look(url, checks, host.clock).await?).await?
+            log::look(config, store).await?
         } else {
-            let store = store::open(url, checks, host.clock).await?;
             if let Some(leadership) = store.leadership() {
                 return Ok(Self::Shared(store, leadership));
             }

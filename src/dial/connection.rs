@@ -9,7 +9,10 @@ use tokio::{
     sync::watch,
     time::{Instant, timeout_at},
 };
-use tokio_util::task::AbortOnDropHandle;
+use tokio_util::{
+    sync::{CancellationToken, DropGuard},
+    task::AbortOnDropHandle,
+};
 
 use super::{
     connect::{Connector, Target, Unconnected},
@@ -38,6 +41,8 @@ const REMEMBERED_FOR: Duration = Duration::from_secs(30);
 /// A connection that is being made, is in use, or has ended. It is closed when its last handle is dropped.
 pub(super) struct Connection {
     phase: watch::Receiver<Phase>,
+    /// Cancelled once it no longer connects. Wakes calls in the order in which they wait, unlike `phase`.
+    settled: CancellationToken,
     seen: Arc<Seen>,
     /// The TLS that it was made with, if its target has TLS.
     tls: Option<Arc<Loaded>>,
@@ -56,11 +61,17 @@ impl Connection {
     /// Starts to connect.
     pub(super) fn begin(connector: Arc<Connector>, target: Arc<Target>) -> Self {
         let seen = Arc::new(Seen::default());
-        let (tell, phase) = watch::channel(Phase::Connecting);
+        let ((tell, phase), settled) = (watch::channel(Phase::Connecting), CancellationToken::new());
         let tls = connector.tls.current();
         let of_target = Some(tls.clone()).filter(|_| target.is_tls());
-        let task = AbortOnDropHandle::new(tokio::spawn(live(connector, target, tls, seen.clone(), tell)));
-        Self { phase, seen, tls: of_target, task }
+        let task = AbortOnDropHandle::new(tokio::spawn(live(
+            connector,
+            target,
+            tls,
+            seen.clone(),
+            (tell, settled.clone().drop_guard()),
+        )));
+        Self { phase, settled, seen, tls: of_target, task }
     }
 
     /// The handle for calls, once it is connected, and the server.
@@ -68,12 +79,11 @@ impl Connection {
     /// # Errors
     /// There is no connection.
     pub(super) async fn ready(&self) -> Result<(SendRequest<Bytes>, Arc<Server>), CallError> {
-        let mut phase = self.phase.clone();
-        let changed = phase.wait_for(|phase| !matches!(phase, Phase::Connecting)).await;
-        match changed.as_deref() {
-            Ok(Phase::Ready(send, server)) => Ok((send.clone(), server.clone())),
-            Ok(Phase::Over(why)) => Err(why.clone()),
-            Ok(Phase::Connecting) | Err(_) => Err(outcome::unavailable("its connection was abandoned")),
+        self.settled.cancelled().await;
+        match &*self.phase.borrow() {
+            Phase::Ready(send, server) => Ok((send.clone(), server.clone())),
+            Phase::Over(why) => Err(why.clone()),
+            Phase::Connecting => Err(outcome::unavailable("its connection was abandoned")),
         }
     }
 
@@ -109,7 +119,7 @@ async fn live(
     target: Arc<Target>,
     tls: Arc<Loaded>,
     seen: Arc<Seen>,
-    tell: watch::Sender<Phase>,
+    (tell, connecting): (watch::Sender<Phase>, DropGuard),
 ) {
     let deadline = Instant::now() + connector.timeout;
     let over = |why: CallError| {
@@ -158,6 +168,7 @@ async fn live(
     }
     let _open = connector.counts.clone().opened();
     tell.send_replace(Phase::Ready(send, Arc::new(server)));
+    drop(connecting);
     over(outcome::unavailable(match connection.await {
         Ok(()) => "it closed the connection".into(),
         Err(error) => outcome::of_connection(&error),

@@ -9,6 +9,8 @@ use std::{
     sync::Arc,
 };
 
+#[cfg(feature = "simulation")]
+use crate::fault::Fault;
 use crate::model::{CycleId, Name};
 
 /// The most cycles that run at one time where the order of all has this number of relations: each is a task with
@@ -96,6 +98,8 @@ impl Line {
             return None;
         }
         let first_of_all = self.all.first().copied();
+        #[cfg(feature = "simulation")]
+        let first_of_all = first_of_all.filter(|all| !Fault::Overtaking.is_planted() || self.runs(*all));
         let free = self.free.first().copied().filter(|free| first_of_all.is_none_or(|all| *free < all));
         let first = || first_of_all.filter(|all| self.places.first_key_value().is_some_and(|(first, _)| first == all));
         let cycle_id = free.or_else(first)?;

@@ -3,7 +3,8 @@
 
 use std::sync::Arc;
 
-use tokio::{select, sync::mpsc, task::JoinHandle};
+use tokio::{select, sync::mpsc};
+use tokio_util::task::AbortOnDropHandle;
 
 use super::{Orchestrator, Shared, writing::ToWrite};
 use crate::{
@@ -29,9 +30,9 @@ const AUDIT: Task =
     Task { name: "the audit of reads and denials", purpose: "has the events of calls that change nothing written" };
 const PROGRESS: Task = Task { name: "the live progress", purpose: "sends the progress of running cycles to watchers" };
 
-/// The tasks of an [`Orchestrator`].
+/// The tasks of an [`Orchestrator`]. They end when this is dropped.
 pub struct OrchestratorTasks {
-    conductor: JoinHandle<Result<(), StoreError>>,
+    conductor: AbortOnDropHandle<Result<(), StoreError>>,
     /// All other tasks. Their work ends with the last write.
     others: Tasks,
 }
@@ -96,7 +97,8 @@ impl OrchestratorTasks {
 
     /// Starts no task that could change something: the store is only looked at.
     pub(super) fn only_read(shared: &Arc<Shared>) -> Self {
-        Self { conductor: tokio::spawn(shared.clone().only_read()), others: Tasks::default() }
+        let conductor = AbortOnDropHandle::new(tokio::spawn(shared.clone().only_read()));
+        Self { conductor, others: Tasks::default() }
     }
 
     /// Starts all tasks. Each except the conductor runs until it is dropped, and sleeps while there is nothing to do.
@@ -110,6 +112,6 @@ impl OrchestratorTasks {
         others.start_infallible(CHECKPOINTS, shared.clone().publish_checkpoints());
         others.start_infallible(AUDIT, shared.clone().write_sums());
         others.start_infallible(PROGRESS, shared.clone().send_progress());
-        Self { conductor: tokio::spawn(shared.clone().conduct()), others }
+        Self { conductor: AbortOnDropHandle::new(tokio::spawn(shared.clone().conduct())), others }
     }
 }

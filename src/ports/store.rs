@@ -43,6 +43,12 @@ pub trait Store: Send + Sync + 'static {
         None
     }
 
+    /// The same store, only to look at: its [`Store::take_over`] reads what a process would take over, and it takes no
+    /// writes. `None` if it is open in one process at most.
+    fn look(&self) -> Option<Arc<dyn Store>> {
+        None
+    }
+
     /// Writes atomically, and returns once the outcome is known, however long that takes. With [`Durability::Durable`]
     /// the write then survives the loss of power, with [`Durability::Buffered`] the death of this process. If the
     /// future is dropped, the outcome is unknown.

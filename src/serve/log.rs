@@ -11,6 +11,7 @@ use crate::{
     host::Host,
     ledger::{Checkpoint, Frontier, LogBegan, LogBeganReason, SealKeys, Signer, SigningKey},
     model::Begin,
+    offload::offload,
     orchestrator::{Published, TakenOver},
     ports::{Contents, Seals, Store, StoreError, UnreadableRow},
     record,
@@ -108,7 +109,7 @@ pub(super) async fn take_over(
     let is_first = previous.is_none() && began.is_none();
     // The entry of the new log has it as well.
     let lost = previous.filter(|_| began.is_some());
-    let kept = spawn_blocking(move || {
+    let kept = offload(!new.is_empty() || lost.is_some(), move || {
         new.save()?;
         let kept = lost.map(|lost| store::keep_published(&of, &lost)).transpose();
         Ok(kept.unwrap_or_else(|error| {
@@ -162,7 +163,7 @@ pub(super) async fn look(config: &Config, store: Arc<dyn Store>) -> Result<Taken
 ///
 /// # Errors
 /// The store or a key can't be used, or there is no key although the store has a log.
-pub(super) async fn rehearse(config: &Config, host: &Host) -> Result<TakenOver, StartError> {
+pub(super) async fn rehearse(config: &Config, host: &Host, store: &dyn Store) -> Result<Option<TakenOver>, StartError> {
     /// The leader may have created the key meanwhile, before it wrote the first entry.
     const ATTEMPTS: usize = 2;
     let url = &config.store.url;
@@ -170,10 +171,10 @@ pub(super) async fn rehearse(config: &Config, host: &Host) -> Result<TakenOver, 
         let keys = read_keys(config, host.random.id128()).await?;
         let are_new = keys.are_new();
         let signer = Signer::of(config.ledger.origin.clone(), keys.keys);
-        let store = store::look(url, record::CHECKS, host.clock).await?;
+        let Some(store) = store.look() else { return Ok(None) };
         let contents = store.take_over(seals(&signer, are_new)).await?;
         if !are_new || store.log().frontier.size() == 0 {
-            return Ok(TakenOver { begin: Begin::ReadOnly, ..TakenOver::new(store, contents, signer) });
+            return Ok(Some(TakenOver { begin: Begin::ReadOnly, ..TakenOver::new(store, contents, signer) }));
         }
     }
     Err(StartError::NotContinued { url: url.clone(), found: LogBreak::KeyMissing })

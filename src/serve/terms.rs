@@ -389,8 +389,8 @@ impl Shared {
 
     /// Does what begins a term, over a store that is only looked at.
     async fn rehearse(&self) -> Result<(), StartError> {
-        let Self { parts, config, .. } = self;
-        let taken_over = log::rehearse(config, &parts.host).await?;
+        let Self { parts, config, store, .. } = self;
+        let Some(taken_over) = log::rehearse(config, &parts.host, &**store).await? else { return Ok(()) };
         let (orchestrator, mut tasks) = begin(config, parts, taken_over, parts.dialer.clone()).await?;
         orchestrator.drain();
         // It has nothing to write.

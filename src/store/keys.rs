@@ -105,6 +105,11 @@ impl LogKeys {
 }
 
 impl NewKeys {
+    /// True if there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Creates their files, which only their owner can read. Waits for the disk.
     ///
     /// # Errors

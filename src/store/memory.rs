@@ -1,6 +1,9 @@
 //! The store in memory, which ends with the process. For trials and tests: it runs inline, without threads, so that
 //! tests can pause the clock.
 
+#[cfg(feature = "simulation")]
+mod simulated;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     convert::Infallible,
@@ -32,12 +35,16 @@ use crate::{
     },
 };
 
+#[cfg(feature = "simulation")]
+pub use self::simulated::{Fate, Fates, SimulatedDatabase, Statement};
+
 /// Keeps everything in memory.
 pub(super) struct MemoryStore {
     clock: Clock,
     kept: Mutex<Kept>,
 }
 
+#[cfg_attr(feature = "simulation", derive(Clone))]
 #[derive(Default)]
 struct Kept {
     /// 0 until it is taken over.
@@ -77,7 +84,16 @@ impl MemoryStore {
 
 impl Kept {
     fn take_over(&mut self, now: Timestamp) -> Contents {
-        self.epoch = self.epoch.next().max(Epoch::by_clock(now));
+        self.epoch = self.next_epoch(now);
+        self.contents(self.epoch)
+    }
+
+    fn next_epoch(&self, now: Timestamp) -> Epoch {
+        self.epoch.next().max(Epoch::by_clock(now))
+    }
+
+    /// What a process finds that begins this epoch.
+    fn contents(&self, epoch: Epoch) -> Contents {
         let finished_at = |cycle_id: &CycleId| Some(self.records.get(self.revisions.get(cycle_id)?)?.finished_at);
         let stored = |(name, output): (&Name, &Output)| StoredOutput {
             name: name.clone(),
@@ -85,7 +101,7 @@ impl Kept {
             finished_at: finished_at(&output.cycle_id),
         };
         Contents {
-            epoch: self.epoch,
+            epoch,
             last_cycle_id: self.frontier.last_cycle_id,
             last_revision: self.frontier.last_revision,
             pruned_to: self.pruned_to,
@@ -107,6 +123,12 @@ impl Kept {
             return Err(StoreError::Fenced { by: self.epoch });
         }
         self.frontier.check(write).map_err(|problem| StoreError::Defect { problem })?;
+        self.keep(write);
+        Ok(())
+    }
+
+    /// Keeps a write, which was checked.
+    fn keep(&mut self, write: &Write) {
         let appended = Appended::to(&self.frontier.log, write);
         self.nodes.extend((appended.first_node..).zip(appended.nodes.iter().copied()));
         self.leaves.extend(appended.records(write).map(|(leaf, record)| (record.revision, leaf)));
@@ -140,7 +162,6 @@ impl Kept {
         for (name, stored) in &write.loops {
             put(&mut self.loops, name, stored.as_ref());
         }
-        Ok(())
     }
 
     fn remove(&mut self, removal: &Removal) {

@@ -36,6 +36,8 @@ pub use self::copying::{CopyError, Moved, copy};
 pub use self::keys::{
     KeyFileError, LogKeys, NewKeys, checkpoint_of, keep_published, key_beside, published, signing_key,
 };
+#[cfg(feature = "simulation")]
+pub use self::memory::{Fate, Fates, SimulatedDatabase, Statement};
 pub use self::postgres::{Migrated, PostgresUrl, migrate, tables};
 pub use self::sqlite::DatabaseFileError;
 use bytes::Bytes;

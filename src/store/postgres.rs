@@ -128,10 +128,14 @@ impl PostgresStore {
         log: SharedLog,
         writing: Option<Writing>,
     ) -> Self {
-        let remedy = "see whether the server and the network work, and whether it waits for a standby that is away";
-        let trouble = Trouble::new(connector.url().to_string(), remedy);
         let idle = Mutex::new(vec![connection]);
         let readers = Arc::new(Readers { connector, idle, permits: Semaphore::new(READERS) });
+        Self::over(readers, (checks, clock), log, writing)
+    }
+
+    fn over(readers: Arc<Readers>, (checks, clock): (Checks, Clock), log: SharedLog, writing: Option<Writing>) -> Self {
+        let remedy = "see whether the server and the network work, and whether it waits for a standby that is away";
+        let trouble = Trouble::new(readers.connector.url().to_string(), remedy);
         Self { readers, checks, clock, writing, log, trouble }
     }
 
@@ -277,6 +281,11 @@ impl Store for PostgresStore {
     fn leadership(&self) -> Option<Arc<dyn Leadership>> {
         let leader = self.writing.as_ref()?.leader.clone();
         Some(leader)
+    }
+
+    fn look(&self) -> Option<Arc<dyn Store>> {
+        let log = SharedLog::default();
+        Some(Arc::new(Self::over(self.readers.clone(), (self.checks, self.clock), log, None)))
     }
 
     fn take_over(&self, seals: Seals) -> BoxFuture<'_, Result<Contents, StoreError>> {

@@ -882,6 +882,19 @@ async fn opened(url: &StoreUrl) -> (Arc<dyn Store>, Epoch) {
     (store, epoch)
 }
 
+/// Statements that take turns in being slow, and never fail: their answers may be lost.
+#[cfg(feature = "simulation")]
+fn fates() -> super::Fates {
+    let mut statements = 0_u64;
+    Box::new(move |_| {
+        statements += 1;
+        let fate = super::Fate { travels: Duration::from_millis(statements % 3), ..super::Fate::default() };
+        // The outcome of such a one is found out: it was executed.
+        let lost = statements.is_multiple_of(5).then(|| fate.travels + Duration::from_millis(1));
+        super::Fate { lost_after: lost, ..fate }
+    })
+}
+
 macro_rules! every_store {
     ($($test:ident)+) => {
         mod memory {
@@ -906,6 +919,17 @@ macro_rules! every_store {
             async fn $test() {
                 let Some(url) = super::pooled_url() else { return };
                 let (store, epoch) = super::opened(&url).await;
+                super::$test(&*store, epoch).await;
+            })+
+        }
+
+        #[cfg(feature = "simulation")]
+        mod simulated {
+            $(#[tokio::test(start_paused = true)]
+            async fn $test() {
+                let database = super::super::SimulatedDatabase::new(true);
+                let store = database.open(super::Clock::system(), super::fates());
+                let epoch = store.take_over(super::seals()).await.unwrap().epoch;
                 super::$test(&*store, epoch).await;
             })+
         }
@@ -1078,12 +1102,12 @@ impl Model {
 }
 
 /// Takes these steps with a store and with memory, and compares all results.
-fn agrees_with_memory(url: &StoreUrl, steps: Vec<(Step, u64, usize)>) {
+fn agrees_with_memory(open_again: impl AsyncFn() -> Arc<dyn Store>, steps: Vec<(Step, u64, usize)>) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let memory = open(&StoreUrl::Memory, CHECKS, Clock::system()).await.unwrap();
         let mut one = memory.take_over(seals()).await.unwrap();
-        let mut store = open(url, CHECKS, Clock::system()).await.unwrap();
+        let mut store = open_again().await;
         let mut contents = store.take_over(seals()).await.unwrap();
         let mut model = Model::default();
         for (step, from, count) in steps {
@@ -1113,7 +1137,7 @@ fn agrees_with_memory(url: &StoreUrl, steps: Vec<(Step, u64, usize)>) {
                 }
                 Step::Restart => {
                     drop(store);
-                    store = open(url, CHECKS, Clock::system()).await.unwrap();
+                    store = open_again().await;
                     contents = store.take_over(seals()).await.unwrap();
                     one = memory.take_over(seals()).await.unwrap();
                     assert_eq!(contents.last_cycle_id, CycleId(model.last_cycle_id));
@@ -1149,14 +1173,15 @@ proptest! {
     #[test]
     fn sqlite_agrees_with_memory(steps in proptest::collection::vec((step(), 1..30_u64, 1..6_usize), 1..30)) {
         let directory = tempfile::tempdir().unwrap();
-        agrees_with_memory(&StoreUrl::Sqlite(directory.path().join("o.db")), steps);
+        let url = StoreUrl::Sqlite(directory.path().join("o.db"));
+        agrees_with_memory(async || open(&url, CHECKS, Clock::system()).await.unwrap(), steps);
     }
 
     /// The same for PostgreSQL.
     #[test]
     fn postgres_agrees_with_memory(steps in proptest::collection::vec((step(), 1..30_u64, 1..6_usize), 1..30)) {
         if let Some(url) = postgres_url() {
-            agrees_with_memory(&url, steps);
+            agrees_with_memory(async || open(&url, CHECKS, Clock::system()).await.unwrap(), steps);
         }
     }
 
@@ -1164,7 +1189,17 @@ proptest! {
     #[test]
     fn pooled_postgres_agrees_with_memory(steps in proptest::collection::vec((step(), 1..30_u64, 1..6_usize), 1..30)) {
         if let Some(url) = pooled_url() {
-            agrees_with_memory(&url, steps);
+            agrees_with_memory(async || open(&url, CHECKS, Clock::system()).await.unwrap(), steps);
         }
+    }
+
+    /// The same for the database of simulations.
+    #[test]
+    #[cfg(feature = "simulation")]
+    fn a_simulated_database_agrees_with_memory(
+        steps in proptest::collection::vec((step(), 1..30_u64, 1..6_usize), 1..30),
+    ) {
+        let database = super::SimulatedDatabase::new(true);
+        agrees_with_memory(async || database.open(Clock::system(), fates()), steps);
     }
 }
