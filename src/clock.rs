@@ -42,6 +42,18 @@ pub struct Moment {
 }
 
 impl Moment {
+    /// The time of day.
+    #[must_use]
+    pub fn time(&self) -> Timestamp {
+        self.time
+    }
+
+    /// The time since this moment, by tokio's clock.
+    #[must_use]
+    pub fn elapsed(&self) -> Duration {
+        self.instant.elapsed()
+    }
+
     /// The time from this moment until `later`, by the clock that went furthest. Zero if that is not later.
     #[must_use]
     pub fn until(&self, later: &Self) -> Duration {

@@ -3,7 +3,10 @@
 
 use jiff::Timestamp;
 
-use crate::{clock::Clock, random::Random};
+use crate::{
+    clock::{Clock, Moment},
+    random::Random,
+};
 
 /// One clock and one source of randomness for the whole process.
 #[derive(Clone, Debug)]
@@ -12,17 +15,24 @@ pub struct Host {
     pub clock: Clock,
     /// Decides jitter, the ids of spans, and which cycles are traced.
     pub random: Random,
+    /// When the process started.
+    pub started: Moment,
 }
 
 impl Host {
     /// Those of this machine.
     pub fn system() -> Self {
         #[expect(clippy::disallowed_methods, reason = "the one place that makes them")]
-        Self { clock: Clock::system(), random: Random::system() }
+        Self::of(Clock::system(), Random::system())
     }
 
     /// A clock that shows `start` now and moves with tokio's clock, and the sequence of random numbers of `seed`.
     pub fn simulated(start: Timestamp, seed: u64) -> Self {
-        Self { clock: Clock::simulated(start), random: Random::seeded(seed) }
+        Self::of(Clock::simulated(start), Random::seeded(seed))
+    }
+
+    /// A process that starts now.
+    pub fn of(clock: Clock, random: Random) -> Self {
+        Self { clock, random, started: clock.moment() }
     }
 }

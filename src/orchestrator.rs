@@ -43,11 +43,9 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use jiff::Timestamp;
 use tokio::{
     select,
     sync::{Notify, OwnedMutexGuard, mpsc, oneshot, watch as latest},
-    time::Instant,
 };
 use tokio_util::{
     sync::CancellationToken,
@@ -59,7 +57,7 @@ use self::{
     live::Live, registry::Registry, writing::ToWrite,
 };
 use crate::{
-    clock::Clock,
+    clock::{Clock, Moment},
     engine::{Engine, Order},
     memory::{Held, Memory},
     model::{Cause, CycleId, RequestKey, Revision},
@@ -98,8 +96,8 @@ struct Shared {
     /// Memory for requests of waiting and running cycles.
     requests: Memory,
     clock: Clock,
-    started_at: Timestamp,
-    started: Instant,
+    /// When the process started.
+    started: Moment,
     engine: Engine,
     /// True if the store is only looked at.
     is_read_only: bool,

@@ -139,8 +139,8 @@ struct Migrate {
 #[command(after_help = "\
 `orchestrator serve` refuses a database that is a copy of another one, because a copy takes over the fleet: its epoch \
 is higher, and subsystems then refuse calls of the original. It also refuses a database that lacks many acknowledged \
-cycles, one that another program has changed, and, with access.mode = \"enforce\", one that is not what was signed \
-last: its key or its checkpoint is missing, or an older copy has replaced it. This command accepts the database once, \
+cycles, one that another program has changed, and, with access.mode = \"enforce\" or in PostgreSQL, one that is not \
+what was signed last: its key or its checkpoint is missing, or an older copy has replaced it. This command accepts the database once, \
 with everything that is in it. First make sure that no process serves the original any more.
 
 A new log begins: its first entry says so, and contains the earlier checkpoint, which is kept in a file with the \

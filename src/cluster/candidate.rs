@@ -4,6 +4,7 @@ use std::{mem, sync::Arc, time::Duration};
 
 use jiff::SignedDuration;
 use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
 
 use super::{Membership, lease::Lease};
 use crate::{
@@ -58,11 +59,12 @@ impl Candidate {
         Self { leadership, membership, lease_ttl, host, seen: None, claimed: None, is_off: false, is_blind: false }
     }
 
-    /// Waits until this replica leads. It has to be a follower.
-    pub async fn wins(&mut self) -> Won {
-        loop {
+    /// Waits until this replica leads, which has to be a follower, or until this is cancelled, which returns `None`. A
+    /// claim that is under way then is awaited: its lease would run out otherwise, without a leader.
+    pub async fn wins(&mut self, cancelled: &CancellationToken) -> Option<Won> {
+        while !cancelled.is_cancelled() {
             match self.look(true).await {
-                Ok(Some(won)) => return won,
+                Ok(Some(won)) => return Some(won),
                 Ok(None) => self.is_blind = false,
                 Err(error) => {
                     if !mem::replace(&mut self.is_blind, true) {
@@ -70,8 +72,9 @@ impl Candidate {
                     }
                 }
             }
-            self.pause().await;
+            let _ = cancelled.run_until_cancelled(self.pause()).await;
         }
+        None
     }
 
     /// Follows, and never leads.
@@ -129,7 +132,7 @@ impl Candidate {
     }
 
     async fn claim(&mut self, seen: &Observed) -> Result<Option<Won>, StoreError> {
-        let Host { clock, random } = &self.host;
+        let Host { clock, random, .. } = &self.host;
         let id = ClaimId::of(random.id64());
         let claim = Claim {
             id,

@@ -147,7 +147,7 @@ impl Orchestrator {
             missing: state.registry.missing().len(),
             leases: state.registry.leases(),
             epoch: self.0.engine.epoch,
-            started_at: self.0.started_at,
+            started_at: self.0.started.time(),
             draining: state.draining,
         }
     }

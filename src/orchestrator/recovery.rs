@@ -85,7 +85,7 @@ impl Orchestrator {
     ) -> Result<(Self, OrchestratorTasks), Refusal> {
         let TakenOver { store, mut contents, signer, began, published, begin: how, sums } = taken_over;
         let is_read_only = how == Begin::ReadOnly;
-        let Host { clock, random } = host;
+        let Host { clock, random, started } = host;
         let (now, begin) = (clock.now(), Instant::now());
         memory.outputs.set_max(settings.max_outputs_bytes);
         let revoked = RevokedOwners::default();
@@ -294,8 +294,7 @@ impl Orchestrator {
             memory: memory.registry.clone(),
             requests: memory.requests.clone(),
             clock,
-            started_at: now,
-            started: Instant::now(),
+            started,
             store,
             state: Mutex::new(state),
             order: Arc::new(tokio::sync::Mutex::new(order)),

@@ -158,7 +158,7 @@ impl Orchestrator {
             loops_paused: state.loops.are_all_paused(),
             read_only: self.0.is_read_only,
             epoch: self.0.engine.epoch,
-            started_at: self.0.started_at,
+            started_at: self.0.started.time(),
             uptime: self.0.started.elapsed(),
             orchestrator_id: self.0.engine.orchestrator_id.clone(),
             subsystem_count: state.registry.len(),

@@ -85,16 +85,8 @@ pub(super) async fn take_over(
     let (epoch, last_cycle) = (contents.epoch.0, contents.last_cycle_id.0);
     tracing::info!(store = %url, epoch, last_cycle, "store opened");
     let previous = contents.checkpoint.clone();
-    let is_strict = config.access.mode == Mode::Enforce;
-    // An empty log with a checkpoint has had a key as well.
-    let found = if are_new && (store.log().frontier.size() > 0 || previous.is_some()) {
-        Some(LogBreak::KeyMissing)
-    } else {
-        compare(&*store, &contents, &signer, previous.as_deref(), is_strict).await?
-    };
-    let began = match found {
-        // A replica that has not the key of the others would begin a new log each time that it takes over.
-        Some(found) if is_strict || matches!(url, StoreUrl::Postgres(_)) => {
+    let began = match compare(config, &*store, &contents, &signer, are_new).await? {
+        Some(found) if is_refused(config) => {
             return Err(StartError::NotContinued { url: url.clone(), found });
         }
         Some(found) => {
@@ -162,22 +154,28 @@ pub(super) async fn look(config: &Config, store: Arc<dyn Store>) -> Result<Taken
 /// Looks at a store with the keys of its log, as a process would take it over.
 ///
 /// # Errors
-/// The store or a key can't be used, or there is no key although the store has a log.
+/// The store or a key can't be used, or the store is not what was signed last.
 pub(super) async fn rehearse(config: &Config, host: &Host, store: &dyn Store) -> Result<Option<TakenOver>, StartError> {
-    /// The leader may have created the key meanwhile, before it wrote the first entry.
-    const ATTEMPTS: usize = 2;
+    /// The leader may have created the key meanwhile, before it wrote the first entry; or have removed hashes that only
+    /// the checkpoint needs that was read.
+    const ATTEMPTS: usize = 3;
     let url = &config.store.url;
-    for _ in 0..ATTEMPTS {
+    let mut attempts = 0;
+    loop {
+        attempts += 1;
         let keys = read_keys(config, host.random.id128()).await?;
         let are_new = keys.are_new();
         let signer = Signer::of(config.ledger.origin.clone(), keys.keys);
         let Some(store) = store.look() else { return Ok(None) };
         let contents = store.take_over(seals(&signer, are_new)).await?;
-        if !are_new || store.log().frontier.size() == 0 {
-            return Ok(Some(TakenOver { begin: Begin::ReadOnly, ..TakenOver::new(store, contents, signer) }));
+        match compare(config, &*store, &contents, &signer, are_new).await? {
+            Some(found) if is_refused(config) && attempts == ATTEMPTS => {
+                return Err(StartError::NotContinued { url: url.clone(), found });
+            }
+            Some(_) if is_refused(config) => {}
+            _ => return Ok(Some(TakenOver { begin: Begin::ReadOnly, ..TakenOver::new(store, contents, signer) })),
         }
     }
-    Err(StartError::NotContinued { url: url.clone(), found: LogBreak::KeyMissing })
 }
 
 /// Compares a store with the checkpoint that was published last.
@@ -185,14 +183,19 @@ pub(super) async fn rehearse(config: &Config, host: &Host, store: &dyn Store) ->
 /// # Errors
 /// It can't be read.
 async fn compare(
+    config: &Config,
     store: &dyn Store,
     contents: &Contents,
     signer: &Signer,
-    previous: Option<&str>,
-    is_strict: bool,
+    are_new: bool,
 ) -> Result<Option<LogBreak>, StoreError> {
+    let (is_strict, previous) = (is_strict(config), contents.checkpoint.as_deref());
     let log = store.log().frontier;
     let size = log.size();
+    // An empty log with a checkpoint has had a key as well.
+    if are_new && (size > 0 || previous.is_some()) {
+        return Ok(Some(LogBreak::KeyMissing));
+    }
     // Whatever its checkpoint: the first one of a log has no entries either.
     if is_strict && !contents.is_sealed {
         return Ok(Some(LogBreak::Unsealed));
@@ -215,6 +218,16 @@ async fn compare(
         return Ok(Some(LogBreak::Other { signed: signed.size }));
     }
     Ok(None)
+}
+
+fn is_strict(config: &Config) -> bool {
+    config.access.mode == Mode::Enforce
+}
+
+/// True if no new log begins without the command that accepts a store. A replica that has not the key of the others
+/// would begin one each time that it takes over.
+fn is_refused(config: &Config) -> bool {
+    is_strict(config) || matches!(config.store.url, StoreUrl::Postgres(_))
 }
 
 impl LogBreak {

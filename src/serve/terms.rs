@@ -10,7 +10,7 @@ use tokio::{
     select,
     time::{sleep, timeout},
 };
-use tokio_util::task::AbortOnDropHandle;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use super::{StartError, declared, log, settings};
 use crate::{
@@ -63,7 +63,7 @@ struct Shared {
 
 enum Phase {
     /// Another replica leads, or this one will soon.
-    Following(AbortOnDropHandle<Result<(Candidate, Won), Unable>>),
+    Following(Following),
     /// It follows, and does not lead: it can't with its configuration, or the process ends.
     Unable {
         _follows: Option<AbortOnDropHandle<()>>,
@@ -71,6 +71,12 @@ enum Phase {
     /// It has claimed to lead, and takes the store over.
     Beginning(Box<Beginning>),
     Leading(Box<Leading>),
+}
+
+struct Following {
+    /// `None` if it was cancelled before the replica won.
+    wins: AbortOnDropHandle<Result<Option<(Candidate, Won)>, Unable>>,
+    cancelled: CancellationToken,
 }
 
 /// A candidate that can't lead.
@@ -180,8 +186,9 @@ impl Terms {
     pub(super) async fn ended(&mut self) -> Result<(), Stopped> {
         loop {
             match &mut self.phase {
-                Phase::Following(wins) => match wins.await {
-                    Ok(Ok((candidate, won))) => self.begin(candidate, won),
+                Phase::Following(following) => match (&mut following.wins).await {
+                    Ok(Ok(Some((candidate, won)))) => self.begin(candidate, won),
+                    Ok(Ok(None)) => self.phase = Phase::Unable { _follows: None },
                     Ok(Err((candidate, error))) => {
                         tell_unable(&error);
                         self.only_follow(candidate, None);
@@ -236,7 +243,8 @@ impl Terms {
     pub(super) fn drain(&mut self) {
         match &self.phase {
             Phase::Leading(leading) => leading.orchestrator.drain(),
-            Phase::Following(_) | Phase::Unable { .. } => self.phase = Phase::Unable { _follows: None },
+            Phase::Following(following) => following.cancelled.cancel(),
+            Phase::Unable { .. } => self.phase = Phase::Unable { _follows: None },
             Phase::Beginning(_) => {}
         }
     }
@@ -247,7 +255,11 @@ impl Terms {
     /// Why it was not done.
     pub(super) async fn finished(&mut self) -> Result<(), Stopped> {
         let epoch = match &mut self.phase {
-            Phase::Following(_) | Phase::Unable { .. } => return Ok(()),
+            Phase::Unable { .. } => return Ok(()),
+            Phase::Following(following) => match timeout(RELEASE, &mut following.wins).await {
+                Ok(Ok(Ok(Some((_, won))))) => Some(won.epoch),
+                _ => return Ok(()),
+            },
             // Nothing was taken over before the first commit, and that is fenced or recovered from.
             Phase::Beginning(beginning) => Some(beginning.epoch),
             Phase::Leading(leading) => {
@@ -283,10 +295,13 @@ impl Terms {
     /// Follows, until it leads.
     fn follow(&mut self, mut candidate: Candidate, after: After) {
         let Some(shared) = self.shared.clone() else { return };
+        let cancelled = CancellationToken::new();
+        let token = cancelled.clone();
         let wins = async move {
             match after {
                 After::Start => select! {
                     biased;
+                    () = token.cancelled() => return Ok(None),
                     able = shared.wait_until_able() => if let Err(error) = able {
                         return Err((candidate, error));
                     },
@@ -295,13 +310,12 @@ impl Terms {
                 After::Term => {}
                 After::Failure(epoch) => {
                     shared.release(epoch).await;
-                    sleep(AFTER_FAILURE).await;
+                    let _ = token.run_until_cancelled(sleep(AFTER_FAILURE)).await;
                 }
             }
-            let won = candidate.wins().await;
-            Ok((candidate, won))
+            Ok(candidate.wins(&token).await.map(|won| (candidate, won)))
         };
-        self.phase = Phase::Following(AbortOnDropHandle::new(tokio::spawn(wins)));
+        self.phase = Phase::Following(Following { wins: AbortOnDropHandle::new(tokio::spawn(wins)), cancelled });
     }
 
     /// Only follows, after the term of this epoch could not begin, if there was one.

@@ -59,7 +59,7 @@ use super::{
 use crate::{
     clock::Clock,
     ledger::{Hash, Node, Part, SealKeys, Signer},
-    model::{CycleId, RequestKey, Revision},
+    model::{CycleId, Epoch, RequestKey, Revision},
     ports::{
         Checks, Contents, EventFilter, EventPage, Excess, Filter, Found, Leadership, Log, Page, PageLimits,
         ResumeError, Retention, Seals, ServerFigures, ServerState, Store, StoreError, StoreSize, Write,
@@ -140,15 +140,19 @@ impl PostgresStore {
     }
 
     /// Executes a statement that no commit depends on.
-    async fn write_beside(&self, statement: &str, parameters: &[&dyn Parameter]) -> Result<(), StoreError> {
+    async fn write_beside(
+        &self,
+        statement: &str,
+        parameters: &[&dyn Parameter],
+    ) -> Result<Vec<tokio_postgres::Row>, StoreError> {
         let store = self.readers.connector.url().to_string();
         let _permit = self.readers.permit().await?;
         let connection = self.readers.take(false).await?;
         let _ = connection.take_warning();
-        connection.query(statement, parameters).await.map_err(|error| explain(&store, &error))?;
+        let rows = connection.query(statement, parameters).await.map_err(|error| explain(&store, &error))?;
         let warning = connection.take_warning();
         self.readers.give(Some(connection));
-        warning.map_or(Ok(()), |problem| Err(StoreError::Unavailable { store, problem }))
+        warning.map_or(Ok(rows), |problem| Err(StoreError::Unavailable { store, problem }))
     }
 
     /// How records are read now.
@@ -384,13 +388,22 @@ impl Store for PostgresStore {
 
     fn publish_checkpoint(&self, checkpoint: String) -> BoxFuture<'_, Result<(), StoreError>> {
         Box::pin(async move {
+            let schema = self.readers.connector.url().schema();
+            // A later leader may have published a newer one, so the row of the leader stays until this is written.
             let put = format!(
-                "WITH {DURABLE} INSERT INTO {}.checkpoint SELECT 0, $1 FROM durable
-                 ON CONFLICT (id) DO UPDATE SET note = EXCLUDED.note",
-                self.readers.connector.url().schema()
+                "WITH {DURABLE},
+                 leads AS (SELECT 1 FROM {schema}.leader l, durable WHERE id = 0 AND epoch = coalesce($2, epoch)
+                           FOR SHARE OF l),
+                 put AS (INSERT INTO {schema}.checkpoint SELECT 0, $1 FROM leads
+                         ON CONFLICT (id) DO UPDATE SET note = EXCLUDED.note RETURNING 1)
+                 SELECT epoch FROM {schema}.leader WHERE NOT EXISTS (SELECT 1 FROM put)"
             );
+            let claim = self.writing.as_ref().and_then(|writing| writing.leader.claimed());
             // If this fails, it is published again with the next one.
-            self.write_beside(&put, &[&checkpoint]).await
+            let other = self.write_beside(&put, &[&checkpoint, &claim.map(|epoch| integer(epoch.0))]).await?;
+            let Some(row) = other.first() else { return Ok(()) };
+            let by = number(row, "epoch").map_err(|wrong| failure(&self.readers.connector, &wrong.into()))?;
+            Err(StoreError::Fenced { by: Epoch(by) })
         })
     }
 

@@ -154,6 +154,8 @@ impl Server {
     pub async fn wait_for_standby(&self) {
         self.execute("ALTER SYSTEM SET synchronous_standby_names = 'standby'").await;
         self.execute("SELECT pg_reload_conf()").await;
+        // Commits wait from the moment on at which the checkpointer has read the settings.
+        self.execute("CHECKPOINT").await;
         self.shows("SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'", "1").await;
     }
 

@@ -32,6 +32,8 @@ struct State {
 #[derive(Clone, Copy, PartialEq)]
 enum NextClaim {
     Answered,
+    /// It is executed, and its answer takes a second.
+    Late,
     /// It is executed, and its answer is lost.
     AnswerLost,
     /// It is not executed, and there is no answer.
@@ -80,7 +82,8 @@ impl Leadership for Row {
     }
 
     fn claim<'a>(&'a self, seen: &'a Observed, claim: &'a Claim) -> BoxFuture<'a, Result<Claimed, StoreError>> {
-        self.ask(|state| {
+        let takes = if self.state().next_claim == NextClaim::Late { Duration::from_secs(1) } else { Duration::ZERO };
+        let claimed = self.ask(|state| {
             let next = mem::replace(&mut state.next_claim, NextClaim::Answered);
             if next == NextClaim::Lost {
                 return Err(away());
@@ -98,6 +101,10 @@ impl Leadership for Row {
                 time: state.row.time,
             };
             if next == NextClaim::AnswerLost { Err(away()) } else { Ok(Claimed::Won(epoch)) }
+        });
+        Box::pin(async move {
+            sleep(takes).await;
+            claimed.await
         })
     }
 
@@ -128,8 +135,11 @@ fn replica(name: &str) -> Replica {
 fn candidate(row: &Row, name: &str, clock: Clock) -> (Candidate, Membership) {
     let membership = Membership::of(replica(name));
     let random = Host::simulated(Timestamp::UNIX_EPOCH, name.bytes().map(u64::from).sum()).random;
-    let host = Host { clock, random };
-    (Candidate::new(Arc::new(row.clone()), membership.clone(), TTL, host), membership)
+    (Candidate::new(Arc::new(row.clone()), membership.clone(), TTL, Host::of(clock, random)), membership)
+}
+
+async fn wins(candidate: &mut Candidate) -> Won {
+    candidate.wins(&CancellationToken::new()).await.unwrap()
 }
 
 fn clock() -> Clock {
@@ -139,7 +149,7 @@ fn clock() -> Clock {
 /// A leader whose lease is renewed, until this is aborted.
 async fn leading(row: &Row, name: &str, clock: Clock) -> (Epoch, tokio::task::JoinHandle<()>) {
     let (mut candidate, _) = candidate(row, name, clock);
-    let Won { epoch, lease } = candidate.wins().await;
+    let Won { epoch, lease } = wins(&mut candidate).await;
     let row = row.clone();
     (epoch, tokio::spawn(async move { keep(&row, epoch, &lease).await }))
 }
@@ -163,10 +173,10 @@ async fn a_leader_that_is_gone_is_waited_for_during_its_ttl() {
     let row = Row::new(clock);
     let (first, renewing) = leading(&row, "one", clock).await;
     let (mut other, followed) = candidate(&row, "other", clock);
-    assert!(timeout(TTL * 3, other.wins()).await.is_err());
+    assert!(timeout(TTL * 3, wins(&mut other)).await.is_err());
     renewing.abort();
     let gone = Instant::now();
-    let won = other.wins().await;
+    let won = wins(&mut other).await;
     assert!(won.epoch > first);
     // The last renewal came up to a quarter before, and was seen up to a pause later.
     let waited = gone.elapsed();
@@ -182,8 +192,8 @@ async fn a_leader_with_a_longer_lease_is_waited_for_as_long() {
     renewing.abort();
     row.state().row.lease_ttl = TTL * 5;
     let (mut other, _) = candidate(&row, "other", clock);
-    assert!(timeout(TTL * 49 / 10, other.wins()).await.is_err());
-    assert!(timeout(PAUSE * 4, other.wins()).await.is_ok());
+    assert!(timeout(TTL * 49 / 10, wins(&mut other)).await.is_err());
+    assert!(timeout(PAUSE * 4, wins(&mut other)).await.is_ok());
 }
 
 #[tokio::test(start_paused = true)]
@@ -193,12 +203,12 @@ async fn a_failed_read_restarts_the_wait() {
     let (_, renewing) = leading(&row, "one", clock).await;
     renewing.abort();
     let (mut other, _) = candidate(&row, "other", clock);
-    assert!(timeout(TTL * 9 / 10, other.wins()).await.is_err());
+    assert!(timeout(TTL * 9 / 10, wins(&mut other)).await.is_err());
     row.set_away(true);
     assert!(other.look(true).await.is_err());
     row.set_away(false);
-    assert!(timeout(TTL * 9 / 10, other.wins()).await.is_err());
-    assert!(timeout(TTL / 2, other.wins()).await.is_ok());
+    assert!(timeout(TTL * 9 / 10, wins(&mut other)).await.is_err());
+    assert!(timeout(TTL / 2, wins(&mut other)).await.is_ok());
 }
 
 #[tokio::test(start_paused = true)]
@@ -269,16 +279,34 @@ async fn no_lease_is_valid_any_more_when_another_replica_leads() {
     let clock = clock();
     let row = Row::new(clock);
     let (mut one, _) = candidate(&row, "one", clock);
-    let Won { epoch, lease } = one.wins().await;
+    let Won { epoch, lease } = wins(&mut one).await;
     // Its last renewal, whose answer takes a while.
     advance(Duration::from_secs(2)).await;
     let sent = clock.moment();
     row.renew(epoch).await.unwrap();
     let (mut other, _) = candidate(&row, "other", clock);
-    let takes_over = tokio::spawn(async move { other.wins().await.epoch });
+    let takes_over = tokio::spawn(async move { wins(&mut other).await.epoch });
     tokio::time::sleep(Duration::from_secs(1)).await;
     lease.renewed(sent);
     lease.lapsed().await;
     assert!(!takes_over.is_finished());
     takes_over.await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_candidate_that_is_cancelled_awaits_the_claim_that_is_under_way_and_makes_no_further_one() {
+    let clock = clock();
+    let row = Row::new(clock);
+    row.state().next_claim = NextClaim::Late;
+    let (mut one, _) = candidate(&row, "one", clock);
+    let cancelled = CancellationToken::new();
+    let mut wins = Box::pin(one.wins(&cancelled));
+    assert!(timeout(Duration::from_millis(500), &mut wins).await.is_err());
+    cancelled.cancel();
+    let won = wins.as_mut().await.unwrap();
+    drop(wins);
+    assert_eq!(won.epoch, row.state().row.epoch);
+    row.release(won.epoch).await.unwrap();
+    assert!(one.wins(&cancelled).await.is_none());
+    assert_eq!(row.state().row.epoch, won.epoch);
 }

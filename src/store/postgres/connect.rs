@@ -3,14 +3,13 @@
 use std::{
     collections::BTreeMap,
     future::poll_fn,
-    ops::Deref,
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use tokio::time::{Instant, timeout};
 use tokio_postgres::{
-    AsyncMessage, Client, Config, Error, Row, RowStream, Statement,
+    AsyncMessage, Client, Config, Error, Row, RowStream, Statement, Transaction,
     config::Host,
     error::{DbError, Severity, SqlState},
     types::{ToSql, Type},
@@ -46,9 +45,6 @@ pub(super) struct Connector {
 }
 
 /// A connection. Once it is dropped, the server rolls back what it has begun.
-///
-/// Statements with parameters go by [`Connection::query`]: those of the client itself are prepared by name, which a
-/// pooler does not allow.
 pub(super) struct Connection {
     client: Client,
     /// By their texts. `None` behind a pooler, which executes each transaction in any session.
@@ -60,18 +56,21 @@ pub(super) struct Connection {
     _task: AbortOnDropHandle<()>,
 }
 
-impl Deref for Connection {
-    type Target = Client;
-
-    fn deref(&self) -> &Client {
-        &self.client
-    }
-}
-
 impl Connection {
-    /// For transactions.
-    pub(super) fn client(&mut self) -> &mut Client {
-        &mut self.client
+    /// For statements in one transaction, without parameters: those with parameters would be prepared by name, which a
+    /// pooler does not allow.
+    pub(super) async fn transaction(&mut self) -> Result<Transaction<'_>, Error> {
+        self.client.transaction().await
+    }
+
+    /// True once it has ended.
+    pub(super) fn is_closed(&self) -> bool {
+        self.client.is_closed()
+    }
+
+    /// Executes statements without parameters.
+    pub(super) async fn batch_execute(&self, statements: &str) -> Result<(), Error> {
+        self.client.batch_execute(statements).await
     }
 
     /// The rows of a statement: in one round trip, once it was prepared, and behind a pooler.

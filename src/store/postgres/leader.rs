@@ -59,6 +59,11 @@ impl LeaderRow {
         Self { connector, line: Mutex::new(Line::new(candidates())), claim }
     }
 
+    /// The term that this replica has claimed last, and whose claim was acknowledged.
+    pub(super) fn claimed(&self) -> Option<Epoch> {
+        self.claim.get()
+    }
+
     fn schema(&self) -> &str {
         self.connector.url().schema()
     }

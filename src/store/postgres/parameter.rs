@@ -23,6 +23,7 @@ parameters! {
     bool => BOOL,
     i32 => INT4,
     i64 => INT8,
+    Option<i64> => INT8,
     &str => TEXT,
     String => TEXT,
     Option<String> => TEXT,

@@ -154,7 +154,7 @@ async fn migrate_once(connection: &mut Connection, store: &str, schema: &str) ->
     if let Some(to) = known.filter(|known| *known >= latest()) {
         return Ok(Migrated { from: to, to });
     }
-    let transaction = connection.client().transaction().await?;
+    let transaction = connection.transaction().await?;
     if known.is_none() {
         let create = format!("CREATE SCHEMA IF NOT EXISTS {schema};\n{}", in_schema(TABLE, schema));
         transaction.batch_execute(&create).await?;

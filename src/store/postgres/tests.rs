@@ -20,6 +20,7 @@ use tokio::{
 use super::{
     connect::{Connection, Connector},
     error::{explain, is_ambiguous, is_worth_repeating},
+    parameter::Parameter,
     *,
 };
 use crate::{
@@ -50,6 +51,15 @@ async fn connector(of: &str) -> Connector {
 
 async fn connect(to: &str) -> Result<Connection, StoreError> {
     connector(to).await.connect(APPLICATION).await
+}
+
+/// The only row of a statement.
+async fn one(
+    connection: &Connection,
+    text: &str,
+    parameters: &[&dyn Parameter],
+) -> Result<tokio_postgres::Row, tokio_postgres::Error> {
+    connection.query(text, parameters).await.map(|mut rows| rows.pop().unwrap())
 }
 
 async fn migrated(of: &str) -> Result<Migrated, OpenError> {
@@ -112,7 +122,7 @@ async fn tables_of_other_software_stay_as_they_are() {
         .unwrap();
     assert!(matches!(migrated(&store).await, Err(OpenError::Foreign { .. })));
     let tables = "SELECT count(*) FROM information_schema.tables WHERE table_schema = $1";
-    assert_eq!(connection.query_one(tables, &[&schema]).await.unwrap().get::<_, i64>(0), 1);
+    assert_eq!(one(&connection, tables, &[&schema]).await.unwrap().get::<_, i64>(0), 1);
 }
 
 #[tokio::test]
@@ -170,7 +180,7 @@ async fn the_first_host_that_takes_writes_is_used() {
     let Some(server) = shared() else { return };
     let (_silent, useless) = useless_hosts();
     let connection = connect(&format!("postgres://owner@{useless},{}/postgres", server.host())).await.unwrap();
-    assert_eq!(connection.query_one("SELECT 1", &[]).await.unwrap().get::<_, i32>(0), 1);
+    assert_eq!(one(&connection, "SELECT 1", &[]).await.unwrap().get::<_, i32>(0), 1);
 
     // As a standby is.
     let database = url(&server.url()).schema().to_owned();
@@ -236,18 +246,18 @@ async fn each_error_of_the_server_has_its_remedy() {
 async fn a_session_that_the_server_ends_leaves_the_outcome_unknown() {
     let Some(server) = shared() else { return };
     let (ended, other) = (connect(&server.url()).await.unwrap(), connect(&server.url()).await.unwrap());
-    let pid: i32 = ended.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0);
-    let statement = ended.query_one("SELECT pg_sleep(60)", &[]);
+    let pid: i32 = one(&ended, "SELECT pg_backend_pid()", &[]).await.unwrap().get(0);
+    let statement = one(&ended, "SELECT pg_sleep(60)", &[]);
     let end = async {
         let is_active = "SELECT count(*) = 1 FROM pg_stat_activity WHERE pid = $1 AND query LIKE '%pg_sleep(60)'
                          AND state = 'active'";
-        while !other.query_one(is_active, &[&pid]).await.unwrap().get::<_, bool>(0) {}
-        other.query_one("SELECT pg_terminate_backend($1)", &[&pid]).await.unwrap();
+        while !one(&other, is_active, &[&pid]).await.unwrap().get::<_, bool>(0) {}
+        one(&other, "SELECT pg_terminate_backend($1)", &[&pid]).await.unwrap();
     };
     let (error, ()) = tokio::join!(statement, end);
     assert!(is_ambiguous(&error.unwrap_err()));
     // Also what is asked of it from now on: it may be lost on the way.
-    assert!(is_ambiguous(&ended.query_one("SELECT 1", &[]).await.unwrap_err()));
+    assert!(is_ambiguous(&one(&ended, "SELECT 1", &[]).await.unwrap_err()));
 }
 
 #[tokio::test]
@@ -300,7 +310,7 @@ async fn a_server_proves_its_name_and_a_user_their_password() {
     };
     let connection = connect(&to("localhost", "a.pem")).await.unwrap();
     let is_encrypted = "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()";
-    assert!(connection.query_one(is_encrypted, &[]).await.unwrap().get::<_, bool>(0));
+    assert!(one(&connection, is_encrypted, &[]).await.unwrap().get::<_, bool>(0));
     for (url, said) in [
         (to("127.0.0.1", "a.pem"), "not valid for name"),
         (to("localhost", "b.pem"), "UnknownIssuer"),
@@ -330,7 +340,7 @@ async fn a_server_proves_its_name_and_a_user_their_password() {
     assert!(refused.contains("mine.key") && refused.contains("run chmod 600"), "{refused}");
     set_mode(&key, 0o600);
     let connection = connect(&with(&key)).await.unwrap();
-    assert_eq!(connection.query_one("SELECT current_user::text", &[]).await.unwrap().get::<_, String>(0), "known");
+    assert_eq!(one(&connection, "SELECT current_user::text", &[]).await.unwrap().get::<_, String>(0), "known");
     let other_key = file("server/key.pem");
     set_mode(&other_key, 0o600);
     let refused = Connector::new(self::url(&with(&other_key)), Clock::system()).await.map(drop).unwrap_err();
@@ -510,6 +520,11 @@ async fn a_claim_fences_the_earlier_leader_before_it_commits_anything() {
     let fenced = earlier.take_over(Seals::Checked(keys())).await.unwrap_err();
     assert_eq!(fenced, StoreError::Fenced { by: second });
     assert_eq!(earlier.leadership().unwrap().renew(first).await.unwrap(), Renewed::Superseded);
+    later.publish_checkpoint("later".into()).await.unwrap();
+    let fenced = earlier.publish_checkpoint("earlier".into()).await.unwrap_err();
+    assert_eq!(fenced, StoreError::Fenced { by: second });
+    let taken = later.take_over(Seals::Checked(keys())).await.unwrap();
+    assert_eq!(taken.checkpoint.as_deref(), Some("later"));
     commit(&*later, recorded(3..=4, second)).await;
     assert_eq!(revisions(&later.cycles_after(Revision(0), ALL).await.unwrap()), [1, 2, 3, 4]);
     // An operator who accepts the store, or a process without a claim, is later than all of these.
@@ -582,7 +597,7 @@ async fn cut_everywhere(server: &Server, directory: &Path, parameters: &str) {
     let direct = connect(&server.url_of("owner", &schema)).await.unwrap();
     let stored = async || {
         let number = format!("SELECT count(*) FROM {schema}.cycles");
-        direct.query_one(&number, &[]).await.unwrap().get::<_, i64>(0)
+        one(&direct, &number, &[]).await.unwrap().get::<_, i64>(0)
     };
     // A commit has some 2,300 bytes, and its answer some 100; both are more on a new connection.
     let requests = (0..6000).step_by(97).map(Cut::Request);
@@ -643,7 +658,7 @@ async fn a_commit_whose_wait_for_a_standby_is_cancelled_is_acknowledged_only_onc
             };
         }
         let visible = format!("SELECT count(*) FROM {}.cycles", url(&store_url).schema());
-        let visible: i64 = other.query_one(&visible, &[]).await.unwrap().get(0);
+        let visible: i64 = one(&other, &visible, &[]).await.unwrap().get(0);
         assert_eq!(u64::try_from(visible), Ok(acknowledged.get() + 1), "visible, and not replicated");
         is_over.set(true);
         wait_for("").await;
