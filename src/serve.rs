@@ -100,8 +100,9 @@ pub enum StartError {
     Key(#[from] KeyFileError),
     /// The store is not what was signed last.
     #[error(
-        "{url}: {found}. Find out what has happened; then have it go on as it is, with a new log, by `orchestrator store \
-         accept {url}`"
+        "{url}: {found}. Find out what has happened; {}then have it go on as it is, with a new log, by `orchestrator store \
+         accept {url}`",
+        with_others(url, found)
     )]
     NotContinued {
         /// The store.
@@ -167,6 +168,16 @@ pub struct Service {
     stop_exporting: CancellationToken,
     drain_grace: Duration,
     memory: Memory,
+}
+
+/// What to do first if other replicas may have what this process lacks.
+fn with_others(url: &StoreUrl, found: &LogBreak) -> &'static str {
+    match (url, found) {
+        (StoreUrl::Postgres(_), LogBreak::KeyMissing) => {
+            "if other replicas use the store, copy their key to ledger.key_files of this one; only if the key is lost, "
+        }
+        _ => "",
+    }
 }
 
 impl Service {

@@ -44,7 +44,9 @@ pub enum KeyFileError {
         problem: NoteError,
     },
     /// None is named, and the store has no place beside it for one.
-    #[error("a store in PostgreSQL has no file beside it: name the file of its key in ledger.key_files")]
+    #[error(
+        "a store in PostgreSQL has no file beside it: name the file of its key in ledger.key_files, or with --key-file"
+    )]
     NotNamed,
     /// The task that reads it has ended.
     #[error("can't read the keys of ledger.key_files: {0}")]

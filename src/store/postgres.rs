@@ -27,12 +27,13 @@ mod writer;
 
 use std::{
     ops::Range,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread,
 };
 
 use futures_util::{future::BoxFuture, stream::BoxStream};
 use jiff::Timestamp;
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::AbortOnDropHandle;
 
 pub(super) use self::copying::Copying;
@@ -128,8 +129,8 @@ impl PostgresStore {
         log: SharedLog,
         writing: Option<Writing>,
     ) -> Self {
-        let idle = Mutex::new(vec![connection]);
-        let readers = Arc::new(Readers { connector, idle, permits: Semaphore::new(READERS) });
+        let idle = Mutex::new(vec![Arc::new(connection)]);
+        let readers = Arc::new(Readers { connector, idle, permits: Arc::new(Semaphore::new(READERS)) });
         Self::over(readers, (checks, clock), log, writing)
     }
 
@@ -146,12 +147,13 @@ impl PostgresStore {
         parameters: &[&dyn Parameter],
     ) -> Result<Vec<tokio_postgres::Row>, StoreError> {
         let store = self.readers.connector.url().to_string();
-        let _permit = self.readers.permit().await?;
-        let connection = self.readers.take(false).await?;
+        let mut reader = self.readers.take(false).await?;
+        reader.is_busy = true;
+        let connection = reader.as_ref();
         let _ = connection.take_warning();
         let rows = connection.query(statement, parameters).await.map_err(|error| explain(&store, &error))?;
         let warning = connection.take_warning();
-        self.readers.give(Some(connection));
+        reader.is_busy = false;
         warning.map_or(Ok(rows), |problem| Err(StoreError::Unavailable { store, problem }))
     }
 
@@ -169,48 +171,65 @@ impl PostgresStore {
 /// The connections that read.
 struct Readers {
     connector: Arc<Connector>,
-    idle: Mutex<Vec<Connection>>,
-    permits: Semaphore,
+    idle: Mutex<Vec<Arc<Connection>>>,
+    permits: Arc<Semaphore>,
+}
+
+/// A connection for one read at a time, until this is dropped.
+struct Reader {
+    readers: Arc<Readers>,
+    connection: Arc<Connection>,
+    /// True while a statement is under way that goes on if it is not awaited.
+    is_busy: bool,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl AsRef<Connection> for Reader {
+    fn as_ref(&self) -> &Connection {
+        &self.connection
+    }
+}
+
+impl Drop for Reader {
+    /// Keeps the connection for further use, unless it has ended or a transaction may be open.
+    fn drop(&mut self) {
+        if !self.connection.is_closed() && !self.is_busy && !thread::panicking() {
+            self.readers.idle().push(self.connection.clone());
+        }
+    }
 }
 
 impl Readers {
-    async fn permit(&self) -> Result<SemaphorePermit<'_>, StoreError> {
-        self.permits.acquire().await.map_err(|error| StoreError::Defect { problem: error.to_string() })
+    fn idle(&self) -> MutexGuard<'_, Vec<Arc<Connection>>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// An idle connection, or a new one.
-    async fn take(&self, anew: bool) -> Result<Connection, StoreError> {
-        let pooled = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        match pooled.filter(|connection| !connection.is_closed() && !anew) {
-            Some(connection) => Ok(connection),
-            None => self.connector.connect(APPLICATION).await,
-        }
-    }
-
-    /// Keeps a connection for further use, unless it has ended.
-    fn give(&self, connection: Option<Connection>) {
-        let usable = connection.filter(|connection| !connection.is_closed());
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner).extend(usable);
+    /// An idle connection, or a new one. With `anew`, not the one that was used last.
+    async fn take(self: &Arc<Self>, anew: bool) -> Result<Reader, StoreError> {
+        let permit = self.permits.clone().acquire_owned().await;
+        let permit = permit.map_err(|error| StoreError::Defect { problem: error.to_string() })?;
+        let pooled = self.idle().pop();
+        let connection = match pooled.filter(|connection| !connection.is_closed() && !anew) {
+            Some(connection) => connection,
+            None => Arc::new(self.connector.connect(APPLICATION).await?),
+        };
+        Ok(Reader { readers: self.clone(), connection, is_busy: false, _permit: permit })
     }
 
     /// Reads as of one moment. A connection that has ended meanwhile, or has statements for other tables, is replaced
-    /// once.
+    /// once. If this is dropped, the reading goes on to its end, and counts until then.
     async fn read<T: Send + 'static>(
-        &self,
+        self: &Arc<Self>,
         read: impl Fn(&mut Snapshot<'_>) -> Result<T, Failed> + Clone + Send + 'static,
     ) -> Result<T, StoreError> {
-        let _permit = self.permit().await?;
         for is_last in [false, true] {
-            let connection = self.take(is_last).await?;
+            let reader = self.take(is_last).await?;
             let schema = self.connector.url().schema();
             let read = read.clone();
-            let (back, result) = at_once(connection, schema, false, (), move |snapshot, ()| read(snapshot)).await;
+            let (_, result) = at_once(reader, schema, false, (), move |snapshot, ()| read(snapshot)).await;
             match result {
                 Err(Failed::Statement(error)) if goes_elsewhere(&error) && !is_last => {}
-                result => {
-                    self.give(back.map(|(connection, ())| connection));
-                    return result.map_err(|failed| failure(&self.connector, &failed));
-                }
+                result => return result.map_err(|failed| failure(&self.connector, &failed)),
             }
         }
         Err(StoreError::Defect { problem: "no connection was tried".into() })
@@ -269,8 +288,16 @@ pub(super) async fn accept(
     store.commit(Arc::new(write)).await.map_err(OpenError::from)?;
     let log = store.log().frontier;
     store.publish_checkpoint(signer.sign(log.size(), log.root())).await.map_err(OpenError::from)?;
-    let served = format!("WITH {DURABLE} UPDATE {}.meta SET not_served = NULL FROM durable WHERE id = 0", url.schema());
+    let schema = url.schema();
+    let served = format!("WITH {DURABLE} UPDATE {schema}.meta SET not_served = NULL FROM durable WHERE id = 0");
     store.write_beside(&served, &[]).await.map_err(OpenError::from)?;
+    // Another program has changed it: nothing seals that row.
+    let led = format!(
+        "WITH {DURABLE} UPDATE {schema}.leader SET epoch = 0, beat = 0, released = true FROM durable
+         WHERE id = 0 AND NOT epoch BETWEEN 0 AND $1"
+    );
+    let latest = integer(Epoch::by_clock(Timestamp::MAX).0);
+    store.write_beside(&led, &[&latest]).await.map_err(OpenError::from)?;
     let (store, noted_cycle_id) = (url.to_string(), last_cycle_id);
     Ok(Accepted { store, earlier: None, last_cycle_id, noted_cycle_id, missing: lacks })
 }

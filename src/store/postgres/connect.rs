@@ -56,6 +56,12 @@ pub(super) struct Connection {
     _task: AbortOnDropHandle<()>,
 }
 
+impl AsRef<Connection> for Connection {
+    fn as_ref(&self) -> &Self {
+        self
+    }
+}
+
 impl Connection {
     /// For statements in one transaction, without parameters: those with parameters would be prepared by name, which a
     /// pooler does not allow.

@@ -63,6 +63,10 @@ fn of_server(store: String, error: &DbError) -> StoreError {
             let problem = format!("{problem}; raise max_connections, or use a pooler");
             StoreError::Unavailable { store, problem }
         }
+        "26000" | "42P05" => StoreError::Unavailable {
+            store,
+            problem: format!("{problem}; if a pooler is before the server, add pooled=true to store.url"),
+        },
         "57014" => StoreError::Unavailable { store, problem: format!("{problem}; somebody has cancelled it") },
         "3D000" => StoreError::Unavailable { store, problem: format!("{problem}; create it: CREATE DATABASE") },
         "XX001" | "XX002" => StoreError::Corrupt { store, problem },

@@ -94,15 +94,16 @@ pub(super) struct Snapshot<'c> {
 
 /// Reads as of one moment, on a blocking thread, with what the reading needs of the caller. With `lock`, after writes
 /// that are under way, and before others. Also returns the connection for further use, and what was given: both are
-/// lost if the thread panics.
-pub(super) async fn at_once<S, T, E>(
-    connection: Connection,
+/// lost if the thread panics. If this is dropped, the reading goes on to its end, and drops both then.
+pub(super) async fn at_once<C, S, T, E>(
+    connection: C,
     schema: &str,
     lock: bool,
     mut given: S,
     read: impl FnOnce(&mut Snapshot<'_>, &mut S) -> Result<T, E> + Send + 'static,
-) -> (Option<(Connection, S)>, Result<T, E>)
+) -> (Option<(C, S)>, Result<T, E>)
 where
+    C: AsRef<Connection> + Send + 'static,
     S: Send + 'static,
     T: Send + 'static,
     E: From<Failed> + Send + 'static,
@@ -110,7 +111,7 @@ where
     let (runtime, schema) = (Handle::current(), schema.to_owned());
     let task = tokio::task::spawn_blocking(move || {
         let read = (|| {
-            let mut snapshot = Snapshot::begin(&connection, runtime, schema, lock)?;
+            let mut snapshot = Snapshot::begin(connection.as_ref(), runtime, schema, lock)?;
             let read = read(&mut snapshot, &mut given);
             // Also if it has failed: the connection is used again.
             let ended = snapshot.end("ROLLBACK");

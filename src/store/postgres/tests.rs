@@ -588,6 +588,33 @@ async fn the_outcome_of_a_commit_is_right_wherever_its_connection_to_a_pooler_is
     cut_everywhere(server, pooler.directory(), "&pooled=true").await;
 }
 
+#[tokio::test]
+async fn reads_that_are_not_awaited_any_more_count_until_they_end() {
+    let Some(server) = shared() else { return };
+    let store_url = server.url();
+    let store = Arc::new(PostgresStore::open(&url(&store_url), CHECKS, Clock::system()).await.unwrap());
+    let (other, observer) = (connect(&store_url).await.unwrap(), connect(&store_url).await.unwrap());
+    let schema = url(&store_url).schema().to_owned();
+    other.batch_execute(&format!("BEGIN; LOCK TABLE {schema}.cycles IN ACCESS EXCLUSIVE MODE")).await.unwrap();
+    let reads: Vec<_> = (0..2 * READERS)
+        .map(|_| {
+            let store = store.clone();
+            tokio::spawn(async move { store.cycle(CycleId(1)).await })
+        })
+        .collect();
+    let waiting =
+        format!("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%{schema}%'");
+    while one(&observer, &waiting, &[]).await.unwrap().get::<_, i64>(0) < i64::try_from(READERS).unwrap() {}
+    for read in reads {
+        read.abort();
+        assert!(read.await.unwrap_err().is_cancelled());
+    }
+    assert_eq!(store.readers.permits.available_permits(), 0);
+    other.batch_execute("COMMIT").await.unwrap();
+    let _all = store.readers.permits.acquire_many(u32::try_from(READERS).unwrap()).await.unwrap();
+    assert_eq!(store.readers.idle().len(), READERS);
+}
+
 /// Cuts connections to what listens in this directory, at every place of a commit and of its answer.
 async fn cut_everywhere(server: &Server, directory: &Path, parameters: &str) {
     let proxy = Proxy::before(directory.to_owned());

@@ -18,7 +18,7 @@ use crate::{
     ports::{Checks, Contents, Excess, Retention, Seals, StoreError, Write},
     store::{
         chain::{Chain, Stored, Token},
-        contents::{Refused, Tables, read_contents},
+        contents::{Refused, Tables, check_unsealed_epoch, read_contents},
         copying::NotServed,
         excess::Searches,
         frontier::Appended,
@@ -104,7 +104,11 @@ impl Writer {
                 return Err(StoreError::Fenced { by: claimed.max(term.current) });
             }
             Some(epoch) => epoch,
-            None => contents.epoch.max(claimed.next()).max(self.fixed.map(Epoch::next).unwrap_or_default()),
+            // A claim that no clock can have given is not one: who accepts the store has the row mended.
+            None => {
+                let claimed = if check_unsealed_epoch(claimed).is_ok() { claimed.next() } else { Epoch::default() };
+                contents.epoch.max(claimed).max(self.fixed.map(Epoch::next).unwrap_or_default())
+            }
         };
         (term.epoch, self.fixed) = (contents.epoch, Some(contents.epoch));
         let stored = Stored { epoch: term.current, commits: term.commits, claimed, token: last };
@@ -229,6 +233,9 @@ pub(super) async fn read(
             );
             let row = snapshot.one(&beside, &[])?;
             let claimed = Epoch(number(&row, "claimed").map_err(Failed::from)?);
+            if !even_moved {
+                check_unsealed_epoch(claimed).map_err(|problem| Wrong::new("leader", problem)).map_err(Failed::from)?;
+            }
             contents.checkpoint = optional_text(&row, "note").map_err(Failed::from)?;
             let token = |column| Ok::<_, Failed>(Token(integer_of(&row, column)?));
             Ok(Ok((contents, term, claimed, token("token")?, token("given")?)))
