@@ -6,8 +6,8 @@
 //! - the path of a cycle: `admission` admits it, `line` decides when it may run, `conductor` runs it, `writing` records
 //!   it, `attended` ends one that a parent no longer waits for;
 //! - its inputs: `registry` and its changes in `registration`, the order in `planning`, `loops` and their ticks;
-//! - reads: `status`, `history`, `watch` (the stream) with `live` (progress), `snapshots`, `figures` (for metrics),
-//!   `checkpoints` and proofs of the log;
+//! - reads: `history`, which outlasts the terms of a replica, `watch` (its stream) with `live` (progress), `status`,
+//!   `snapshots`, `figures` (for metrics), `checkpoints` and proofs of the log;
 //! - the process: `recovery` at its start, `tasks` and its end, `reload`, `retention`, `audit` of calls that change
 //!   nothing, `lead` where another replica may lead.
 
@@ -39,7 +39,7 @@ mod watch;
 mod writing;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -53,13 +53,12 @@ use tokio_util::{
 };
 
 use self::{
-    admission::Admitted, attended::Attended, checkpoints::Checkpoints, figures::Watchers, history::Recent, line::Line,
-    live::Live, registry::Registry, writing::ToWrite,
+    admission::Admitted, attended::Attended, checkpoints::Checkpoints, line::Line, registry::Registry, writing::ToWrite,
 };
 use crate::{
     clock::{Clock, Moment},
     engine::{Engine, Order},
-    memory::{Held, Memory},
+    memory::Memory,
     model::{Cause, CycleId, RequestKey, Revision},
     ports::{Record, Store, StoreError},
     schedule::Loops,
@@ -72,6 +71,7 @@ pub use self::{
     audit::{Sum, Sums},
     checkpoints::{Logged, Proved, Published},
     figures::{Counts, Figures, Passes},
+    history::History,
     live::{LiveChange, LiveCycle, LiveEvent, RunningCycle, Update},
     recovery::TakenOver,
     refusal::{NotCancelled, NotOwner, NotRecorded, NotRegistered, NotRenewed, RecordHasNoRoom, Refusal},
@@ -102,14 +102,10 @@ struct Shared {
     /// True if the store is only looked at.
     is_read_only: bool,
     store: Arc<dyn Store>,
-    /// Memory for records that are read, or are in unread responses.
-    history: Memory,
-    /// The part of it for filters of watchers, and records that they have read ahead.
-    watching: Memory,
-    /// The part of it for readers of the log, since they may stall.
+    /// What is shown of it.
+    history: History,
+    /// The part of its memory for readers of the log, since they may stall.
     reading_log: Memory,
-    /// The part of it for `State::recent`.
-    _recent: Option<Held>,
     state: Mutex<State>,
     /// Held while the registry or a loop is changed, so that one such change is made at a time. The order of subsystems
     /// changes only then.
@@ -126,11 +122,8 @@ struct Shared {
     loops_changed: Notify,
     leases_changed: Notify,
     attended_changed: Notify,
-    newest: latest::Sender<Revision>,
-    live: Live,
     checkpoints: Checkpoints,
     sums: Sums,
-    watchers: Watchers,
     /// Cancelled once no more writes are possible: `State::store_error` has the reason.
     store_has_ended: CancellationToken,
     /// Cancelled once the last write is done.
@@ -156,17 +149,13 @@ struct State {
     noted_durably: CycleId,
     /// Number of cycles ever recorded.
     recorded: u64,
-    /// The last record, and the extent of the history.
+    /// The last record, and the highest revision.
     last: Option<Arc<Record>>,
     last_revision: Revision,
-    pruned_to: Revision,
-    /// The latest records without a gap, oldest first, for watchers that are nearly up to date.
-    recent: VecDeque<Arc<Recent>>,
-    recent_bytes: usize,
+    /// What is shown of the history, which changes together with this.
+    history: History,
     /// Why the store can't be written now. Cycles are put off only while there is a reason.
     store_error: latest::Sender<Option<StoreError>>,
-    /// The unreadable records that were logged.
-    unreadable: BTreeSet<(CycleId, Revision)>,
     draining: bool,
     /// True while this replica can't confirm that it leads.
     has_lapsed: bool,

@@ -11,10 +11,10 @@ pub use self::{
     spans::{Spans, Untraced},
     store::{
         AuditEntry, Check, Checks, Contents, ControlDecoder, Durability, EventCheck, EventFilter, EventPage, EventRule,
-        Excess, Filter, Found, FoundEvent, Log, LoggedEvent, Lost, OldEvent, OldRecord, OpenCycle, Page, PageLimits,
-        Record, Removal, ResumeError, Retention, RetentionRule, SCAN_LIMIT, Seals, ServerFigures, ServerState, Stage,
-        Store, StoreError, StoreSize, StoredLoop, StoredOutput, StoredSubsystem, TriggerKind, Unreadable,
-        UnreadableEvent, UnreadableRow, Write,
+        Excess, Filter, FormerNames, Found, FoundEvent, Log, LoggedEvent, Lost, OldEvent, OldRecord, OpenCycle, Page,
+        PageLimits, Record, Removal, ResumeError, Retention, RetentionRule, SCAN_LIMIT, Seals, ServerFigures,
+        ServerState, Stage, Store, StoreError, StoreSize, StoredLoop, StoredOutput, StoredSubsystem, TriggerKind,
+        Unreadable, UnreadableEvent, UnreadableRow, Write,
     },
     subsystems::{CallError, Callee, ConnectionFault, InitializeCall, Left, Reply, RunCall, Snapshot, Subsystems},
 };

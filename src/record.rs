@@ -19,17 +19,17 @@ use prost::Message;
 use crate::{
     ledger::{Control, LogBegan, LogBeganReason, RecordsPruned},
     model::{
-        CallPath, CycleId, CycleRequest, CycleState, FinishedCycle, Freshness, Identity, Issue, Name, Output,
+        CallPath, CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, Freshness, Identity, Issue, Name, Output,
         ParentCycle, Payload, Revision, Severity, SkipReason, SpanContext, SubsystemReport, SubsystemState, Trigger,
         excerpt,
     },
-    ports::{Checks, Record},
-    proto::{duration, orchestrator::v1 as pb, read_duration, subsystem::v1 as pbs, timestamp},
+    ports::{Checks, Record, TriggerKind},
+    proto::{duration, orchestrator::v1 as pb, read_duration, read_timestamp, subsystem::v1 as pbs, timestamp},
 };
 
 pub use self::{
-    audit::{check_event, copies_events, copy_event, decode_cause, encode_cause, encode_event},
-    parts::parts,
+    audit::{check_event, copies_events, copy_event, decode_cause, encode_cause, encode_event, read_event},
+    parts::{parts, progress},
 };
 
 /// What the records and audit events of a store have to pass.
@@ -265,6 +265,38 @@ pub fn check(record: &Record) -> Result<(), String> {
     }
 }
 
+/// The record with these bytes.
+///
+/// # Errors
+/// The problem.
+pub fn read(bytes: Bytes) -> Result<Record, String> {
+    let telemetry = pb::CycleTelemetry::decode(bytes.clone()).map_err(|error| error.to_string())?;
+    let state = CycleState::ALL.into_iter().find(|state| i32::from(cycle_state(*state)) == telemetry.state);
+    let request_id = Some(telemetry.request_id.clone()).filter(|id| !id.is_empty());
+    let trigger = match telemetry.trigger() {
+        pb::Trigger::Unspecified => Trigger::Unknown,
+        pb::Trigger::Manual => Trigger::Manual,
+        pb::Trigger::Loop => Trigger::Loop(Name::parse(&telemetry.r#loop).map_err(|error| error.to_string())?),
+        // Its key is the id of the request.
+        pb::Trigger::Parent => {
+            Trigger::Parent(request_id.as_deref().and_then(ParentCycle::parse).ok_or("it names no parent")?)
+        }
+    };
+    let caller = Some(telemetry.triggered_by.as_str()).filter(|caller| !caller.is_empty());
+    let record = Record {
+        cycle_id: CycleId(telemetry.cycle_id),
+        revision: Revision(telemetry.revision),
+        epoch: Epoch(telemetry.epoch),
+        state: state.ok_or("its state is not known")?,
+        trigger,
+        request_id,
+        triggered_by: caller.map(Identity::parse).transpose().map_err(|error| error.to_string())?,
+        finished_at: telemetry.finished_at.and_then(read_timestamp).ok_or("it has no end")?,
+        bytes,
+    };
+    check(&record).map(|()| record)
+}
+
 /// Decodes a record as clients do.
 fn decode(record: &Record) -> Result<pb::CycleTelemetry, String> {
     let telemetry = pb::CycleTelemetry::decode(record.bytes.clone()).map_err(|error| error.to_string())?;
@@ -410,11 +442,16 @@ pub fn cycle_state(state: CycleState) -> pb::CycleState {
 
 /// A trigger as the contract has it.
 pub fn trigger(trigger: &Trigger) -> pb::Trigger {
-    match trigger {
-        Trigger::Unknown => pb::Trigger::Unspecified,
-        Trigger::Manual => pb::Trigger::Manual,
-        Trigger::Loop(_) => pb::Trigger::Loop,
-        Trigger::Parent(_) => pb::Trigger::Parent,
+    trigger_of(TriggerKind::of(trigger))
+}
+
+/// A kind of trigger as the contract has it.
+pub fn trigger_of(kind: TriggerKind) -> pb::Trigger {
+    match kind {
+        TriggerKind::Unknown => pb::Trigger::Unspecified,
+        TriggerKind::Manual => pb::Trigger::Manual,
+        TriggerKind::Loop => pb::Trigger::Loop,
+        TriggerKind::Parent => pb::Trigger::Parent,
     }
 }
 
@@ -635,6 +672,7 @@ mod tests {
     fn a_column_that_is_not_that_of_the_bytes_is_named() {
         let record = encode(&cycle(), usize::MAX).at(Revision(9));
         assert_eq!(check(&record), Ok(()));
+        assert_eq!(read(record.bytes.clone()), Ok(record.clone()));
         let finished_at = record.finished_at + Duration::from_nanos(1);
         for (column, changed) in [
             ("epoch", Record { epoch: Epoch(4), ..record.clone() }),

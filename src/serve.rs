@@ -34,8 +34,8 @@ use crate::{
     host::Host,
     listen::{self, Connections, Entrance, Limits, Peer},
     memory::{self, Memory, Shares},
-    model::{Begin, Replica, is_orchestrator_id},
-    orchestrator::{Declared, Refusal, Settings, Stopped, Sums, TakenOver},
+    model::{Begin, Replica, Revision, is_orchestrator_id},
+    orchestrator::{Declared, History, Refusal, Settings, Stopped, Sums, TakenOver},
     ports::{Leadership, Retention, Spans, Store, StoreError, Untraced},
     record,
     store::{self, KeyFileError, OpenError, StoreUrl},
@@ -110,6 +110,21 @@ pub enum StartError {
         /// What was found.
         found: LogBreak,
     },
+    /// The store lacks records that this replica knows to be acknowledged.
+    #[error(
+        "{url} lacks records that a leader has acknowledged to this replica: revision {missing} is not there, or is \
+         another one, and the newest is {newest}. An older copy of the database has replaced it, or a standby that had \
+         not got all commits. Find out what has happened; then have it go on as it is by `orchestrator store accept \
+         {url}`, and restart the replicas"
+    )]
+    HistoryLost {
+        /// The store.
+        url: StoreUrl,
+        /// The revision of a missing record.
+        missing: Revision,
+        /// The newest revision of the store.
+        newest: Revision,
+    },
     /// What an earlier process left in the store can't be taken over.
     #[error(transparent)]
     TakeOver(#[from] StoreError),
@@ -156,6 +171,7 @@ pub struct Service {
     dialer: Arc<Dialer>,
     /// `None` if there can be none.
     replicas: Option<Replicas>,
+    history: History,
     terms: Terms,
     health: HealthReporter,
     /// Keeps the health service up to date with the role of the replica.
@@ -270,14 +286,20 @@ impl Service {
         let is_insecure = config.is_insecure();
         let membership = source.membership(config);
         let (by, requests) = ((host.clock, sums.clone()), memory.requests.clone());
-        let api = Api::new(membership.clone(), policy, by, requests, config.reach(), is_insecure);
+        let history = History::new(source.store(), &memory.history, &settings(config));
+        history.declare(&declared(config));
+        let api = Api::new(membership.clone(), policy, by, history.clone(), requests, config.reach(), is_insecure);
         let (dial, answers) = (certificates.dial(), memory.answers.clone());
-        let replicas = membership.has_peers().then(|| Replicas::new(config, &membership, transport, dial, answers));
+        let shown = (history.clone(), sums.clone());
+        let replicas =
+            membership.has_peers().then(|| Replicas::new(config, &membership, shown, transport, dial, answers));
         let forwarder = replicas.as_ref().map(Replicas::forwarder);
         let api = api.forwarding(forwarder.clone());
         api.serve_as(config.serves.clone());
         // The last step that may fail. It begins the new epoch: until then nothing is taken over.
-        let parts = Parts { memory: memory.clone(), host, dialer: dialer.clone(), spans, sums };
+        let (memory_of_terms, dialer_of_terms) = (memory.clone(), dialer.clone());
+        let of_process = history.clone();
+        let parts = Parts { memory: memory_of_terms, host, dialer: dialer_of_terms, spans, sums, history: of_process };
         let terms = match source {
             Source::Alone(taken_over) => Box::pin(Terms::alone(config, parts, *taken_over, api.clone())).await?,
             Source::Shared(store, leadership) => {
@@ -340,6 +362,7 @@ impl Service {
             certificates,
             dialer,
             replicas,
+            history,
             terms,
             health,
             health_of_role: AbortOnDropHandle::new(health_of_role),
@@ -450,6 +473,10 @@ impl Service {
         }
         if let Some(replicas) = &self.replicas {
             replicas.end();
+            replicas.report_last().await;
+            if self.terms.orchestrator().is_none() {
+                self.history.close();
+            }
         }
         self.terms.drain();
         let finished = if let Ok(finished) = timeout(self.drain_grace, self.terms.finished()).await {
@@ -473,6 +500,7 @@ impl Service {
         if let Some(replicas) = &self.replicas {
             replicas.end();
         }
+        self.history.close();
         // Watches of the health service would keep the server running.
         self.health_of_role.abort();
         for service in ["", SERVICE, LEADER] {
@@ -539,6 +567,13 @@ impl Source {
             log::take_over(config, begin, host.random.id128(), store).await?
         };
         Ok(Self::Alone(Box::new(TakenOver { sums: Some(sums.clone()), ..taken_over })))
+    }
+
+    fn store(&self) -> Arc<dyn Store> {
+        match self {
+            Self::Alone(taken_over) => taken_over.store.clone(),
+            Self::Shared(store, _) => store.clone(),
+        }
     }
 
     /// This process, as one of several or as the only one.

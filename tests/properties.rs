@@ -392,7 +392,7 @@ async fn run(case: Case) {
         assert!(outputs.map(|output| output.payload.len()).sum::<usize>() <= MAX_OUTPUTS_BYTES);
     }
     check_order(&fleet.seen.lock().unwrap(), &registered);
-    let page = orchestrator.cycles(None, Filter::default(), PartFilter::default(), 100).await.unwrap();
+    let page = orchestrator.history().cycles(None, Filter::default(), PartFilter::default(), 100).await.unwrap();
     let recorded: Vec<_> = page.records.iter().map(|record| record.as_ref().unwrap()).collect();
     let ids: BTreeSet<_> = recorded.iter().map(|record| record.cycle_id.0).collect();
     assert_eq!(ids, (1..=case.steps.len() as u64).collect());

@@ -220,6 +220,12 @@ impl Policy {
         Self { peers, ..self }
     }
 
+    /// True if it takes the word of other replicas.
+    #[must_use]
+    pub fn has_peers(&self) -> bool {
+        !self.peers.is_empty()
+    }
+
     /// True if this credential is that of another replica, at this time.
     #[must_use]
     pub fn is_of_replica(&self, credential: &Credential, now: Timestamp) -> bool {

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Weak};
 
+use bytes::Bytes;
 use jiff::Timestamp;
 use tokio::time::Instant;
 use tonic::{
@@ -61,8 +62,17 @@ pub struct Caller {
     pub(super) was_forwarded: bool,
     /// The replica that has forwarded its request. All of the above is then what this replica has said.
     via: Option<Arc<Via>>,
-    /// True if the leader is told when it is denied, so that it is in the audit.
-    pub(super) is_told_on: bool,
+    /// What another replica says of a call of its own; it is a replica then.
+    pub(super) own: Option<Arc<Own>>,
+}
+
+/// A call of another replica itself.
+#[derive(Debug)]
+pub(super) struct Own {
+    /// The name of the replica.
+    pub(super) replica: String,
+    /// The encoded audit events that it reports.
+    pub(super) events: Vec<Bytes>,
 }
 
 /// A replica that forwards calls.
@@ -82,12 +92,13 @@ impl Caller {
         if let Some(authorization) = &mut authorization {
             authorization.set_sensitive(true);
         }
-        let is_told_on = false;
-        Self { way, peer, arrived, trace, presented, authorization, session, was_forwarded, via, is_told_on }
+        let own = None;
+        Self { way, peer, arrived, trace, presented, authorization, session, was_forwarded, via, own }
     }
 
-    /// The caller of a forwarded request with these headers, which this caller has sent: the one that it names, if this
-    /// one is a replica (`is_replica` says so of its credential), and otherwise one whose identity is not known.
+    /// The caller of a request with these headers of replicas, which this caller has sent. If this one is a replica
+    /// (`is_replica` says so of its credential), that is the one that it names, or itself. Otherwise it is one whose
+    /// identity is not known.
     pub(super) fn forwarding(
         self,
         headers: &HeaderMap,
@@ -104,9 +115,12 @@ impl Caller {
             return Self { presented, ..self };
         };
         let origin = forwarded.origin();
-        let Forwarded { replica, certificates, token, .. } = forwarded;
+        let Forwarded { replica, certificates, token, is_own, events, .. } = forwarded;
         // It may stay, whatever becomes of its callers.
         self.peer.standing.identified();
+        if is_own {
+            return Self { own: Some(Arc::new(Own { replica, events })), ..self };
+        }
         let peer = self.peer.of_replica(origin, certificates);
         let presented = match (self.presented, Bearer::from_bytes(&token)) {
             (Credential::None, Some(bearer)) => Credential::Bearer(bearer),
@@ -138,9 +152,9 @@ impl Caller {
         }
     }
 
-    /// The same caller, whose denial the leader is told.
-    pub(super) fn told_on(self) -> Self {
-        Self { is_told_on: true, ..self }
+    /// True if it is another replica itself.
+    pub(super) fn is_replica(&self) -> bool {
+        self.own.is_some()
     }
 
     /// The name of the replica that has forwarded its request.

@@ -101,7 +101,7 @@ impl CountedCall {
     pub(super) fn streams(&mut self) {
         if let Some(Audited { sums, sum, cause }) = &mut self.audit {
             *sum = Sum::Streams;
-            sums.add(Sum::Streams, cause.clone(), None, "");
+            sums.add(Sum::Streams, cause, None, "");
         }
     }
 
@@ -123,7 +123,7 @@ impl Drop for CountedCall {
         let Self { calls, audit, rpc, way, peer, begun, code } = self;
         calls.count(*way, *rpc, *code);
         if let Some(Audited { sums, sum, cause }) = audit.take().filter(|audited| !audited.cause.own_event.is_set()) {
-            sums.add(sum, cause, Some(*code), "");
+            sums.add(sum, &cause, Some(*code), "");
         }
         tracing::debug!(
             rpc = rpc.name(),

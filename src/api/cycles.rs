@@ -7,14 +7,14 @@ use tonic::Status;
 
 use super::{
     error::{self, status},
-    gate::Entered,
+    gate::{Entered, Reading},
     handlers::{Handlers, MAX_ANSWER, invalid},
     request, response,
 };
 use crate::{
     engine::Schedule,
     model::{CycleRequest, Name},
-    orchestrator::{Orchestrator, Pruned},
+    orchestrator::{History, Orchestrator, Pruned},
     ports::Page,
     proto::orchestrator::v1 as pb,
 };
@@ -64,7 +64,7 @@ impl Handlers {
         let cycle_id = ticket.cycle_id.0;
         let record = if is_async { ticket.record_now() } else { Some(ticket.recorded().await.map_err(status)?) };
         let telemetry = match record {
-            Some(record) => call.orchestrator().keep(&record).await.map_err(status)?,
+            Some(record) => call.orchestrator().history().keep(&record).await.map_err(status)?,
             None => bytes::Bytes::new(),
         };
         Ok(pb::RunCycleResponse { cycle_id, telemetry, plan: None })
@@ -93,7 +93,7 @@ pub(super) async fn cancel_cycle(mut call: Entered<pb::CancelCycleRequest>) -> R
     let (request, by) = call.take_change();
     let cycle_id = request::cycle_id(request.cycle_id).map_err(invalid)?;
     let record = call.orchestrator().cancel_cycle(cycle_id, by).await.map_err(status)?;
-    let telemetry = call.orchestrator().keep(&record).await.map_err(status)?;
+    let telemetry = call.orchestrator().history().keep(&record).await.map_err(status)?;
     Ok(pb::CancelCycleResponse { telemetry })
 }
 
@@ -103,10 +103,12 @@ pub(super) async fn get_cycle(mut call: Entered<pb::GetCycleRequest>) -> Result<
     Ok(pb::GetCycleResponse { telemetry: record.bytes.clone() })
 }
 
-pub(super) async fn list_cycles(mut call: Entered<pb::ListCyclesRequest>) -> Result<pb::ListCyclesResponse, Status> {
-    let request::List { before, filter, parts, page_size } = request::list(call.take_request()).map_err(invalid)?;
-    let Page { records, next, .. } =
-        call.orchestrator().cycles(before, filter, parts, page_size).await.map_err(status)?;
+pub(super) async fn list_cycles(
+    history: &History,
+    request: pb::ListCyclesRequest,
+) -> Result<pb::ListCyclesResponse, Status> {
+    let request::List { before, filter, parts, page_size } = request::list(request).map_err(invalid)?;
+    let Page { records, next, .. } = history.cycles(before, filter, parts, page_size).await.map_err(status)?;
     let mut answer = pb::ListCyclesResponse {
         next_page_token: next.map(|next| next.to_string()).unwrap_or_default(),
         ..Default::default()
@@ -122,10 +124,14 @@ pub(super) async fn list_cycles(mut call: Entered<pb::ListCyclesRequest>) -> Res
 
 /// Begins a stream, which keeps the call until it ends.
 pub(super) fn watch_cycles(
-    mut call: Entered<pb::WatchCyclesRequest>,
+    mut call: Reading<pb::WatchCyclesRequest>,
 ) -> Result<impl Stream<Item = Result<pb::WatchCyclesResponse, Status>>, Status> {
+    // Followers would follow each other.
+    if call.caller.was_forwarded && call.membership().has_peers() && call.membership().role().epoch().is_none() {
+        return Err(error::not_leader(&call.membership().role()));
+    }
     let (from, filter, progress) = request::watch(call.take_request()).map_err(invalid)?;
-    let watcher = call.orchestrator().watch(from, filter, progress).map_err(status)?;
+    let watcher = call.history().watch(from, filter, progress).map_err(status)?;
     // The rest of the request belongs to the watcher.
     call.forget_request();
     Ok(stream::unfold(Some((watcher, call)), |open| async {

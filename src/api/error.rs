@@ -70,7 +70,7 @@ pub(super) fn status(refusal: impl Into<Refusal>) -> Status {
             "RECORD_UNREADABLE",
             vec![("cycle_id", cycle_id.to_string()), ("revision", revision.to_string())],
         ),
-        Refusal::Unconfirmed => return with_retry(message, "NO_LEADER", HashMap::new()),
+        Refusal::Unconfirmed | Refusal::NotFollowing => return with_retry(message, "NO_LEADER", HashMap::new()),
         Refusal::CycleNotFound(id) => (Code::NotFound, "CYCLE_NOT_FOUND", vec![("cycle_id", id.to_string())]),
         Refusal::CycleFinished(id) => (Code::FailedPrecondition, "CYCLE_FINISHED", vec![("cycle_id", id.to_string())]),
         Refusal::CycleNotFinished(id) => {

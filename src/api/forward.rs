@@ -5,10 +5,13 @@
 //! The leader judges the call and writes it into the audit: `forwarded` tells it who calls. A call that was not sent is
 //! sent again if another replica leads meanwhile; of one that was sent, only its caller knows whether it may be
 //! repeated.
+//!
+//! Each answer says up to which record the leader has acknowledged the history. The follower notes that before it
+//! passes the answer on, so that its caller finds there what it was told of. `own` has the follower's own calls.
 
 mod connections;
 mod messages;
-mod resumed;
+mod own;
 #[cfg(test)]
 mod tests;
 
@@ -30,7 +33,11 @@ use bytes::Bytes;
 use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream};
 use http_body::{Body as _, Frame};
 use prost::Message;
-use tokio::{select, sync::watch, time::sleep};
+use tokio::{
+    select,
+    sync::watch,
+    time::{Instant, sleep},
+};
 use tokio_util::sync::CancellationToken;
 use tonic::{
     Request, Response, Status,
@@ -54,16 +61,15 @@ use super::{
     caller::Caller,
     calls::{CODES, CountedCall},
     error::{self, NotAnswered},
-    forwarded,
+    forwarded::{self, Said},
     gate::Begun,
-    response,
     rpc::Rpc,
 };
 use crate::{
     memory::{Held, Memory},
     model::{Code, Leader, Role},
-    orchestrator::Refusal,
-    proto::{framing, orchestrator::v1 as pb, timeout},
+    orchestrator::{History, Refusal},
+    proto::{framing, timeout},
 };
 
 /// Has the leader answer calls. All clones share the connections to it.
@@ -74,6 +80,10 @@ struct Shared {
     /// The name of this replica.
     replica: Arc<str>,
     roles: watch::Receiver<Role>,
+    /// What this replica shows of the history.
+    history: History,
+    /// True while it follows the history of the leader.
+    is_current: watch::Sender<bool>,
     connections: Connections,
     /// Memory for what the leader sends ahead.
     answers: Memory,
@@ -107,7 +117,8 @@ pub(super) struct Outgoing {
     pub(super) caller: Caller,
     /// Counts it under the limits of its caller.
     pub(super) begun: Begun,
-    pub(super) counted: CountedCall,
+    /// Counts it, unless it is counted elsewhere.
+    pub(super) counted: Option<CountedCall>,
     pub(super) headers: HeaderMap,
     /// The message, with its prefix, in pieces.
     pub(super) message: Vec<Bytes>,
@@ -120,11 +131,19 @@ impl Forwarder {
     const LAST_ANSWERS: Duration = Duration::from_secs(5);
 
     /// Has the leader that `roles` of the replica of this name tell answer calls, over connections made by `connect`,
-    /// each with at most `max_calls` calls. What the leader sends ahead takes memory from `answers`.
-    pub fn new(replica: &str, roles: watch::Receiver<Role>, connect: Connect, max_calls: u32, answers: Memory) -> Self {
-        let connections = Connections::new(connect, max_calls);
-        let (counts, ending) = Default::default();
-        Self(Arc::new(Shared { replica: replica.into(), roles, connections, answers, counts, ending }))
+    /// each with at most `max_calls` calls. What it acknowledges is shown in `history`. What it sends ahead takes
+    /// memory from `answers`.
+    pub fn new(
+        replica: &str,
+        roles: watch::Receiver<Role>,
+        history: History,
+        connect: Connect,
+        max_calls: u32,
+        answers: Memory,
+    ) -> Self {
+        let (replica, connections) = (replica.into(), Connections::new(connect, max_calls));
+        let (is_current, counts, ending) = Default::default();
+        Self(Arc::new(Shared { replica, roles, history, is_current, connections, answers, counts, ending }))
     }
 
     /// Number of ended calls that the leader was to answer.
@@ -140,6 +159,11 @@ impl Forwarder {
     /// Ends open streams, and those that begin from now on: the process ends.
     pub fn end_streams(&self) {
         self.0.ending.cancel();
+    }
+
+    /// True while the history of this replica follows that of the leader.
+    pub(super) fn is_current(&self) -> bool {
+        *self.0.is_current.borrow()
     }
 
     /// True while this replica does not lead.
@@ -180,15 +204,17 @@ impl Forwarder {
         Ok(response.map(|body| Body::new(passing(body))))
     }
 
-    /// Sends a call that was denied here without its request, so that the leader denies it as well, and writes that
-    /// into the audit. Other refusals are not sent.
-    pub(super) async fn tell(&self, rpc: Rpc, caller: Caller, headers: HeaderMap, status: &Status) {
-        /// Longest time that the caller waits for that.
-        const PATIENCE: Duration = Duration::from_secs(1);
-        if status.code() == tonic::Code::Unauthenticated {
-            // If the leader does not answer, the log of this replica has it.
-            let _ = tokio::time::timeout(PATIENCE, self.try_send(rpc, &caller, headers, Vec::new())).await;
-        }
+    /// Has the leader answer a call whose answer is one message, and which is counted elsewhere.
+    pub(super) async fn only<Q: Message, A: Message + Default>(
+        &self,
+        rpc: Rpc,
+        caller: Caller,
+        begun: Begun,
+        request: &Q,
+    ) -> Result<A, Status> {
+        let (headers, message) = (headers(&caller)?, vec![framing::framed(request)]);
+        let answer = self.send(Outgoing { rpc, caller, begun, counted: None, headers, message, lapse: None }).await?;
+        Messages::of(answer, self.0.answers.clone())?.only().await
     }
 
     async fn try_send(
@@ -199,6 +225,20 @@ impl Forwarder {
         message: Vec<Bytes>,
     ) -> Result<Sent, Status> {
         describe(caller, &self.0.replica, &mut headers)?;
+        if caller.was_forwarded {
+            return Err(error::not_leader(&self.0.roles.borrow()));
+        }
+        self.deliver(rpc, headers, message, caller.arrived).await
+    }
+
+    /// Sends a request whose headers `arrived` then, and notes what the answer says of the history.
+    async fn deliver(
+        &self,
+        rpc: Rpc,
+        headers: HeaderMap,
+        message: Vec<Bytes>,
+        arrived: Instant,
+    ) -> Result<Sent, Status> {
         let room = self.0.answers.try_hold(WINDOW as usize).map_err(|full| error::status(Refusal::MemoryFull(full)))?;
         let mut request = http::Request::new(message);
         let path = rpc.path().and_then(|path| path.parse().ok());
@@ -209,12 +249,18 @@ impl Forwarder {
         let mut may_repeat = true;
         loop {
             let role = roles.borrow_and_update().clone();
-            let leader = match &role {
-                Role::Follower { leader: Some(leader) } if !caller.was_forwarded => leader,
-                _ => return Err(error::not_leader(&role)),
-            };
-            let (why, was_connected) = match self.send_to(leader, &request, caller, roles.clone()).await {
-                Ok((response, place)) => return Ok(Sent { response, leader: leader.clone().into(), place, room }),
+            let Role::Follower { leader: Some(leader) } = &role else { return Err(error::not_leader(&role)) };
+            let (why, was_connected) = match self.send_to(leader, &request, arrived, roles.clone()).await {
+                Ok((mut response, place)) => {
+                    let Said { acknowledged, declared } = Said::take(response.headers_mut());
+                    if let Some(newest) = acknowledged {
+                        self.0.history.raise(newest);
+                    }
+                    if let Some(digest) = declared {
+                        self.0.history.compare_declared(digest);
+                    }
+                    return Ok(Sent { response, leader: leader.clone().into(), place, room });
+                }
                 Err(Failed::Late) => return Err(Status::deadline_exceeded("the deadline of the call has passed")),
                 Err(Failed::Sent(why)) => return Err(error::not_answered(leader, &NotAnswered::Lost(&why))),
                 Err(Failed::Unsent { why, was_connected }) => (why, was_connected),
@@ -232,7 +278,7 @@ impl Forwarder {
         &self,
         leader: &Leader,
         request: &http::Request<Vec<Bytes>>,
-        caller: &Caller,
+        arrived: Instant,
         roles: watch::Receiver<Role>,
     ) -> Result<(http::Response<Body>, Place), Failed> {
         let unsent = |was_connected| move |why: Arc<str>| Failed::Unsent { why, was_connected };
@@ -241,7 +287,7 @@ impl Forwarder {
         let mut place = self.0.connections.place(leader, at).await.map_err(unsent(false))?;
         let mut request = request.clone().map(|message| Body::new(Pieces(message.into_iter())));
         if let Some(timeout) = timeout::read(request.headers())
-            && let Ok(left) = timeout::text(timeout.saturating_sub(caller.arrived.elapsed())).parse()
+            && let Ok(left) = timeout::text(timeout.saturating_sub(arrived.elapsed())).parse()
         {
             request.headers_mut().insert(timeout::HEADER, left);
         }
@@ -349,7 +395,7 @@ impl http_body::Body for Pieces {
 /// A call that is counted once its answer has ended. One that its caller ended is CANCELLED.
 struct Counted {
     counts: Arc<ForwardedCounts>,
-    call: CountedCall,
+    call: Option<CountedCall>,
     code: Code,
 }
 
@@ -364,7 +410,9 @@ impl Counted {
     /// Records the status of the answer.
     fn failed(&mut self, status: &Status) {
         self.code = Code::from_number(status.code() as i32);
-        self.call.answered((status.code() != tonic::Code::Ok).then_some(status));
+        if let Some(call) = &mut self.call {
+            call.answered((status.code() != tonic::Code::Ok).then_some(status));
+        }
     }
 }
 
@@ -451,11 +499,6 @@ impl Api {
         Self { forwarder, ..self }
     }
 
-    /// The forwarder, while this replica does not lead.
-    pub(super) fn follows(&self) -> Option<&Forwarder> {
-        self.forwarder.as_ref().filter(|forwarder| forwarder.follows())
-    }
-
     /// Has the leader answer a call over gRPC that has begun, once its message has arrived.
     pub(super) async fn forward(
         self,
@@ -471,7 +514,8 @@ impl Api {
         let message = arrived.and_then(|message| self.gate.has_arrived(&begun, &caller, rpc.name()).map(|()| message));
         let message = message.inspect_err(|status| counted.answered(Some(status)))?;
         let lapse = self.lapse(rpc, &caller);
-        forwarder.send(Outgoing { rpc, caller, begun, counted, headers: head.headers, message, lapse }).await
+        let (counted, headers) = (Some(counted), head.headers);
+        forwarder.send(Outgoing { rpc, caller, begun, counted, headers, message, lapse }).await
     }
 
     /// Makes a call of the admin address: here, or by asking the leader.
@@ -490,39 +534,20 @@ impl Api {
         F: Future<Output = Answer<A>>,
     {
         let rpc = known(rpc)?;
-        let Some(forwarder) = self.follows().filter(|_| !rpc.is_read_by_followers()) else {
+        let Some(forwarder) = self.forwards(rpc) else {
             return here(self.clone(), request).await.map(Response::into_inner);
         };
         self.only(forwarder, rpc, request).await
     }
 
-    /// The status of the leader, with the role of this replica.
-    ///
-    /// # Errors
-    /// The status of the call.
-    pub(super) async fn status_of_both(
-        &self,
-        forwarder: &Forwarder,
-        request: Request<pb::GetStatusRequest>,
-    ) -> Answer<pb::GetStatusResponse> {
-        let mut answer: pb::GetStatusResponse = self.only(forwarder, Rpc::GetStatus, request).await?;
-        answer.status = answer.status.map(|status| response::asked_at(self.membership(), status));
-        Ok(Response::new(answer))
-    }
-
     /// Has the leader answer a call whose answer is one message.
-    async fn only<Q: Message, A: Message + Default>(
+    pub(super) async fn only<Q: Message, A: Message + Default>(
         &self,
         forwarder: &Forwarder,
         rpc: Rpc,
         request: Request<Q>,
     ) -> Result<A, Status> {
-        let mut answer = self.ask(forwarder, rpc, request).await?;
-        let only = answer.next().await?.ok_or_else(|| Status::internal("the leader's answer has no message"))?;
-        match answer.next().await? {
-            None => Ok(only),
-            Some(_) => Err(Status::internal("the leader's answer has more than one message")),
-        }
+        self.ask(forwarder, rpc, request).await?.only().await
     }
 
     /// Makes a call of the admin address whose answer is a stream: here, or by asking the leader.
@@ -540,10 +565,11 @@ impl Api {
         A: Message + Default + 'static,
         F: Future<Output = Answer<Answers<A>>>,
     {
-        let Some(forwarder) = self.follows() else {
+        let rpc = known(rpc)?;
+        let Some(forwarder) = self.forwards(rpc) else {
             return here(self.clone(), request).await.map(Response::into_inner);
         };
-        let answer = self.ask(forwarder, known(rpc)?, request).await?;
+        let answer = self.ask(forwarder, rpc, request).await?;
         let messages = stream::unfold(Some(answer), |answer| async {
             let mut answer = answer?;
             match answer.next().await.transpose()? {
@@ -568,6 +594,7 @@ impl Api {
         let room = self.gate.room(message.encoded_len()).inspect_err(|status| counted.answered(Some(status)))?;
         let (message, headers) = (vec![framing::framed(&message)], headers(&caller)?);
         let lapse = self.lapse(rpc, &caller);
+        let counted = Some(counted);
         let answer = forwarder.send(Outgoing { rpc, caller, begun, counted, headers, message, lapse }).await?;
         drop(room);
         Messages::of(answer, forwarder.0.answers.clone())
@@ -584,12 +611,18 @@ fn known(name: &str) -> Result<Rpc, Status> {
     Rpc::of_name(name).ok_or_else(|| Status::internal("an unknown RPC"))
 }
 
-/// The headers of a call over gRPC, with the trace of its caller.
-fn headers(caller: &Caller) -> Result<HeaderMap, Status> {
-    let value = |text: String| HeaderValue::try_from(text).map_err(|_| Status::internal("a trace is no header"));
+/// The headers of all calls over gRPC.
+fn headers_of_grpc() -> HeaderMap {
     let mut headers = HeaderMap::new();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
     headers.insert(TE, HeaderValue::from_static("trailers"));
+    headers
+}
+
+/// The headers of a call over gRPC, with the trace of its caller.
+fn headers(caller: &Caller) -> Result<HeaderMap, Status> {
+    let value = |text: String| HeaderValue::try_from(text).map_err(|_| Status::internal("a trace is no header"));
+    let mut headers = headers_of_grpc();
     if let Some(trace) = &caller.trace {
         headers.insert("traceparent", value(trace.to_string())?);
         if let Some(state) = trace.state.as_deref() {

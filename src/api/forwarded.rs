@@ -1,4 +1,5 @@
-//! The caller of a call that one replica forwards to another, in a header of the forwarded request.
+//! What one replica says of a call that it makes to another, in a header of the request: whose call it forwards, or
+//! that it is a call of its own. The answer says how far the history of the leader goes.
 //!
 //! Tokens and JWTs go on as they came, in `authorization`. Of everything else that proves an identity, the header says
 //! what the caller has shown to the replica: certificates, which are verified again, the user of its process, or the
@@ -13,10 +14,58 @@ use tonic::{
     metadata::{BinaryMetadataValue, MetadataMap},
 };
 
-use crate::{access::Bearer, transport::Origin};
+use crate::{
+    access::Bearer,
+    model::{Epoch, Revision},
+    orchestrator::Position,
+    transport::Origin,
+};
 
 /// The name of the header. It also marks the call: a call is forwarded once.
 pub(super) const HEADER: &str = "orchestrator-caller-bin";
+
+/// The name of the header by which the answer to such a call says up to which record the leader has acknowledged the
+/// history: its revision and its epoch, or 0 if that is not known.
+const ACKNOWLEDGED: &str = "orchestrator-acknowledged";
+
+/// The name of the header of such an answer with a digest of the names that the configuration of the leader declares.
+const DECLARED: &str = "orchestrator-declared";
+
+/// What the answer to such a call says of the leader.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Said {
+    /// The newest acknowledged record.
+    pub(super) acknowledged: Option<Position>,
+    /// The digest of declared names.
+    pub(super) declared: Option<u128>,
+}
+
+impl Said {
+    /// Puts it into the headers of an answer.
+    pub(super) fn put(self, headers: &mut HeaderMap) {
+        let acknowledged = self.acknowledged.map(|Position { revision, epoch }| {
+            let epoch = epoch.unwrap_or_default();
+            format!("{revision} {epoch}")
+        });
+        let declared = self.declared.map(|digest| format!("{digest:032x}"));
+        for (name, text) in [(ACKNOWLEDGED, acknowledged), (DECLARED, declared)] {
+            if let Some(value) = text.and_then(|text| HeaderValue::try_from(text).ok()) {
+                headers.insert(name, value);
+            }
+        }
+    }
+
+    /// Takes it from the headers of an answer.
+    pub(super) fn take(headers: &mut HeaderMap) -> Self {
+        let mut text = |name| headers.remove(name)?.to_str().map(str::to_owned).ok();
+        let acknowledged = text(ACKNOWLEDGED).and_then(|text| {
+            let (revision, epoch) = text.split_once(' ')?;
+            let (revision, epoch) = (Revision(revision.parse().ok()?), Epoch(epoch.parse().ok()?));
+            Some(Position { revision, epoch: Some(epoch).filter(|epoch| *epoch != Epoch::default()) })
+        });
+        Self { acknowledged, declared: text(DECLARED).and_then(|text| u128::from_str_radix(&text, 16).ok()) }
+    }
+}
 
 /// The caller, as the replica knows it.
 #[derive(Clone, PartialEq, Message)]
@@ -36,12 +85,19 @@ pub(super) struct Forwarded {
     /// The static token that identifies it, without its secret, if it is not in `authorization`.
     #[prost(bytes = "bytes", tag = "5")]
     pub(super) token: Bytes,
+    /// True for a call of the replica itself.
+    #[prost(bool, tag = "6")]
+    pub(super) is_own: bool,
+    /// Audit events of calls that the replica has answered or denied itself. A call of its own with some of them is
+    /// nothing but this report.
+    #[prost(bytes = "bytes", repeated, tag = "7")]
+    pub(super) events: Vec<Bytes>,
 }
 
 impl Forwarded {
     /// Most bytes of the header, so that it fits into the headers of a request together with others of the caller:
     /// three times as many as certificates usually have.
-    const MAX_BYTES: usize = 8 << 10;
+    pub(super) const MAX_BYTES: usize = 8 << 10;
 
     /// A caller from here.
     pub(super) fn from(replica: String, origin: Origin) -> Self {
@@ -52,6 +108,11 @@ impl Forwarded {
             Origin::User(uid) => (Bytes::new(), Some(uid)),
         };
         Self { replica, address, user, ..Self::default() }
+    }
+
+    /// The replica of this name itself.
+    pub(super) fn own(replica: String) -> Self {
+        Self { replica, is_own: true, ..Self::default() }
     }
 
     /// The same caller, which these certificates identify, in DER.
@@ -97,6 +158,23 @@ impl Forwarded {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_answer_says_how_far_the_history_is_acknowledged_and_what_is_declared() {
+        let known = Position { revision: Revision(7), epoch: Some(Epoch(3)) };
+        for position in [Position::default(), Position { epoch: None, ..known }, known] {
+            let said = Said { acknowledged: Some(position), declared: Some(u128::MAX - 1) };
+            let mut headers = HeaderMap::new();
+            said.put(&mut headers);
+            assert_eq!(Said::take(&mut headers), said);
+            assert!(headers.is_empty(), "callers don't get it");
+        }
+        for bad in ["", "7", "7 x", "-1 3"] {
+            let headers = [ACKNOWLEDGED, DECLARED].map(|name| (name.parse().unwrap(), bad.parse().unwrap()));
+            let said = Said::take(&mut headers.into_iter().collect());
+            assert_eq!(said.acknowledged, None, "{bad}");
+        }
+    }
 
     #[test]
     fn a_caller_is_the_same_after_the_header() {

@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use tonic::{Extensions, Request, Response, Status};
 
 use super::{
-    caller::Caller,
+    caller::{Caller, Own},
     calls::{Audited, CallCounts, CountedCall},
     error::status,
     judge::{Authority, Denied, Judge},
@@ -23,7 +23,8 @@ use crate::{
     cluster::Membership,
     memory::{Held, Memory},
     model::{AuditTargets, Cause, Decision, Identity, Name, OwnEvent},
-    orchestrator::{Orchestrator, Refusal, Sum},
+    orchestrator::{History, Orchestrator, Refusal, Sum},
+    record,
 };
 
 /// Lets callers in. All clones share their counts.
@@ -42,8 +43,8 @@ pub(super) struct Gate {
 #[derive(Clone, Default)]
 pub struct Begun(Option<Used>);
 
-/// A call that was let in. It reaches the orchestrator, for as long as it lives: a stream keeps it to its end. `O` is
-/// `Option<Arc<Orchestrator>>` for calls that followers answer as well.
+/// A call that was let in. It reaches the orchestrator, for as long as it lives: a stream keeps it to its end. Of calls
+/// that followers answer as well, `O` is what these reach.
 pub struct Entered<Q, O = Arc<Orchestrator>> {
     orchestrator: O,
     membership: Membership,
@@ -58,7 +59,7 @@ pub struct Entered<Q, O = Arc<Orchestrator>> {
     request: Q,
     room: Option<Held>,
     /// Counts it under the limits of its caller.
-    _begun: Begun,
+    begun: Begun,
 }
 
 impl<Q> Entered<Q> {
@@ -83,8 +84,33 @@ impl<Q> Entered<Q> {
     }
 }
 
-/// A call that followers answer as well.
+/// A call that followers answer as well, from what they know of themselves.
 pub type EnteredHere<Q> = Entered<Q, Option<Arc<Orchestrator>>>;
+
+/// A call that followers answer as well, from the history.
+pub(super) type Reading<Q> = Entered<Q, History>;
+
+impl<Q> Reading<Q> {
+    /// The history.
+    pub(super) fn history(&self) -> &History {
+        &self.orchestrator
+    }
+
+    /// The request.
+    pub(super) fn request(&self) -> &Q {
+        &self.request
+    }
+
+    /// What counts it under the limits of its caller.
+    pub(super) fn begun(&self) -> Begun {
+        self.begun.clone()
+    }
+
+    /// Another replica has it in the audit.
+    pub(super) fn is_audited_elsewhere(&self) {
+        self.own_event.set();
+    }
+}
 
 /// For the metrics, which are read from an orchestrator.
 impl<Q> Borrow<Option<Arc<Orchestrator>>> for EnteredHere<Q> {
@@ -93,12 +119,19 @@ impl<Q> Borrow<Option<Arc<Orchestrator>>> for EnteredHere<Q> {
     }
 }
 
-impl<Q: Default> Entered<Q> {
+impl<Q: Default, O> Entered<Q, O> {
     /// The request.
     pub(super) fn take_request(&mut self) -> Q {
         std::mem::take(&mut self.request)
     }
 
+    /// Releases the memory of the request, which is no longer needed.
+    pub(super) fn forget_request(&mut self) {
+        self.room = None;
+    }
+}
+
+impl<Q: Default> Entered<Q> {
     /// The request, and this call as the cause of the change that it asks for, for the audit.
     pub(super) fn take_change(&mut self) -> (Q, Cause)
     where
@@ -107,11 +140,6 @@ impl<Q: Default> Entered<Q> {
         let request_digest = Some(self.orchestrator.digests().digest(&self.request.encode_to_vec()));
         let cause = Cause { request_digest, ..self.cause(self.caller.peer.origin.to_string()) };
         (self.take_request(), cause)
-    }
-
-    /// Releases the memory of the request, which is no longer needed.
-    pub(super) fn forget_request(&mut self) {
-        self.room = None;
     }
 }
 
@@ -253,7 +281,7 @@ impl Gate {
             rpc: Q::RPC,
             request,
             room,
-            _begun: begun,
+            begun,
         })
     }
 
@@ -292,6 +320,18 @@ impl Gate {
         }
     }
 
+    /// Writes the events of calls that another replica has answered or denied.
+    ///
+    /// # Errors
+    /// They are malformed, this process does not lead, or they can't be written.
+    pub(super) async fn take_report(&self, Own { replica, events }: &Own) -> Result<(), Status> {
+        let orchestrator = self.leading.orchestrator()?;
+        let events = events.iter().map(|event| record::read_event(event, replica)).collect::<Result<_, _>>();
+        let events =
+            events.map_err(|problem| Status::invalid_argument(format!("an event of this report: {problem}")))?;
+        orchestrator.write_events(events).await.map_err(status)
+    }
+
     /// Lets a call in, and has it answered.
     pub(super) async fn answer<Q: Asks, A, F>(
         &self,
@@ -303,6 +343,23 @@ impl Gate {
     {
         let call = self.call(&request);
         self.answer_to(call, self.enter(request), handle).await
+    }
+
+    /// The same for a call that is answered from the history.
+    pub(super) async fn answer_reading<Q: Asks, A, F>(
+        &self,
+        request: Request<Q>,
+        handle: impl FnOnce(Reading<Q>) -> F,
+    ) -> Result<Response<A>, Status>
+    where
+        F: Future<Output = Result<A, Status>>,
+    {
+        let call = self.call(&request);
+        self.answer_to(call, self.enter_reading(request), handle).await
+    }
+
+    fn enter_reading<Q: Asks>(&self, request: Request<Q>) -> Result<Reading<Q>, Status> {
+        self.enter_to(request, || Ok((self.leading.history().clone(), Arc::default())))
     }
 
     /// The same for a call that followers answer as well.
@@ -349,16 +406,46 @@ impl Gate {
     where
         S: Stream<Item = Result<A, Status>>,
     {
-        let mut call = self.call(&request);
-        let lapse = request.extensions().get().map(|caller| self.judge.lapse(caller, Q::RPC));
-        let entered = self.enter(request).and_then(|entered| {
+        let begun = self.begun_stream(&request);
+        self.stream_of(begun, self.enter(request), handle)
+    }
+
+    /// The same for a call that is answered from the history.
+    pub(super) fn stream_reading<Q: Asks, A, S>(
+        &self,
+        request: Request<Q>,
+        handle: fn(Reading<Q>) -> Result<S, Status>,
+    ) -> Result<impl Stream<Item = Result<A, Status>> + use<Q, A, S>, Status>
+    where
+        S: Stream<Item = Result<A, Status>>,
+    {
+        let begun = self.begun_stream(&request);
+        self.stream_of(begun, self.enter_reading(request), handle)
+    }
+
+    /// What counts a call whose answer is a stream, and what ends it before its end.
+    fn begun_stream<Q: Asks>(&self, request: &Request<Q>) -> (CountedCall, Option<BoxFuture<'static, Status>>) {
+        let lapse = request.extensions().get().and_then(|caller| self.judge.lapse(caller, Q::RPC));
+        (self.call(request), lapse)
+    }
+
+    fn stream_of<Q: Asks, O, A, S>(
+        &self,
+        (mut call, lapse): (CountedCall, Option<BoxFuture<'static, Status>>),
+        entered: Result<Entered<Q, O>, Status>,
+        handle: fn(Entered<Q, O>) -> Result<S, Status>,
+    ) -> Result<impl Stream<Item = Result<A, Status>> + use<Q, O, A, S>, Status>
+    where
+        S: Stream<Item = Result<A, Status>>,
+    {
+        let entered = entered.and_then(|entered| {
             call.audit(self.audited(&entered));
             handle(entered)
         });
         match entered {
             Ok(stream) => {
                 call.streams();
-                Ok(until(lapse.flatten(), stream).inspect(move |answer| {
+                Ok(until(lapse, stream).inspect(move |answer| {
                     if let Err(status) = answer {
                         call.answered(Some(status));
                     }

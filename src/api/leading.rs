@@ -1,30 +1,43 @@
-//! The orchestrator of this process, which it has while it leads.
+//! The orchestrator of this process, which it has while it leads, and the history, which it always has.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tonic::Status;
 
-use super::error;
+use super::{error, forwarded::Said};
 use crate::{
     cluster::Membership,
-    orchestrator::{NotReady, Orchestrator, StoreEnded},
+    orchestrator::{History, NotReady, Orchestrator, StoreEnded},
 };
 
-/// The orchestrator, if this process leads. All clones have the same.
+/// The orchestrator, if this process leads, and the history. All clones have the same.
 #[derive(Clone)]
 pub(super) struct Leading {
     now: Arc<Mutex<Option<Arc<Orchestrator>>>>,
     membership: Membership,
+    history: History,
 }
 
 impl Leading {
-    /// None yet.
-    pub(super) fn new(membership: Membership) -> Self {
-        Self { now: Arc::default(), membership }
+    /// This history, and no orchestrator yet.
+    pub(super) fn new(membership: Membership, history: History) -> Self {
+        Self { now: Arc::default(), membership, history }
     }
 
     pub(super) fn membership(&self) -> &Membership {
         &self.membership
+    }
+
+    pub(super) fn history(&self) -> &History {
+        &self.history
+    }
+
+    /// What this leader tells other replicas of itself. Nothing while it does not lead.
+    pub(super) fn said(&self) -> Said {
+        match self.get() {
+            Some(_) => Said { acknowledged: self.history.known(), declared: Some(self.history.declared_digest()) },
+            None => Said::default(),
+        }
     }
 
     /// Calls reach this orchestrator from now on; `None`: none.

@@ -5,6 +5,7 @@ mod caller;
 mod calls;
 mod cycles;
 mod error;
+mod follower;
 mod forward;
 mod forwarded;
 mod gate;
@@ -52,7 +53,7 @@ use crate::{
     cluster::Membership,
     listen::{Peer, Services},
     memory::Memory,
-    orchestrator::{NotReady, Orchestrator, StoreEnded, Sums},
+    orchestrator::{History, NotReady, Orchestrator, StoreEnded, Sums},
     proto::orchestrator::v1::{
         self as pb,
         access_server::{Access, AccessServer},
@@ -99,20 +100,22 @@ pub struct Api {
 
 impl Api {
     /// The RPCs of this replica, for callers that `policy` allows. The time of requests comes from `clock`. Calls
-    /// without an event of their own are summed up in `sums`. Decoded requests are held under the limit `requests`.
-    /// Subsystems are registered within `reach`. The status says `is_insecure`.
+    /// without an event of their own are summed up in `sums`. `history` is read also while this replica follows.
+    /// Decoded requests are held under the limit `requests`. Subsystems are registered within `reach`. The status says
+    /// `is_insecure`.
     ///
     /// There is no orchestrator before [`Api::lead`].
     pub fn new(
         membership: Membership,
         policy: Policy,
         (clock, sums): (Clock, Sums),
+        history: History,
         requests: Memory,
         reach: Reach,
         is_insecure: bool,
     ) -> Self {
         let judge = Judge::new(policy, clock, sums);
-        let gate = Gate::new(Leading::new(membership), judge, requests);
+        let gate = Gate::new(Leading::new(membership, history), judge, requests);
         Self { gate, handlers: Handlers::new(clock, is_insecure, reach), forwarder: None }
     }
 
@@ -278,11 +281,14 @@ impl Service for Api {
     }
 
     async fn get_cycle(&self, request: Request<pb::GetCycleRequest>) -> Answer<pb::GetCycleResponse> {
-        self.gate.answer(request, cycles::get_cycle).await
+        match self.follows() {
+            Some(forwarder) => self.read_cycle(forwarder, request).await,
+            None => self.gate.answer(request, cycles::get_cycle).await,
+        }
     }
 
     async fn list_cycles(&self, request: Request<pb::ListCyclesRequest>) -> Answer<pb::ListCyclesResponse> {
-        self.gate.answer(request, cycles::list_cycles).await
+        self.read_cycles(request).await
     }
 
     async fn prune_cycles(&self, request: Request<pb::PruneCyclesRequest>) -> Answer<pb::PruneCyclesResponse> {

@@ -118,8 +118,8 @@ fn running_cycle(running: RunningCycle) -> pb::RunningCycle {
     pb::RunningCycle {
         cycle_id: cycle.cycle_id.0,
         started_at: Some(timestamp(cycle.started_at)),
-        trigger: record::trigger(cycle.trigger()).into(),
-        r#loop: cycle.trigger().loop_name().map(ToString::to_string).unwrap_or_default(),
+        trigger: record::trigger_of(cycle.trigger).into(),
+        r#loop: cycle.loop_name.as_ref().map(ToString::to_string).unwrap_or_default(),
         total: count(total),
         ended: count(ended),
         running: count(running),
@@ -456,9 +456,9 @@ fn started(cycle: &LiveCycle) -> pb::CycleStarted {
     pb::CycleStarted {
         cycle_id: cycle.cycle_id.0,
         started_at: Some(timestamp(cycle.started_at)),
-        trigger: record::trigger(cycle.trigger()).into(),
-        r#loop: cycle.trigger().loop_name().map(ToString::to_string).unwrap_or_default(),
-        scheduled_at: Some(timestamp(cycle.request.scheduled_at)),
+        trigger: record::trigger_of(cycle.trigger).into(),
+        r#loop: cycle.loop_name.as_ref().map(ToString::to_string).unwrap_or_default(),
+        scheduled_at: Some(timestamp(cycle.scheduled_at)),
         subsystems: cycle.names().take(CycleRequest::MAX_SUBSET).map(ToString::to_string).collect(),
     }
 }

@@ -135,10 +135,9 @@ impl Rpc {
         matches!(self, Self::WatchCycles | Self::ReadEntries)
     }
 
-    /// True if a follower does more than to pass its calls on: a watch outlasts its leader, and the status is that of
-    /// two replicas.
-    pub(super) fn is_read_by_followers(self) -> bool {
-        matches!(self, Self::WatchCycles | Self::GetStatus)
+    /// True if a follower answers its calls itself (see `follower`). Calls of the others go to the leader as they come.
+    pub(super) fn is_answered_by_followers(self) -> bool {
+        matches!(self, Self::GetCycle | Self::ListCycles | Self::WatchCycles | Self::GetStatus)
     }
 }
 

@@ -22,7 +22,7 @@ pub(super) enum Rule {
 }
 
 /// The roles that may read the activity of all subsystems.
-const READERS: Rule = Rule::Roles(&[Role::Viewer, Role::Operator, Role::Auditor, Role::Admin]);
+pub(super) const READERS: Rule = Rule::Roles(&[Role::Viewer, Role::Operator, Role::Auditor, Role::Admin]);
 /// The roles that may run cycles.
 const OPERATORS: Rule = Rule::Roles(&[Role::Operator, Role::Admin]);
 /// The roles that may change the registry.

@@ -24,7 +24,7 @@ impl Handlers {
         let (loops, last) = (std::mem::take(&mut status.loops), status.last.take());
         let mut answer = response::status(status, self.is_insecure, call.membership());
         if let Some(last) = last {
-            answer.last_cycle = call.orchestrator().keep(&last).await.map_err(refused)?;
+            answer.last_cycle = call.orchestrator().history().keep(&last).await.map_err(refused)?;
         }
         let room = MAX_ANSWER.saturating_sub(answer.encoded_len());
         answer.loops = response::listed_loops(&call.authority, &loops, room);

@@ -66,24 +66,20 @@ where
     fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
         let peer = request.extensions_mut().remove::<Peer>().unwrap_or_default();
         let caller = self.api.gate.judge.caller(peer, request.headers());
+        let gate = self.api.gate.clone();
+        if let Some(report) = caller.own.clone().filter(|own| !own.events.is_empty()) {
+            let taken =
+                async move { Ok(gate.take_report(&report).await.err().unwrap_or_else(|| Status::ok("")).into_http()) };
+            return taken.boxed();
+        }
         let rpc = Rpc::of_path(request.uri().path());
         let is_of = |rpc: &Rpc| rpc.path().is_some_and(|path| path == request.uri().path());
-        let forwarded = rpc.filter(is_of).and_then(|rpc| Some((rpc, self.api.follows()?.clone())));
-        let caller = if forwarded.is_some() { caller.told_on() } else { caller };
-        let gate = self.api.gate.clone();
-        let begun = match (gate.begin(&caller, rpc), forwarded.clone()) {
-            (Ok(begun), _) => begun,
-            (Err(status), Some((rpc, forwarder))) => {
-                let headers = request.headers().clone();
-                let refused = async move {
-                    forwarder.tell(rpc, caller, headers, &status).await;
-                    Ok(status.into_http())
-                };
-                return refused.boxed();
-            }
-            (Err(status), None) => return ready(Ok(status.into_http())).boxed(),
+        let forwards = rpc.filter(is_of).and_then(|rpc| Some((rpc, self.api.forwards(rpc)?.clone())));
+        let begun = match gate.begin(&caller, rpc) {
+            Ok(begun) => begun,
+            Err(status) => return ready(Ok(status.into_http())).boxed(),
         };
-        let call = if let Some((rpc, forwarder)) = forwarded.filter(|(rpc, _)| !rpc.is_read_by_followers()) {
+        let call = if let Some((rpc, forwarder)) = forwards {
             let call = self.api.clone().forward(forwarder, rpc, caller.clone(), begun.clone(), request);
             call.map(|answer| Ok(answer.unwrap_or_else(Status::into_http))).boxed()
         } else {
@@ -92,11 +88,17 @@ where
             self.service.call(request).boxed()
         };
         let call = async move {
-            select! {
+            let mut answer = select! {
                 biased;
                 answer = call => answer,
                 status = gate.gives_way(begun, &caller, rpc) => Ok(status.into_http()),
+            };
+            if caller.was_forwarded
+                && let Ok(answer) = &mut answer
+            {
+                gate.leading.said().put(answer.headers_mut());
             }
+            answer
         };
         call.boxed()
     }

@@ -163,7 +163,8 @@ impl Cause {
     /// those of addresses; and as many as an event has room for.
     const MAX_RPC: usize = 40;
     const MAX_PEER: usize = 64;
-    const MAX_VIA: usize = 56;
+    /// Most bytes of the name of a replica.
+    pub const MAX_VIA: usize = 56;
 
     /// An action of the service itself.
     pub fn of_service(action: &'static str) -> Self {

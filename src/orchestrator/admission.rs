@@ -368,7 +368,7 @@ impl Shared {
                 if let Some(live) = self.state().promised(key, promised) {
                     return Ok(Asked::Live(live));
                 }
-                let recorded = self.read_one(self.store.cycle_of_request(key.clone())).await?;
+                let recorded = self.history.read_one(self.store.cycle_of_request(key.clone())).await?;
                 if let Some(record) = recorded {
                     return Ok(Asked::Recorded(Arc::new(record)));
                 }
@@ -383,7 +383,7 @@ impl Shared {
                     if let Some(live) = state.promised(key, promised) {
                         return Ok(Asked::Live(live));
                     }
-                    match state.recorded_since(newest, key) {
+                    match self.history.extent().recorded_since(newest, key) {
                         Ok(None) => {}
                         Ok(Some(record)) => return Ok(Asked::Recorded(record)),
                         Err(_too_many) => continue,

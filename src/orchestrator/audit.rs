@@ -20,7 +20,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use super::{Orchestrator, Shared};
+use super::{Orchestrator, Refusal, Shared, State};
 use crate::{
     clock::Clock,
     model::{AuditEvent, Cause, Code, Decision, EventKind, Identity},
@@ -30,6 +30,9 @@ use crate::{
 
 /// Most events of one write, so that cycles hardly wait for it.
 const BATCH: usize = 256;
+
+/// The action of events about calls that are in no sum.
+const LOSS: &str = "audit_loss";
 
 /// How calls are summed up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,25 +101,30 @@ impl Sums {
 
     /// Adds a call that has ended now with this code, a stream that has begun (`None`), or a denied call with the
     /// reason of its status.
-    pub fn add(&self, sum: Sum, cause: Cause, code: Option<Code>, reason: &'static str) {
+    pub fn add(&self, sum: Sum, cause: &Cause, code: Option<Code>, reason: &'static str) {
         if sum != Sum::Denials && !self.0.reads.load(Ordering::Relaxed) {
             return;
         }
         let time = self.0.clock.now();
         let kind = if sum == Sum::Denials { EventKind::Denials } else { EventKind::Calls };
-        let Cause { caller, peer, via, rpc, decision, .. } = &cause;
-        let key = (caller.clone(), peer.clone(), via.clone(), rpc.clone(), *decision, code, reason);
+        self.insert(sum, AuditEvent { kind, code, reason, ..cause.event(time) });
+    }
+
+    /// Adds the calls of this event.
+    fn insert(&self, sum: Sum, added: AuditEvent) {
+        let AuditEvent { code, reason, cause: Cause { caller, peer, via, rpc, decision, .. }, .. } = &added;
+        let key = (caller.clone(), peer.clone(), via.clone(), rpc.clone(), *decision, *code, *reason);
         let mut waiting = self.waiting();
         let Waiting { sums, due, lost } = &mut *waiting;
         let (sums, due) = (&mut sums[sum as usize], &mut due[sum as usize]);
         if let Some(event) = sums.get_mut(&key) {
-            event.time = time;
-            event.count += 1;
-            event.cause.targets.add(cause.targets);
+            event.time = event.time.max(added.time);
+            event.count += added.count;
+            event.cause.targets.add(added.cause.targets);
         } else if sums.len() == sum.max() {
-            *lost += 1;
+            *lost += added.count;
         } else {
-            sums.insert(key, AuditEvent { kind, code, reason, ..cause.event(time) });
+            sums.insert(key, added);
             if due.is_none() {
                 *due = Some(Instant::now() + sum.time());
                 self.0.begun.notify_one();
@@ -127,6 +135,46 @@ impl Sums {
     /// Whether calls that are not denied are summed up from now on.
     pub fn set_reads(&self, reads: bool) {
         self.0.reads.store(reads, Ordering::Relaxed);
+    }
+
+    /// Waits until some sums are to be written, and takes them. Nothing is taken if this is dropped before.
+    pub async fn next_due(&self) -> Vec<AuditEvent> {
+        self.until_due().await;
+        self.take(Some(Instant::now()))
+    }
+
+    /// Takes all sums.
+    pub fn take_all(&self) -> Vec<AuditEvent> {
+        self.take(None)
+    }
+
+    /// Puts sums back that were taken, and could not be written.
+    pub fn put_back(&self, events: Vec<AuditEvent>) {
+        for event in events {
+            let sum = if event.kind == EventKind::Denials { Sum::Denials } else { Sum::Calls };
+            if event.cause.rpc == LOSS {
+                self.waiting().lost += event.count;
+            } else {
+                self.insert(sum, event);
+            }
+        }
+    }
+
+    /// Waits until some sums are to be written.
+    async fn until_due(&self) {
+        loop {
+            let due = async {
+                match self.due() {
+                    Some(due) => sleep_until(due).await,
+                    None => pending().await,
+                }
+            };
+            select! {
+                biased;
+                () = due => return,
+                () = self.0.begun.notified() => {}
+            }
+        }
     }
 
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
@@ -150,7 +198,7 @@ impl Sums {
             }
         }
         if !taken.is_empty() && *lost > 0 {
-            let event = Cause::of_service("audit_loss").event(self.0.clock.now());
+            let event = Cause::of_service(LOSS).event(self.0.clock.now());
             taken.push(AuditEvent { kind: EventKind::Calls, code: None, count: mem::take(lost), ..event });
         }
         taken
@@ -162,23 +210,26 @@ impl Orchestrator {
     pub fn sums(&self) -> Sums {
         self.0.sums.clone()
     }
+
+    /// Writes the events of calls that another replica has answered or denied.
+    ///
+    /// # Errors
+    /// The process shuts down, or the store can't be written.
+    pub async fn write_events(&self, events: Vec<AuditEntry>) -> Result<(), Refusal> {
+        let _open = self.open_change();
+        if self.0.state().draining {
+            return Err(Refusal::Draining);
+        }
+        let write = move |_: &State| Write { audit: events.clone(), ..Write::default() };
+        Ok(self.0.edit(write, |_| ()).await?)
+    }
 }
 
 impl Shared {
     /// Writes the sums when they are due.
     pub(super) async fn write_sums(self: Arc<Self>) {
         loop {
-            let due = async {
-                match self.sums.due() {
-                    Some(due) => sleep_until(due).await,
-                    None => pending().await,
-                }
-            };
-            select! {
-                biased;
-                () = due => {}
-                () = self.sums.0.begun.notified() => continue,
-            }
+            self.sums.until_due().await;
             // Counted before the check, so that the last write waits for it.
             let token = self.changes.token();
             if self.state().draining {
@@ -234,11 +285,11 @@ mod tests {
         assert_eq!(sums.due(), None);
         let begin = Instant::now();
         for (caller, target) in [(1, "a"), (2, "a"), (1, "b"), (1, "a")] {
-            sums.add(Sum::Calls, cause(caller, &[target]), Some(Code::Ok), "");
+            sums.add(Sum::Calls, &cause(caller, &[target]), Some(Code::Ok), "");
         }
         assert_eq!(sums.due(), Some(begin + Duration::from_mins(1)));
-        sums.add(Sum::Denials, cause(1, &[]), Some(Code::Unauthenticated), "CREDENTIAL_MISSING");
-        sums.add(Sum::Denials, cause(1, &[]), Some(Code::Unauthenticated), "CREDENTIAL_EXPIRED");
+        sums.add(Sum::Denials, &cause(1, &[]), Some(Code::Unauthenticated), "CREDENTIAL_MISSING");
+        sums.add(Sum::Denials, &cause(1, &[]), Some(Code::Unauthenticated), "CREDENTIAL_EXPIRED");
         assert_eq!(sums.due(), Some(begin + Duration::from_secs(10)));
         assert_eq!(sums.take(Some(begin + Duration::from_secs(9))), []);
         let denials = sums.take(Some(begin + Duration::from_secs(10)));
@@ -257,10 +308,10 @@ mod tests {
         let sums = Sums::new(Clock::system(), true);
         for caller in 0..2000 {
             for _ in 0..2 {
-                sums.add(Sum::Denials, cause(caller, &[]), Some(Code::Unauthenticated), "CREDENTIAL_INVALID");
+                sums.add(Sum::Denials, &cause(caller, &[]), Some(Code::Unauthenticated), "CREDENTIAL_INVALID");
             }
         }
-        sums.add(Sum::Calls, cause(1, &[]), Some(Code::Ok), "");
+        sums.add(Sum::Calls, &cause(1, &[]), Some(Code::Ok), "");
         let events = sums.take(None);
         assert_eq!(events.len(), 1 + 1024 + 1);
         let loss = events.last().unwrap();
@@ -269,10 +320,31 @@ mod tests {
     }
 
     #[test]
+    fn sums_that_were_not_written_are_put_back() {
+        let sums = Sums::new(Clock::system(), true);
+        let add = || {
+            sums.add(Sum::Calls, &cause(1, &["a"]), Some(Code::Ok), "");
+            sums.add(Sum::Denials, &cause(1, &[]), Some(Code::Unauthenticated), "CREDENTIAL_INVALID");
+        };
+        add();
+        let taken = sums.take_all();
+        add();
+        sums.put_back(taken);
+        assert!(sums.due().is_some());
+        let (uid, again) = (Some(Identity::Uid(1)), sums.take_all());
+        assert_eq!(brief(&again), [(uid.clone(), 2, vec!["a"]), (uid, 2, vec![])]);
+        // A loss stays one.
+        let loss = AuditEvent { kind: EventKind::Calls, count: 5, ..Cause::of_service(LOSS).event(again[0].time) };
+        sums.put_back(vec![loss]);
+        add();
+        assert_eq!(sums.take_all().last().map(|event| (event.cause.rpc.clone(), event.count)), Some((LOSS.into(), 5)));
+    }
+
+    #[test]
     fn only_denials_are_summed_up_if_reads_are_not() {
         let sums = Sums::new(Clock::system(), false);
         for sum in Sum::ALL {
-            sums.add(sum, cause(1, &[]), None, "");
+            sums.add(sum, &cause(1, &[]), None, "");
         }
         assert_eq!(sums.take(None).len(), 1);
     }

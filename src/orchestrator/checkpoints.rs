@@ -56,6 +56,7 @@ pub struct Proved {
 /// Signs and publishes checkpoints.
 pub(super) struct Checkpoints {
     signer: Signer,
+    /// The newest published one; the first one of a process may not be there yet, and has no text then.
     newest: latest::Sender<Published>,
     /// Notified after each commit that has appended to the log.
     pub(super) appended: Notify,
@@ -66,16 +67,10 @@ pub(super) struct Checkpoints {
 }
 
 impl Checkpoints {
-    /// Signs with this, after the checkpoint that was published already, if any.
-    pub(super) fn new(signer: Signer, published: Published) -> Self {
+    /// Signs with this, and shows what is published to the receivers of `newest`.
+    pub(super) fn new(signer: Signer, newest: latest::Sender<Published>) -> Self {
         let digests = Arc::new(DigestKey::of(&signer));
-        let newest = latest::Sender::new(published);
         Self { signer, newest, appended: Notify::new(), digests, turn: Mutex::default() }
-    }
-
-    /// The newest published one; the first one of a process may not be there yet, and has no text then.
-    pub(super) fn newest(&self) -> Published {
-        self.newest.borrow().clone()
     }
 }
 
@@ -163,7 +158,7 @@ impl Orchestrator {
         };
         self.0.check_sizes(leaf.saturating_add(1), size)?;
         let proof = Inclusion(self.0.hashes(&Path::of_inclusion(leaf, size), size).await?);
-        let room = self.0.room(entry.len()).await?;
+        let room = self.0.history.room(entry.len()).await?;
         Ok(Proved { leaf, entry: room.around(entry.into()), proof })
     }
 

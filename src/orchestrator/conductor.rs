@@ -96,7 +96,7 @@ impl Shared {
                 // The sender lives as long as `self`.
                 let _ = store_error.wait_for(fails).await;
             }
-            if !self.state().draining || self.live.is_running() {
+            if !self.state().draining || self.history.live().is_running() {
                 since = None;
             } else if since.get_or_insert_with(Instant::now).elapsed() > LONGEST_PAUSE {
                 // Everything that waits is written with it.
@@ -146,8 +146,8 @@ impl Shared {
             plan: plan.clone(),
             trace,
         };
-        let live = Arc::new(LiveCycle::new(admitted.cycle_id, admitted.request.clone(), begun.at, plan.clone()));
-        let progress = self.live.start(live.clone());
+        let live = Arc::new(LiveCycle::new(admitted.cycle_id, &admitted.request, begun.at, plan.clone()));
+        let progress = self.history.live().start(live.clone());
         let mut ran = self.engine.run(&cycle, &admitted.cancel, &progress).await;
         drop(progress);
         if let (CycleState::Cancelled, Some(ended)) = (ran.finished.state, admitted.ended()) {
@@ -256,6 +256,10 @@ impl Shared {
         }
         drop(state);
         self.closed.cancel();
+        // Another replica adds what follows.
+        if !matches!(error, Some(StoreError::Fenced { .. })) {
+            self.history.close();
+        }
     }
 
     /// The last write of this process, which waits for a late commit.

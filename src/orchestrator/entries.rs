@@ -44,7 +44,7 @@ impl Orchestrator {
         if shared.closed.is_cancelled() {
             return Err(Refusal::Draining);
         }
-        let mut room = room_of(&shared.reading_log, shared.max_record().max(Self::LOG_PAGE.bytes)).await?;
+        let mut room = room_of(&shared.reading_log, shared.history.max_record().max(Self::LOG_PAGE.bytes)).await?;
         let end = leaves.end;
         let mut parts = shared.store.parts(leaves, Self::LOG_PAGE).await?.ok_or(Refusal::HashesRemoved(end))?;
         for part in &mut parts {

@@ -131,11 +131,12 @@ impl Orchestrator {
         let now = self.0.clock.now();
         let state = self.0.state();
         // Watchers at this revision or after it read from the cache.
-        let at_hand = state.recent.front().map_or(state.last_revision, |first| Revision(first.record.revision.0 - 1));
-        let (watchers, lagging, events) = self.0.watchers.look(at_hand);
+        let (watchers, lagging, events) = self.0.history.watched();
+        let counts =
+            Counts { unreadable_records: self.0.history.extent().unreadable_records(), ..state.counts.clone() };
         let waiting = state.oldest_waiting_ticks();
         Figures {
-            counts: state.counts.clone(),
+            counts,
             queued: state.line.waiting(),
             running: state.line.running(),
             loops: state.loops.iter().map(|entry| (entry.clone(), lag(entry, &waiting, now))).collect(),
@@ -241,7 +242,7 @@ impl Watchers {
 
     /// The number of watchers, the number of these whose position is before this revision, and the number of events
     /// sent.
-    fn look(&self, at_hand: Revision) -> (usize, usize, u64) {
+    pub(super) fn look(&self, at_hand: Revision) -> (usize, usize, u64) {
         let list = self.lock();
         let cursors = || list.connected.values();
         let lagging = cursors().filter(|it| it.revision.load(Ordering::Relaxed) < at_hand.0).count();

@@ -11,6 +11,7 @@ impl Orchestrator {
     pub fn lapse(&self) {
         let mut state = self.0.state();
         state.has_lapsed = true;
+        self.0.history.set_unconfirmed(true);
         let running: Vec<_> = state.live.keys().copied().filter(|cycle_id| state.line.runs(*cycle_id)).collect();
         tracing::error!(
             cycles = running.len(),
@@ -27,6 +28,7 @@ impl Orchestrator {
         let now = self.0.clock.now();
         let mut state = self.0.state();
         state.has_lapsed = false;
+        self.0.history.set_unconfirmed(false);
         state.loops.catch_up(now);
         drop(state);
         tracing::info!("this replica leads on: its lease was renewed");

@@ -1,14 +1,15 @@
-//! The live progress of running cycles, for watchers and for the status.
+//! The live progress of running cycles, for watchers and for the status: of those that run here, or, while this replica
+//! follows, of those that the leader tells of.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
     time::Duration,
 };
 
 use jiff::Timestamp;
 use tokio::{
-    sync::{Notify, broadcast},
+    sync::{Notify, broadcast, watch as latest},
     time::sleep,
 };
 
@@ -16,7 +17,8 @@ use super::Shared;
 use crate::{
     engine::{Observer, Plan},
     memory::{Held, Memory},
-    model::{CycleId, CycleRequest, Name, Revision, SubsystemState, Trigger},
+    model::{CycleId, CycleRequest, Name, Revision, SubsystemState},
+    ports::TriggerKind,
 };
 
 /// Most events that are kept for slow watchers: more than ten seconds of 16 cycles, at one batch per
@@ -36,6 +38,8 @@ pub(super) struct Live {
     backlog: Mutex<Backlog>,
     /// Memory for the updates in events, until they are dropped.
     room: Memory,
+    /// Number of watchers that want progress.
+    pub(super) wanted: latest::Sender<usize>,
     /// Notified when updates wait to be sent.
     pub(super) pending: Notify,
 }
@@ -64,34 +68,77 @@ struct Running {
 pub struct LiveCycle {
     /// Its id.
     pub cycle_id: CycleId,
-    /// Its request.
-    pub request: Arc<CycleRequest>,
+    /// What started it.
+    pub trigger: TriggerKind,
+    /// The loop that started it, if one did.
+    pub loop_name: Option<Name>,
+    /// When it was due.
+    pub scheduled_at: Timestamp,
     /// When it started.
     pub started_at: Timestamp,
-    /// The order of its subsystems.
-    pub plan: Arc<Plan>,
-    /// The revision of its record; unset until it is recorded.
+    subsystems: Subsystems,
+    /// The revision of its record; unset until it is recorded. 0 if this is not known any more.
     pub(super) revision: Arc<OnceLock<Revision>>,
 }
 
+/// The subsystems in a running cycle, in the order of the plan.
+#[derive(Debug)]
+enum Subsystems {
+    Planned(Arc<Plan>),
+    /// As the leader has told them.
+    Told {
+        names: Vec<Name>,
+        positions: HashMap<Name, usize>,
+    },
+}
+
 impl LiveCycle {
-    pub(super) fn new(cycle_id: CycleId, request: Arc<CycleRequest>, started_at: Timestamp, plan: Arc<Plan>) -> Self {
-        Self { cycle_id, request, started_at, plan, revision: Arc::default() }
+    pub(super) fn new(cycle_id: CycleId, request: &CycleRequest, started_at: Timestamp, plan: Arc<Plan>) -> Self {
+        let (trigger, scheduled_at) = (TriggerKind::of(&request.trigger), request.scheduled_at);
+        let (loop_name, subsystems) = (request.trigger.loop_name().cloned(), Subsystems::Planned(plan));
+        Self { cycle_id, trigger, loop_name, scheduled_at, started_at, subsystems, revision: Arc::default() }
+    }
+
+    /// A cycle with these subsystems that runs at the leader.
+    pub fn told(
+        cycle_id: CycleId,
+        (trigger, loop_name): (TriggerKind, Option<Name>),
+        scheduled_at: Timestamp,
+        started_at: Timestamp,
+        names: Vec<Name>,
+    ) -> Self {
+        let positions = names.iter().cloned().zip(0..).collect();
+        let subsystems = Subsystems::Told { names, positions };
+        Self { cycle_id, trigger, loop_name, scheduled_at, started_at, subsystems, revision: Arc::default() }
+    }
+
+    /// Number of subsystems in it.
+    fn size(&self) -> usize {
+        match &self.subsystems {
+            Subsystems::Planned(plan) => plan.size(),
+            Subsystems::Told { names, .. } => names.len(),
+        }
+    }
+
+    /// The subsystem at this position.
+    fn name(&self, position: usize) -> Option<&Name> {
+        match &self.subsystems {
+            Subsystems::Planned(plan) => plan.name(position),
+            Subsystems::Told { names, .. } => names.get(position),
+        }
     }
 
     /// The subsystems in it, in the order of the plan: those that are not registered come last.
     pub fn names(&self) -> impl Iterator<Item = &Name> {
-        (0..self.plan.size()).filter_map(|position| self.plan.name(position))
+        (0..self.size()).filter_map(|position| self.name(position))
     }
 
     /// True if one of these subsystems takes part.
     pub fn has_any(&self, names: &BTreeSet<Name>) -> bool {
-        names.iter().any(|name| self.plan.has(name))
-    }
-
-    /// Its trigger: a caller or a loop.
-    pub fn trigger(&self) -> &Trigger {
-        &self.request.trigger
+        names.iter().any(|name| match &self.subsystems {
+            Subsystems::Planned(plan) => plan.has(name),
+            Subsystems::Told { positions, .. } => positions.contains_key(name),
+        })
     }
 
     /// Sets the revision of its record. Called before the record is visible.
@@ -209,6 +256,7 @@ impl Live {
             events: broadcast::Sender::new(BACKLOG),
             backlog: Mutex::default(),
             room,
+            wanted: latest::Sender::new(0),
             pending: Notify::new(),
         }
     }
@@ -220,11 +268,52 @@ impl Live {
     /// Starts a cycle. It runs until the returned value is dropped.
     pub(super) fn start(&self, cycle: Arc<LiveCycle>) -> Progress<'_> {
         let cycle_id = cycle.cycle_id;
-        let total = cycle.plan.size();
+        self.begin(cycle);
+        Progress { live: self, cycle_id }
+    }
+
+    fn begin(&self, cycle: Arc<LiveCycle>) {
+        let (cycle_id, total) = (cycle.cycle_id, cycle.size());
         let mut running = self.lock();
         self.broadcast(cycle.clone(), LiveChange::Started);
         running.insert(cycle_id, Running { cycle, total, stands: BTreeMap::new(), changed: Vec::new(), sent: 0 });
-        Progress { live: self, cycle_id }
+    }
+
+    /// A cycle runs at the leader.
+    pub(super) fn told_start(&self, cycle: LiveCycle) {
+        self.begin(Arc::new(cycle));
+    }
+
+    /// A cycle at the leader has made progress, of which this many updates were lost on the way.
+    pub(super) fn told_progress(&self, cycle_id: CycleId, lost: u64, updates: Vec<Update>) {
+        let mut running = self.lock();
+        let Some(running) = running.get_mut(&cycle_id) else { return };
+        if let Subsystems::Told { positions, .. } = &running.cycle.subsystems {
+            for update in &updates {
+                if let Some(position) = positions.get(&update.name) {
+                    running.stands.insert(*position, update.clone());
+                }
+            }
+        }
+        if self.events.receiver_count() > 0 {
+            running.sent += lost;
+            running.changed.extend(updates);
+            self.send(running);
+        }
+    }
+
+    /// A cycle at the leader was recorded, with this revision.
+    pub(super) fn told_end(&self, cycle_id: CycleId, revision: Revision) {
+        if let Some(running) = self.lock().remove(&cycle_id) {
+            running.cycle.recorded_as(revision);
+        }
+    }
+
+    /// Nothing more is known of these cycles: the leader tells of them anew, or another one leads.
+    pub(super) fn forget(&self) {
+        for running in std::mem::take(&mut *self.lock()).into_values() {
+            running.cycle.recorded_as(Revision::default());
+        }
     }
 
     /// Sends waiting updates.
@@ -317,9 +406,9 @@ impl Shared {
     /// Sends live progress in batches.
     pub(super) async fn send_progress(self: Arc<Self>) {
         loop {
-            self.live.pending.notified().await;
+            self.history.live().pending.notified().await;
             sleep(Live::BATCH_EVERY).await;
-            self.live.flush();
+            self.history.live().flush();
         }
     }
 }
@@ -334,7 +423,7 @@ impl Progress<'_> {
     fn update(&self, position: usize, state: Option<SubsystemState>, attempts: u32, elapsed: Duration) {
         let mut running = self.live.lock();
         let Some(running) = running.get_mut(&self.cycle_id) else { return };
-        let Some(name) = running.cycle.plan.name(position).cloned() else { return };
+        let Some(name) = running.cycle.name(position).cloned() else { return };
         let update = Update { name, state, elapsed, attempts };
         if self.live.events.receiver_count() > 0 {
             if running.changed.is_empty() {
@@ -373,7 +462,7 @@ mod tests {
     use super::*;
     use crate::{
         engine::Member,
-        model::{Code, Subsystem, SubsystemSpec},
+        model::{Code, Subsystem, SubsystemSpec, Trigger},
     };
 
     const MEMBERS: usize = 2 * Live::BATCH;
@@ -389,8 +478,8 @@ mod tests {
         };
         let plan = Arc::new(Plan::compile((0..MEMBERS).map(member)).unwrap());
         let (cycle_id, started_at) = (CycleId(1), Timestamp::UNIX_EPOCH);
-        let request = Arc::new(CycleRequest::over_all(Trigger::Manual, started_at));
-        Arc::new(LiveCycle::new(cycle_id, request, started_at, plan))
+        let request = CycleRequest::over_all(Trigger::Manual, started_at);
+        Arc::new(LiveCycle::new(cycle_id, &request, started_at, plan))
     }
 
     /// Fails every subsystem with a long message.

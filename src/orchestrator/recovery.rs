@@ -15,13 +15,13 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
-    Declared, Orchestrator, OrchestratorTasks, Published, Refusal, Settings, Shared, State, Sums,
+    Declared, Orchestrator, OrchestratorTasks, Position, Published, Refusal, Settings, Shared, State, Sums,
     admission::Admitted,
     attended::Attended,
     checkpoints::Checkpoints,
-    figures::{Counts, Watchers},
+    figures::Counts,
+    history::History,
     line::Line,
-    live::Live,
     registry::{FormerNames, Lease, Origin, Registered, Registry, footprint},
     writing,
 };
@@ -58,13 +58,16 @@ pub struct TakenOver {
     pub begin: Begin,
     /// What the process has summed up before. `None`: nothing.
     pub sums: Option<Sums>,
+    /// What the process shows of the store beyond this term. `None`: nothing.
+    pub history: Option<History>,
 }
 
 impl TakenOver {
     /// A store whose log goes on, for a process that begins where the earlier one ended.
     pub fn new(store: Arc<dyn Store>, contents: Contents, signer: Signer) -> Self {
         let published = Published::default();
-        Self { store, contents, signer, began: None, published, begin: Begin::Again, sums: None }
+        let (sums, history) = (None, None);
+        Self { store, contents, signer, began: None, published, begin: Begin::Again, sums, history }
     }
 }
 
@@ -83,7 +86,8 @@ impl Orchestrator {
         declared: Declared,
         spans: Arc<dyn Spans>,
     ) -> Result<(Self, OrchestratorTasks), Refusal> {
-        let TakenOver { store, mut contents, signer, began, published, begin: how, sums } = taken_over;
+        let TakenOver { store, mut contents, signer, began, published, begin: how, sums, history } = taken_over;
+        let history = history.unwrap_or_else(|| History::new(store.clone(), &memory.history, &settings));
         let is_read_only = how == Begin::ReadOnly;
         let Host { clock, random, started } = host;
         let (now, begin) = (clock.now(), Instant::now());
@@ -107,20 +111,19 @@ impl Orchestrator {
             recorded: contents.last_cycle_id.0.saturating_sub(contents.open.len() as u64),
             last: None,
             last_revision: contents.last_revision,
-            pruned_to: contents.pruned_to,
-            recent: VecDeque::new(),
-            recent_bytes: 0,
+            history: history.clone(),
             store_error: latest::Sender::new(None),
-            unreadable: BTreeSet::new(),
             draining: false,
             has_lapsed: false,
             counts: Counts::default(),
         };
         match contents.last_record.take() {
             Some(Ok(record)) => state.last = Some(Arc::new(record)),
-            Some(Err(unreadable)) => state.tell_unreadable(&unreadable),
+            Some(Err(unreadable)) => history.extent().tell_unreadable(&unreadable),
             None => {}
         }
+        let last = state.last.as_ref().filter(|last| last.revision == state.last_revision);
+        let end = Position { revision: state.last_revision, epoch: last.map(|last| last.epoch) };
         tell_unreadable_rows(&contents.unreadable);
         let mut write = Write { epoch: contents.epoch, began, ..Write::default() };
 
@@ -250,7 +253,9 @@ impl Orchestrator {
             tracing::warn!("all loops are paused: `orchestrator loops resume --all` resumes them");
         }
 
-        if !is_read_only {
+        let recovered = if is_read_only {
+            Vec::new()
+        } else {
             state.recover(&contents, &mut write, settings.max_record_bytes, &memory.requests, now);
             let (loops, mark) = state.loops.unwritten();
             for (name, stored) in loops {
@@ -262,10 +267,18 @@ impl Orchestrator {
             store.commit(write.clone()).await?;
             write.audit.iter().for_each(record::copy_event);
             state.loops.written(mark);
+            write.records.clone()
+        };
+        // What precedes the first commit is acknowledged with it.
+        history.begin(end, contents.pruned_to);
+        history.set_unconfirmed(false);
+        for record in recovered {
+            state.add_record(record.into(), None);
         }
-
+        history.checkpoint().send_replace(published);
+        history.rename(state.registry.renamed());
+        history.show();
         let reading_log = memory.history.part("entries of the log that are read", memory.history.max() / 4);
-        let watching = memory.history.part("filters and records of watchers", memory.history.max() / 4);
         let (to_write, asked) = mpsc::channel(writing::WAITING);
         let shared = Arc::new(Shared {
             engine: Engine {
@@ -280,16 +293,11 @@ impl Orchestrator {
                 spans,
                 random,
             },
-            newest: latest::Sender::new(state.last_revision),
-            live: Live::new(watching.clone()),
             is_read_only,
-            checkpoints: Checkpoints::new(signer, published),
+            checkpoints: Checkpoints::new(signer, history.checkpoint().clone()),
             sums: sums.unwrap_or_else(|| Sums::new(clock, settings.audit_reads)),
-            watching,
             reading_log,
-            // With their known state, if requested.
-            _recent: memory.history.try_hold(3 * State::RECENT_BYTES).ok(),
-            history: memory.history.clone(),
+            history,
             settings: Mutex::new(Arc::new(settings)),
             memory: memory.registry.clone(),
             requests: memory.requests.clone(),
@@ -306,7 +314,6 @@ impl Orchestrator {
             loops_changed: Notify::new(),
             leases_changed: Notify::new(),
             attended_changed: Notify::new(),
-            watchers: Watchers::default(),
             store_has_ended: CancellationToken::new(),
             closed: CancellationToken::new(),
         });
@@ -335,8 +342,9 @@ impl State {
         // Starts may be lost with the power, or with the end of the store: then a cycle that seems to wait may have
         // begun.
         let any_may_have_begun = contents.may_lack_open || contents.lost.is_some();
-        let mut interrupt = |state: &mut Self, cycle_id, open: Option<&OpenCycle>| {
-            let revision = state.last_revision.next();
+        let mut revision = contents.last_revision;
+        let mut interrupt = |cycle_id, open: Option<&OpenCycle>| {
+            revision = revision.next();
             // The number of lost cycles is known, but not their ids.
             let is_lost = revision <= last_lost.1;
             let finished = interrupted(cycle_id, open, is_lost, contents.epoch, now);
@@ -344,26 +352,25 @@ impl State {
             if !is_lost {
                 tracing::warn!(cycle_id = cycle_id.0, "recorded as interrupted: an earlier process ended while it ran");
             }
-            write.records.push(record.clone());
+            write.records.push(record);
             if let Some(cause) = open.and_then(cause_of) {
                 let event = AuditEvent { cycle_id, revision, code: Some(Code::Unknown), ..cause.event(now) };
                 write.audit.push(record::encode_event(&event));
             }
-            state.add_record(Arc::new(record), None);
         };
         let mut waiting = Vec::new();
         // Nothing is recorded of a row that another program may have written.
         for open in contents.open.iter().filter(|open| open.stage != Stage::Unsealed) {
             match waits_again(open).filter(|_| !any_may_have_begun) {
                 Some(request) => waiting.push((open.cycle_id, request)),
-                None => interrupt(self, open.cycle_id, Some(open)),
+                None => interrupt(open.cycle_id, Some(open)),
             }
         }
         // One known id may be missing after the loss of power: the writer ensures that it is at most one.
         let may_be_lost = if contents.may_lack_open { self.last_admitted.next() } else { CycleId::default() };
         while self.last_admitted < may_be_lost.max(last_lost.0) {
             self.last_admitted = self.last_admitted.next();
-            interrupt(self, self.last_admitted, None);
+            interrupt(self.last_admitted, None);
         }
         for (cycle_id, request) in waiting {
             tracing::info!(cycle_id = cycle_id.0, "queued again: an earlier process had not started it");

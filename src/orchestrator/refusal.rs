@@ -229,6 +229,9 @@ pub enum Refusal {
          that serves the fleet"
     )]
     ReadOnly,
+    /// This replica follows no leader, so it does not know which records are acknowledged by now.
+    #[error("this replica has not heard from a leader for some time, and does not know the newest records; try again")]
+    NotFollowing,
     /// The process is shutting down.
     #[error("this orchestrator is shutting down; try again later")]
     Draining,

@@ -167,6 +167,11 @@ impl FormerNames {
         self.renamed.get(former).cloned()
     }
 
+    /// The present names by former ones.
+    pub(super) fn into_renamed(self) -> BTreeMap<Name, Name> {
+        self.renamed
+    }
+
     /// The former names that the configuration file gives a subsystem, and that it has; the others are logged.
     pub(super) fn of_declared(&self, name: &Name, asked: &[Name]) -> Arc<[Name]> {
         for former in asked.iter().filter(|former| self.renamed.get(*former) != Some(name)) {
@@ -418,15 +423,6 @@ impl Registry {
     /// The subsystem with this name, now or formerly.
     pub(super) fn get_by_any_name(&self, name: &Name) -> Option<&Registered> {
         self.get(self.renamed.get(name).unwrap_or(name))
-    }
-
-    /// These names, with all present and former names of the subsystems that have or had one of them: the records of
-    /// cycles name a subsystem as it was named then.
-    pub(super) fn with_all_names(&self, names: &BTreeSet<Name>) -> BTreeSet<Name> {
-        let all_names =
-            |entry: &Registered| entry.former_names.iter().chain([entry.name()]).cloned().collect::<Vec<_>>();
-        let known = names.iter().filter_map(|name| self.get_by_any_name(name)).flat_map(all_names);
-        names.iter().cloned().chain(known).collect()
     }
 
     /// The names that a cycle over these subsystems locks: besides them, their present names and their locks, where

@@ -12,6 +12,7 @@ use super::{
     registry::{Declarations, Entries},
 };
 use crate::{
+    ledger::Hash,
     model::{Cause, Identity, IntervalLoop, Name, Subsystem},
     ports::{Retention, Write},
     schedule::LoopOrigin,
@@ -59,6 +60,37 @@ pub struct Declared {
     pub expected: BTreeSet<Name>,
 }
 
+impl Declared {
+    /// A digest of all names: a replica that takes over from another one forgets what that one has declared, and this
+    /// one does not.
+    fn digest(&self) -> u128 {
+        let Self { subsystems, former_names, loops, expected } = self;
+        let mut subsystems: Vec<_> = subsystems.iter().map(|subsystem| &subsystem.name).collect();
+        let mut loops: Vec<_> = loops.iter().map(|settings| &settings.name).collect();
+        subsystems.sort();
+        loops.sort();
+        let names = format!("{subsystems:?} {former_names:?} {loops:?} {expected:?}");
+        let Hash(bytes) = Hash::of_bytes(names.as_bytes());
+        bytes.first_chunk().map_or(0, |half| u128::from_be_bytes(*half))
+    }
+
+    /// The declared subsystems with their former names, and a digest of all names.
+    pub(super) fn names(&self) -> DeclaredNames {
+        let former = |name: &Name| self.former_names.get(name).cloned().unwrap_or_default();
+        let subsystems = self.subsystems.iter().map(|subsystem| (subsystem.name.clone(), former(&subsystem.name)));
+        DeclaredNames { subsystems: subsystems.collect(), digest: self.digest() }
+    }
+}
+
+/// The names that the configuration file declares.
+#[derive(Default)]
+pub(super) struct DeclaredNames {
+    /// The subsystems, with their former names.
+    pub(super) subsystems: BTreeMap<Name, Arc<[Name]>>,
+    /// A digest of these, and of the names of loops and expected subsystems.
+    pub(super) digest: u128,
+}
+
 impl Orchestrator {
     /// Replaces the settings and declarations.
     ///
@@ -70,7 +102,7 @@ impl Orchestrator {
         self.0.engine.revoked.set(settings.revoked.clone());
         if self.0.is_read_only {
             // What the file declares is changed by a restart only.
-            *self.0.settings.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(settings);
+            self.0.apply(settings);
             return Ok(());
         }
         let cause = Cause::of_service("reload");
@@ -170,8 +202,13 @@ impl Shared {
         self.engine.outputs.set_max(settings.max_outputs_bytes);
         self.engine.slots.set_max(settings.max_concurrent_calls);
         self.sums.set_reads(settings.audit_reads);
-        *self.settings.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(settings);
+        self.apply(settings);
         self.loops_changed.notify_one();
         Ok(())
+    }
+
+    fn apply(&self, settings: Settings) {
+        self.history.apply(&settings);
+        *self.settings.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(settings);
     }
 }

@@ -95,10 +95,10 @@ impl Orchestrator {
             PruneLimit::FinishedBefore(time) => time,
         };
         let mut count = 0;
-        let mut after = self.0.state().pruned_to;
+        let mut after = self.0.history.pruned_to();
         loop {
             let newest = self.0.state().last_revision;
-            let _room = self.0.room(self.0.max_record().max(PAGE.bytes)).await?;
+            let _room = self.0.history.room(self.0.history.max_record().max(PAGE.bytes)).await?;
             let page = match self.0.store.cycles_after(after, PAGE).await {
                 Ok(page) => page,
                 Err(ResumeError::NotRetained { oldest, newest }) => {
@@ -128,7 +128,7 @@ impl Shared {
         const EVERY: Duration = Duration::from_mins(1);
         /// Number of new records that starts a pass.
         const RECORDS: u64 = 64;
-        let mut newest = self.newest.subscribe();
+        let mut newest = self.history.revisions();
         let mut looked_at = *newest.borrow();
         let last = self.state().last.as_ref().map(|record| record.finished_at);
         let mut doubt = Doubt::new(last.unwrap_or_else(|| self.clock.now()));
@@ -210,11 +210,11 @@ impl Shared {
         let _turn = self.removing.lock().await;
         let mut excess = self.store.excess(retention, now, limit).await?;
         *damaged = damaged.take().or(excess.damaged.take());
-        if excess.end() > self.checkpoints.newest().size {
+        if excess.end() > self.history.checkpoint().borrow().size {
             // Without a newer one, the rest is removed later.
             let _ = self.published(excess.end()).await;
         }
-        let signed = self.checkpoints.newest().size.max(self.store.log().first_kept);
+        let signed = self.history.checkpoint().borrow().size.max(self.store.log().first_kept);
         // Commits go on between two searches.
         let is_searched = excess.is_partial && excess.records.is_empty() && excess.events.is_empty();
         let excess = excess.before(signed);
@@ -296,8 +296,9 @@ impl ToWrite for Removing {
         if let Some(cause) = &self.cause {
             cause.own_event.set();
         }
-        state.pruned_to =
-            state.pruned_to.max(self.removal.records.last().map(|record| record.revision).unwrap_or_default());
+        if let Some(last) = self.removal.records.last() {
+            state.history.pruned(last.revision);
+        }
     }
 
     fn done(self: Box<Self>) {

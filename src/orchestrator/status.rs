@@ -133,7 +133,7 @@ impl Orchestrator {
 
     /// The status.
     pub fn status(&self) -> Status {
-        let running = self.0.live.running();
+        let running = self.0.history.live().running();
         let mut state = self.0.state();
         let state = &mut *state;
         // Another process could give the others' ids again.
@@ -164,10 +164,10 @@ impl Orchestrator {
             subsystem_count: state.registry.len(),
             missing_count: state.registry.missing().len(),
             missing: state.registry.missing().iter().take(Status::MAX_MISSING).cloned().collect(),
-            oldest_revision: state.pruned_to.next(),
+            oldest_revision: self.0.history.pruned_to().next(),
             newest_revision: state.last_revision,
             store_error: state.store_error.borrow().clone(),
-            watchers: self.0.watchers.len(),
+            watchers: self.0.history.watchers().len(),
         }
     }
 }

@@ -18,16 +18,14 @@ use tokio::{
 };
 
 use super::{
-    Live, LiveChange, LiveCycle, LiveEvent, Orchestrator, Published, Refusal, Shared,
+    History, LiveChange, LiveCycle, LiveEvent, Published, Refusal,
     figures::WatcherPlace,
-    history::{Recent, which_have, with_room},
-    live::Events,
+    history::{Extent, Recent, which_have, with_room},
+    live::{Events, Live},
 };
-#[cfg(feature = "simulation")]
-use crate::fault::Fault;
 use crate::{
     memory::Held,
-    model::{CycleId, CycleState, Epoch, Name, Revision, Trigger},
+    model::{CycleId, CycleState, Epoch, Name, Revision},
     ports::{Found, PageLimits, Record, ResumeError, Unreadable},
     record::PartFilter,
 };
@@ -44,7 +42,7 @@ pub enum From {
 }
 
 /// A position in the history: after the record with this revision.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Position {
     /// The revision; 0 is before all records.
     pub revision: Revision,
@@ -72,31 +70,36 @@ impl Position {
     }
 }
 
-impl Orchestrator {
-    /// Follows the record.
+impl History {
+    /// Follows it.
     ///
     /// # Errors
-    /// There are too many watchers, some of the requested records are missing, or there is no memory for the filter.
+    /// There are too many watchers, some of the requested records are missing, there is no memory for the filter, or
+    /// this replica follows no leader.
     /// That the history was rewritten is the error of the first [event](Watcher::next).
     pub fn watch(&self, from: From, filter: WatchFilter, progress: bool) -> Result<Watcher, Refusal> {
-        Watcher::new(self.0.clone(), from, filter, progress)
+        Watcher::new(self.clone(), from, filter, progress)
     }
 }
 
 impl WatchFilter {
-    fn wants_trigger(&self, trigger: &Trigger) -> bool {
-        self.loops.is_empty() || trigger.loop_name().is_some_and(|name| self.loops.contains(name))
+    fn wants_loop(&self, name: Option<&Name>) -> bool {
+        self.loops.is_empty() || name.is_some_and(|name| self.loops.contains(name))
     }
 
     /// True if this record passes, as far as that is known without decoding it.
     fn wants_outside(&self, record: &Record) -> bool {
-        self.wants_trigger(&record.trigger) && (self.states.is_empty() || self.states.contains(&record.state))
+        self.wants_loop(record.trigger.loop_name()) && (self.states.is_empty() || self.states.contains(&record.state))
     }
 
     /// `parts` are its own, with all names of the subsystems.
     fn wants_live(&self, cycle: &LiveCycle, parts: &PartFilter) -> bool {
         let names = &parts.subsystems;
-        self.wants_trigger(cycle.trigger()) && (names.is_empty() || cycle.has_any(names))
+        self.wants_loop(cycle.loop_name.as_ref()) && (names.is_empty() || cycle.has_any(names))
+    }
+
+    pub(super) fn is_by_subsystem(&self) -> bool {
+        !self.parts.subsystems.is_empty()
     }
 
     /// Its approximate bytes in memory.
@@ -124,7 +127,7 @@ pub enum Event {
 
 /// Follows the record.
 pub struct Watcher {
-    shared: Arc<Shared>,
+    history: History,
     place: WatcherPlace,
     filter: WatchFilter,
     /// Memory for the filter.
@@ -132,7 +135,13 @@ pub struct Watcher {
     cursor: Position,
     /// True until the epoch of the cursor is compared with that of the record.
     is_unchecked: bool,
+    /// True until the first event of one that starts with the oldest record, which may not be known yet.
+    is_from_oldest: bool,
     newest: watch::Receiver<Revision>,
+    /// How often the history was rewritten until the cursor was checked.
+    rewrites: u64,
+    /// False once this replica has not followed a leader for some time.
+    fed: watch::Receiver<bool>,
     /// Records from the store that are not sent yet, by position, without those that don't pass.
     page: VecDeque<(Position, Option<Found>)>,
     progress: bool,
@@ -160,55 +169,48 @@ struct Heard {
     updates: u64,
 }
 
-impl Shared {
-    /// Notifies watchers of the latest record in the state. Every source of records calls it after `State::add_record`;
-    /// here the writer is the only one.
-    pub(super) fn show_newest(&self) {
-        let newest = self.state().last_revision;
-        #[cfg(feature = "simulation")]
-        if Fault::LostNotification.is_planted() && newest.0.is_multiple_of(3) {
-            return;
-        }
-        self.newest.send_if_modified(|shown| mem::replace(shown, newest) != newest);
-    }
-}
-
 impl Watcher {
     /// Longest time without an event, so that both sides know that the stream is alive.
     const BOOKMARK_EVERY: Duration = Duration::from_secs(30);
     /// Size of a page from the history: small, since it is held while the watcher stalls.
     const PAGE: PageLimits = PageLimits { records: 32, bytes: 256 << 10 };
 
-    pub(super) fn new(shared: Arc<Shared>, from: From, filter: WatchFilter, progress: bool) -> Result<Self, Refusal> {
-        let max = shared.settings().max_watchers;
-        let newest = shared.newest.subscribe();
+    fn new(history: History, from: From, filter: WatchFilter, progress: bool) -> Result<Self, Refusal> {
+        let max = history.limits().max_watchers;
+        let (newest, fed) = (history.revisions(), history.fed());
+        if !*fed.borrow() {
+            return Err(Refusal::NotFollowing);
+        }
+        // Before the cursor, which may be checked once too often.
+        let rewrites = history.rewrites();
         let cursor = {
-            let state = shared.state();
+            let Extent { newest, pruned_to, is_unconfirmed, .. } = &*history.extent();
+            let (newest, pruned_to) = (newest.ok_or(Refusal::NotFollowing)?, *pruned_to);
             match from {
-                From::Now => {
-                    let last = state.last.as_ref().filter(|last| last.revision == state.last_revision);
-                    Position { revision: state.last_revision, epoch: last.map(|last| last.epoch) }
-                }
-                From::Oldest => Position { revision: state.pruned_to, epoch: None },
-                From::After(Position { revision: after, .. })
-                    if after < state.pruned_to || after > state.last_revision =>
-                {
-                    let (oldest, newest) = (state.pruned_to.next(), state.last_revision);
-                    return Err(state.unknown(Refusal::RevisionNotRetained { after, oldest, newest }));
+                From::Now => newest,
+                From::Oldest => Position { revision: pruned_to, epoch: None },
+                From::After(Position { revision: after, .. }) if after < pruned_to || after > newest.revision => {
+                    let (oldest, newest) = (pruned_to.next(), newest.revision);
+                    let refusal = Refusal::RevisionNotRetained { after, oldest, newest };
+                    return Err(if after > newest && *is_unconfirmed { Refusal::Unconfirmed } else { refusal });
                 }
                 From::After(after) => after,
             }
         };
-        let room = shared.watching.try_hold(filter.bytes())?;
-        let place = shared.watchers.enter(cursor.revision, max).ok_or(Refusal::TooManyWatchers(max))?;
+        let room = history.watching().try_hold(filter.bytes())?;
+        let place = history.watchers().enter(cursor.revision, max).ok_or(Refusal::TooManyWatchers(max))?;
+        history.enter(&filter, progress);
         Ok(Self {
-            shared,
+            history,
             place,
             filter,
             _room: room,
             cursor,
             is_unchecked: matches!(from, From::After(Position { epoch: Some(_), .. })),
+            is_from_oldest: from == From::Oldest,
             newest,
+            rewrites,
+            fed,
             page: VecDeque::new(),
             progress,
             live: None,
@@ -225,35 +227,28 @@ impl Watcher {
     ///
     /// # Errors
     /// The process shuts down, records were pruned before they could be given, the history was rewritten since the
-    /// position from which it goes on, or the store can't be read.
+    /// position from which it goes on, this replica has followed no leader for some time, or the store can't be read.
     pub async fn next(&mut self) -> Result<Event, Refusal> {
         let event = self.find_next().await?;
         self.place.given(self.cursor.revision);
+        self.is_from_oldest = false;
         Ok(event)
     }
 
-    /// Checks that the record at the cursor is the one that the watcher had before: of the same epoch. Retention may
-    /// have removed it meanwhile; then nothing shows it.
-    async fn check_cursor(&mut self) -> Result<(), Refusal> {
-        let Position { revision, epoch: Some(epoch) } = self.cursor else { return Ok(()) };
-        let before = Revision(revision.0.saturating_sub(1));
-        let limits = PageLimits { records: 1, bytes: 1 };
-        let found = match self.shared.store.cycles_after(before, limits).await {
-            Ok(found) => found.into_iter().next().and_then(Result::ok),
-            Err(ResumeError::NotRetained { .. }) => None,
-            Err(ResumeError::Store(error)) => return Err(error.into()),
-        };
-        match found.filter(|found| found.revision == revision) {
-            Some(found) if found.epoch != epoch => {
-                Err(Refusal::HistoryRewritten { after: revision, epoch, now: found.epoch })
-            }
-            _ => Ok(()),
+    /// Checks that the history at the cursor is still what the watcher had before, after a leader was found to lack
+    /// records that were acknowledged.
+    async fn check_rewritten(&self) -> Result<(), Refusal> {
+        let newest = self.history.newest().revision;
+        if self.cursor.revision > newest {
+            let (after, oldest) = (self.cursor.revision, self.history.pruned_to().next());
+            return Err(Refusal::RevisionNotRetained { after, oldest, newest });
         }
+        self.history.check(self.cursor).await
     }
 
     async fn find_next(&mut self) -> Result<Event, Refusal> {
         if mem::take(&mut self.is_unchecked) {
-            self.check_cursor().await?;
+            self.history.check(self.cursor).await?;
         }
         loop {
             while let Some((position, found)) = self.page.pop_front() {
@@ -261,13 +256,18 @@ impl Watcher {
                 match found {
                     Some(Ok(record)) => return Ok(Event::Recorded(Arc::new(record))),
                     Some(Err(unreadable)) => {
-                        self.shared.state().tell_unreadable(&unreadable);
+                        self.history.extent().tell_unreadable(&unreadable);
                         return Ok(Event::Unreadable(unreadable));
                     }
                     None => {}
                 }
             }
-            if self.cursor.revision < *self.newest.borrow_and_update() {
+            let newest = *self.newest.borrow_and_update();
+            let rewrites = self.history.rewrites();
+            if mem::replace(&mut self.rewrites, rewrites) != rewrites {
+                self.check_rewritten().await?;
+            }
+            if self.cursor.revision < newest {
                 // Remaining progress of the cycles with the next records comes first.
                 if let Some(event) = self.before_next_record() {
                     return Ok(event);
@@ -283,7 +283,7 @@ impl Watcher {
                 return Ok(self.bookmark());
             }
             if self.progress && self.live.is_none() {
-                let (now, live) = self.shared.live.join();
+                let (now, live) = self.history.live().join();
                 (self.next_live, self.live) = (now.into(), Some(live));
             }
             if let Some(event) = self.next_live.pop_front() {
@@ -306,11 +306,12 @@ impl Watcher {
                     None => self.live = None,
                 },
                 changed = self.newest.changed() => changed.map_err(|_| Refusal::Draining)?,
-                () = self.shared.closed.cancelled() => {
+                () = self.history.closed().cancelled() => {
                     if self.cursor.revision >= *self.newest.borrow() {
                         return Err(Refusal::Draining);
                     }
                 }
+                _ = self.fed.wait_for(|fed| !fed) => return Err(Refusal::NotFollowing),
                 () = sleep_until(self.bookmark_at) => {}
             }
         }
@@ -348,7 +349,7 @@ impl Watcher {
 
     fn bookmark(&mut self) -> Event {
         self.bookmark_at = Instant::now() + Self::BOOKMARK_EVERY;
-        let Published { size, note } = self.shared.checkpoints.newest();
+        let Published { size, note } = self.history.checkpoint().borrow().clone();
         let is_new = self.checkpoint < Some(size) && !note.is_empty();
         if is_new {
             self.checkpoint = Some(size);
@@ -367,9 +368,9 @@ impl Watcher {
             return None;
         }
         let cycle_id = event.cycle.cycle_id;
-        if !self.heard.contains_key(&cycle_id) {
+        if self.heard.get(&cycle_id).is_none_or(|heard| is_old(&heard.revision)) {
             self.heard.retain(|_, heard| !is_old(&heard.revision));
-            let wanted = self.filter.wants_live(&event.cycle, &self.shared.with_all_names(&self.filter.parts));
+            let wanted = self.filter.wants_live(&event.cycle, &self.history.with_all_names(&self.filter.parts));
             let revision = event.cycle.revision.clone();
             self.heard.insert(cycle_id, Heard { revision, wanted, started: false, updates: 0 });
         }
@@ -405,7 +406,7 @@ impl Watcher {
             self.read_page().await?;
             return Ok(None);
         };
-        let parts = self.shared.with_all_names(&self.filter.parts);
+        let parts = self.history.with_all_names(&self.filter.parts);
         let wanted = self.filter.wants_outside(&recent.record) && recent.has(&parts).await;
         self.cursor = Position::after(&recent.record);
         if !wanted {
@@ -418,33 +419,39 @@ impl Watcher {
     /// The record after the cursor, if it is cached.
     fn at_hand(&self) -> Option<Arc<Recent>> {
         let wanted = self.cursor.revision.next();
-        let state = self.shared.state();
-        let first = state.recent.front()?.record.revision;
+        let extent = self.history.extent();
+        let first = extent.recent.front()?.record.revision;
         let skip = usize::try_from(wanted.0.checked_sub(first.0)?).ok()?;
-        state.recent.get(skip).cloned()
+        extent.recent.get(skip).cloned()
     }
 
     /// Reads the records after the cursor from the store, and keeps as many as there is memory for, at least one, which
     /// is sent at once.
     async fn read_page(&mut self) -> Result<(), Refusal> {
-        let shared = &self.shared;
+        let history = &self.history;
         let mut room = select! {
             biased;
-            room = shared.history.hold(shared.max_record().max(Self::PAGE.bytes).min(shared.history.max())) => room,
-            () = shared.closed.cancelled() => return Err(Refusal::Draining),
+            room = history.memory().hold(history.max_record().max(Self::PAGE.bytes).min(history.memory().max())) => room,
+            () = history.closed().cancelled() => return Err(Refusal::Draining),
         };
-        let records = match shared.store.cycles_after(self.cursor.revision, Self::PAGE).await {
+        let records = match history.store().cycles_after(self.cursor.revision, Self::PAGE).await {
             Ok(records) => records,
             Err(ResumeError::NotRetained { oldest, newest }) => {
+                let before = Revision(oldest.0.saturating_sub(1));
+                history.pruned(before);
+                if self.is_from_oldest && self.cursor.revision < before {
+                    self.cursor = Position { revision: before, epoch: None };
+                    return Ok(());
+                }
                 return Err(Refusal::RevisionNotRetained { after: self.cursor.revision, oldest, newest });
             }
             Err(ResumeError::Store(error)) => return Err(error.into()),
         };
         // The store may have records whose commits are not acknowledged yet, which a failover could lose.
-        let newest = shared.state().last_revision;
+        let newest = history.newest().revision;
         let revision = |found: &Found| found.as_ref().map_or_else(|it| it.revision, |record| record.revision);
         let records: Vec<_> = records.into_iter().take_while(|found| revision(found) <= newest).collect();
-        let have = which_have(&records, &self.shared.with_all_names(&self.filter.parts)).await;
+        let have = which_have(&records, &self.history.with_all_names(&self.filter.parts)).await;
         let mut is_first = true;
         for (found, has) in records.into_iter().zip(have) {
             let record = match found {
@@ -461,7 +468,7 @@ impl Watcher {
             } else if is_first {
                 is_first = false;
                 self.page.push_back((position, Some(Ok(with_room(record, &mut room)))));
-            } else if let Ok(mut room) = shared.watching.try_hold(record.bytes.len()) {
+            } else if let Ok(mut room) = history.watching().try_hold(record.bytes.len()) {
                 self.page.push_back((position, Some(Ok(with_room(record, &mut room)))));
             } else {
                 break;
@@ -473,6 +480,7 @@ impl Watcher {
 
 impl Drop for Watcher {
     fn drop(&mut self) {
-        self.shared.watchers.leave(&self.place);
+        self.history.watchers().leave(&self.place);
+        self.history.leave(&self.filter, self.progress);
     }
 }

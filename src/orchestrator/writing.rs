@@ -300,7 +300,9 @@ impl Shared {
                 change.apply(&mut state);
             }
         }
-        self.show_newest();
+        let renamed = self.state().registry.renamed().clone();
+        self.history.rename(&renamed);
+        self.history.show();
         if appends {
             self.checkpoints.appended.notify_one();
         }

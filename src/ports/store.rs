@@ -98,6 +98,15 @@ pub trait Store: Send + Sync + 'static {
     /// Some of them have been pruned, `revision` was never given, or the store can't be read.
     fn cycles_after(&self, revision: Revision, page: PageLimits) -> BoxFuture<'_, Result<Vec<Found>, ResumeError>>;
 
+    /// The former names of the stored subsystems that have some, for processes that follow. Only of a store that
+    /// replicas share.
+    ///
+    /// # Errors
+    /// The store can't be read.
+    fn former_names(&self) -> BoxFuture<'_, Result<Vec<FormerNames>, StoreError>> {
+        Box::pin(future::ready(Ok(Vec::new())))
+    }
+
     /// Audit events below the leaf `before`, newest first, that pass `filter`: at most `limit`, and after
     /// [`SCAN_LIMIT`] examined ones no further. An unreadable event passes. Events that are written between two pages
     /// are above both.
@@ -216,6 +225,9 @@ pub struct Contents {
     /// Unreadable entries. They stay in the store; an open cycle stays until it is recorded.
     pub unreadable: Vec<UnreadableRow>,
 }
+
+/// The name of a subsystem, and its former names, newest first.
+pub type FormerNames = (Name, Vec<Name>);
 
 /// A record, or the error if it can't be read.
 pub type Found = Result<Record, Unreadable>;

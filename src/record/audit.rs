@@ -6,9 +6,9 @@ use bytes::Bytes;
 use prost::Message;
 
 use crate::{
-    model::{AuditEvent, AuditTargets, Cause, Code, Decision, EventKind, Identity, OwnEvent},
+    model::{AuditEvent, AuditTargets, Cause, Code, Decision, EventKind, Identity, OwnEvent, excerpt},
     ports::AuditEntry,
-    proto::{orchestrator::v1 as pb, timestamp},
+    proto::{orchestrator::v1 as pb, read_timestamp, timestamp},
 };
 
 /// Encodes an event.
@@ -73,6 +73,32 @@ pub fn decode_cause(bytes: Bytes) -> Result<Cause, String> {
         begun_at: None,
         own_event: OwnEvent::default(),
     })
+}
+
+/// The event of calls that the replica of this name has answered or denied, from its bytes as [`encode_event`] there
+/// made them.
+///
+/// # Errors
+/// The problem.
+pub fn read_event(bytes: &Bytes, replica: &str) -> Result<AuditEntry, String> {
+    let mut event = pb::AuditEvent::decode(bytes.clone()).map_err(|error| error.to_string())?;
+    if event.via.is_empty() {
+        excerpt(replica, Cause::MAX_VIA).clone_into(&mut event.via);
+    }
+    let entry = AuditEntry {
+        kind: kind(event.kind()),
+        time: event.time.and_then(read_timestamp).ok_or("it has no time")?,
+        caller: event.caller.clone(),
+        rpc: event.rpc.clone(),
+        denied: is_denied(event.decision()),
+        bytes: event.encode_to_vec().into(),
+    };
+    match entry.bytes.len() {
+        // A change has its event in the commit that makes it.
+        _ if entry.kind == EventKind::Change => Err("it is that of a change".into()),
+        bytes if bytes > AuditEvent::MAX_BYTES => Err(format!("it has {bytes} bytes")),
+        _ => Ok(entry),
+    }
 }
 
 /// True if events are copied to the log of the process.
@@ -196,6 +222,20 @@ mod tests {
         let entry = encode_event(&largest());
         assert!(entry.bytes.len() <= AuditEvent::MAX_BYTES, "{}", entry.bytes.len());
         assert!(entry.denied);
+    }
+
+    #[test]
+    fn events_of_another_replica_name_it_and_are_no_changes() {
+        let of_calls = |via: Option<Arc<str>>| {
+            let cause = Cause { caller: Some(Identity::Uid(7)), via, ..Cause::of_service("GetCycle") };
+            AuditEvent { kind: EventKind::Calls, count: 3, ..cause.event(Timestamp::UNIX_EPOCH) }
+        };
+        let sent = encode_event(&of_calls(None));
+        assert_eq!(read_event(&sent.bytes, "b"), Ok(encode_event(&of_calls(Some("b".into())))));
+        assert_eq!(read_event(&read_event(&sent.bytes, "b").unwrap().bytes, "c"), read_event(&sent.bytes, "b"));
+        let change = encode_event(&Cause::of_service("reload").event(Timestamp::UNIX_EPOCH));
+        assert!(read_event(&change.bytes, "b").is_err());
+        assert!(read_event(&Bytes::from_static(b"\xff"), "b").is_err());
     }
 
     #[test]

@@ -47,6 +47,22 @@ fn report(part: pb::SubsystemTelemetry, cycle_started_at: Timestamp) -> Result<S
     })
 }
 
+/// The state of a part in a running cycle; `None` while it is being called. What its progress does not say of it has no
+/// meaning.
+///
+/// # Errors
+/// This version does not know the state.
+pub fn progress(progress: pb::SubsystemProgress) -> Result<Option<SubsystemState>, String> {
+    if progress.state() == pb::SubsystemState::Running {
+        return Ok(None);
+    }
+    let pb::SubsystemProgress { name, state: number, error_code, error_message, .. } = progress;
+    // Why it was skipped is in the message.
+    let skip_reason = pb::SkipReason::Suspended.into();
+    let part = pb::SubsystemTelemetry { state: number, error_code, error_message, skip_reason, ..Default::default() };
+    state(&part).map(Some).ok_or_else(|| format!("the part of {name} has a state that is not known"))
+}
+
 /// `None` if this version does not know it.
 fn state(part: &pb::SubsystemTelemetry) -> Option<SubsystemState> {
     let message = part.error_message.clone();

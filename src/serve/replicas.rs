@@ -6,15 +6,17 @@ use std::{
 };
 
 use futures_util::FutureExt;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
-    access::{Reach, Revoked},
+    access::{Mode, Reach, Revoked},
     api::{Connect, Forwarder},
     cluster::Membership,
     config::Config,
     dial,
     memory::Memory,
     model::Identity,
+    orchestrator::{History, Sums},
     transport::Transport,
 };
 
@@ -22,6 +24,9 @@ use crate::{
 pub(super) struct Replicas {
     connector: Arc<Connector>,
     forwarder: Forwarder,
+    sums: Sums,
+    /// Follow the leader, and report calls to it. `None` if it would not take the word of this replica.
+    following: Option<[AbortOnDropHandle<()>; 2]>,
 }
 
 /// Connects to other replicas as to subsystems: with the same certificate, and trusting the same authorities.
@@ -48,10 +53,12 @@ impl Trusted {
 }
 
 impl Replicas {
-    /// Those of this replica. What the leader sends ahead takes memory from `answers`.
+    /// Those of this replica. What the leader acknowledges is shown in `history`, and what it sends ahead takes memory
+    /// from `answers`. The leader gets the `sums` of calls.
     pub(super) fn new(
         config: &Config,
         membership: &Membership,
+        (history, sums): (History, Sums),
         transport: Arc<dyn Transport>,
         tls: Arc<dial::Tls>,
         answers: Memory,
@@ -62,8 +69,16 @@ impl Replicas {
         let connector = Arc::new(Connector { transport, tls, timeout, reach, trusted });
         let (replica, max_calls) = (&membership.replica().name, config.server.max_concurrent_streams);
         let connect = connector.clone().connect();
-        let forwarder = Forwarder::new(replica, membership.roles(), connect, max_calls, answers);
-        Self { connector, forwarder }
+        let forwarder = Forwarder::new(replica, membership.roles(), history, connect, max_calls, answers);
+        let follow = || {
+            let (follows, reports, sums) = (forwarder.clone(), forwarder.clone(), sums.clone());
+            let follows = tokio::spawn(async move { follows.follow().await });
+            let reports = tokio::spawn(async move { reports.report(&sums).await });
+            [follows, reports].map(AbortOnDropHandle::new)
+        };
+        let is_trusted = config.access.mode == Mode::Off || !config.cluster.peers.is_empty();
+        let following = is_trusted.then(follow);
+        Self { connector, forwarder, sums, following }
     }
 
     /// Has the leader answer calls.
@@ -80,6 +95,13 @@ impl Replicas {
     /// Ends the streams of the leader, since the process ends.
     pub(super) fn end(&self) {
         self.forwarder.end_streams();
+    }
+
+    /// Reports the last calls to the leader, if another replica leads.
+    pub(super) async fn report_last(&self) {
+        if self.following.is_some() {
+            self.forwarder.report_last(&self.sums).await;
+        }
     }
 }
 

@@ -21,7 +21,7 @@ use crate::{
     host::Host,
     memory::Shares,
     model::{Begin, Epoch},
-    orchestrator::{Orchestrator, OrchestratorTasks, Refusal, Stopped, Sums, TakenOver},
+    orchestrator::{History, Orchestrator, OrchestratorTasks, Position, Refusal, Stopped, Sums, TakenOver},
     ports::{Leadership, Spans, Store, StoreError, Subsystems},
     store::OpenError,
 };
@@ -39,6 +39,7 @@ pub(super) struct Parts {
     pub(super) dialer: Arc<Dialer>,
     pub(super) spans: Arc<dyn Spans>,
     pub(super) sums: Sums,
+    pub(super) history: History,
 }
 
 /// The terms, the present one and those to come.
@@ -127,6 +128,7 @@ impl Terms {
         api: Api,
     ) -> Result<Self, StartError> {
         let subsystems = parts.dialer.clone();
+        let taken_over = TakenOver { history: Some(parts.history.clone()), ..taken_over };
         let (orchestrator, tasks) = begin(config, &parts, taken_over, subsystems).await?;
         let orchestrator = Arc::new(orchestrator);
         api.lead(orchestrator.clone());
@@ -231,6 +233,8 @@ impl Terms {
         }
         if let Some(shared) = &mut self.shared {
             shared.config = Arc::new(config.clone());
+            shared.parts.history.apply(&settings(config));
+            shared.parts.history.declare(&declared(config));
             if let Phase::Unable { .. } = self.phase {
                 let candidate = shared.candidate(&self.api);
                 self.follow(candidate, After::Start);
@@ -342,7 +346,15 @@ impl Terms {
             let Shared { store, parts, config, .. } = &shared;
             let taken_over = log::take_over(config, how, parts.host.random.id128(), store.clone()).await?;
             parts.sums.set_reads(settings(config).audit_reads);
-            let taken_over = TakenOver { sums: Some(parts.sums.clone()), ..taken_over };
+            let contents = &taken_over.contents;
+            let (known, end) = (parts.history.known(), Position { revision: contents.last_revision, epoch: None });
+            parts.history.goes_on(known, end).await?;
+            if let Some(Position { revision: missing, .. }) = parts.history.missing() {
+                let (url, newest) = (config.store.url.clone(), contents.last_revision);
+                return Err(StartError::HistoryLost { url, missing, newest });
+            }
+            let (sums, history) = (Some(parts.sums.clone()), Some(parts.history.clone()));
+            let taken_over = TakenOver { sums, history, ..taken_over };
             begin(config, parts, taken_over, Arc::new(leased)).await
         };
         self.phase = Phase::Beginning(Box::new(Beginning { candidate, epoch, lease, keeping, begun: begun.boxed() }));

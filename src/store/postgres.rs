@@ -53,7 +53,7 @@ use super::{
     jobs::Jobs,
     pages::{cycles_after, cycles_before, events_before, record_of},
     parts::parts,
-    row::{flag, integer, leaf, number},
+    row::{flag, integer, json, leaf, name, number},
     term::SharedLog,
     trouble::Trouble,
 };
@@ -62,8 +62,8 @@ use crate::{
     ledger::{Hash, Node, Part, SealKeys, Signer},
     model::{CycleId, Epoch, RequestKey, Revision},
     ports::{
-        Checks, Contents, EventFilter, EventPage, Excess, Filter, Found, Leadership, Log, Page, PageLimits,
-        ResumeError, Retention, Seals, ServerFigures, ServerState, Store, StoreError, StoreSize, Write,
+        Checks, Contents, EventFilter, EventPage, Excess, Filter, FormerNames, Found, Leadership, Log, Page,
+        PageLimits, ResumeError, Retention, Seals, ServerFigures, ServerState, Store, StoreError, StoreSize, Write,
     },
 };
 
@@ -105,6 +105,12 @@ impl PostgresStore {
         schema::check_additions(&connector, &connection).await?;
         report_asynchronous(&connector, &connection).await?;
         let (log, claim) = (SharedLog::default(), LastClaim::default());
+        // A follower reads records without having taken the database over.
+        let unlogged_to = format!("SELECT unlogged_to FROM {}.meta WHERE id = 0", url.schema());
+        let found = connection.query(&unlogged_to, &[]).await.map_err(|error| explain(&url.to_string(), &error))?;
+        if let Some(number) = found.first().and_then(|row| number(row, "unlogged_to").ok()) {
+            log.begins_after(Revision(number));
+        }
         let (jobs, incoming) = Jobs::new();
         let leader = Arc::new(LeaderRow::new(connector.clone(), claim.clone()));
         let writer = Writer::new(connector.clone(), claim, log.clone(), (checks, clock), even_moved);
@@ -372,6 +378,16 @@ impl Store for PostgresStore {
     fn cycles_after(&self, revision: Revision, limits: PageLimits) -> BoxFuture<'_, Result<Vec<Found>, ResumeError>> {
         let how = self.reading();
         Box::pin(async move { self.readers.read(move |snapshot| cycles_after(snapshot, how, revision, limits)).await? })
+    }
+
+    fn former_names(&self) -> BoxFuture<'_, Result<Vec<FormerNames>, StoreError>> {
+        Box::pin(self.readers.read(|snapshot| {
+            let rows = snapshot
+                .query("SELECT name, former_names FROM SCHEMA.subsystems WHERE former_names IS NOT NULL", &[])?;
+            // What can't be read was logged when the store was taken over.
+            let names = |row| Some((name(row, "name").ok()?, json(row, "former_names").ok()??));
+            Ok(rows.iter().filter_map(|row| names(row)).collect())
+        }))
     }
 
     fn events_before(

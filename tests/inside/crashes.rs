@@ -122,7 +122,7 @@ async fn ask(orchestrator: Arc<Orchestrator>, seen: Arc<Seen>, request: CycleReq
 async fn walk(orchestrator: &Orchestrator) -> Vec<(Revision, CycleId)> {
     let (mut found, mut before) = (Vec::new(), None);
     loop {
-        let page = orchestrator.cycles(before, Filter::default(), PartFilter::default(), 2).await.unwrap();
+        let page = orchestrator.history().cycles(before, Filter::default(), PartFilter::default(), 2).await.unwrap();
         found.extend(page.records.iter().map(|record| record.as_ref().unwrap()).map(|it| (it.revision, it.cycle_id)));
         before = page.next;
         if before.is_none() {

@@ -15,7 +15,8 @@ use orchestrator_core::{
     memory::{Full, Shares},
     model::{CycleId, CycleState, Epoch, Name, Revision, Trigger},
     orchestrator::{
-        Declared, NotCancelled, Orchestrator, OrchestratorTasks, RecordHasNoRoom, Refusal, Registrar, Settings, Stopped,
+        Declared, Event, From, History, NotCancelled, Orchestrator, OrchestratorTasks, Position, RecordHasNoRoom,
+        Refusal, Registrar, Settings, Stopped, WatchFilter,
     },
     ports::{Filter, Record, Retention, RetentionRule, Store, StoreError, Unreadable, Write},
     proto::orchestrator::v1::CycleTelemetry,
@@ -52,7 +53,7 @@ async fn run(orchestrator: &Orchestrator, state: CycleState) {
 
 /// The cycles that are retained, the newest first.
 async fn retained(orchestrator: &Orchestrator) -> Vec<u64> {
-    let page = orchestrator.cycles(None, Filter::default(), PartFilter::default(), 1000).await.unwrap();
+    let page = orchestrator.history().cycles(None, Filter::default(), PartFilter::default(), 1000).await.unwrap();
     page.records.into_iter().map(|record| record.unwrap().cycle_id.0).collect()
 }
 
@@ -142,7 +143,7 @@ async fn a_page_with_a_filter_is_filled_from_as_many_records_as_that_takes() {
     for size in [80, 7] {
         let (mut found, mut scanned, mut before) = (Vec::new(), 0, None);
         loop {
-            let page = orchestrator.cycles(before, Filter::default(), of_b.clone(), size).await.unwrap();
+            let page = orchestrator.history().cycles(before, Filter::default(), of_b.clone(), size).await.unwrap();
             let is_full = page.records.len() == size;
             found.extend(page.records.into_iter().map(|record| record.unwrap().cycle_id.0));
             scanned += page.scanned;
@@ -163,7 +164,7 @@ async fn a_walk_by_pages_finds_each_record_once_while_others_are_recorded() {
     }
     let (mut found, mut before) = (Vec::new(), None);
     loop {
-        let page = orchestrator.cycles(before, Filter::default(), PartFilter::default(), 3).await.unwrap();
+        let page = orchestrator.history().cycles(before, Filter::default(), PartFilter::default(), 3).await.unwrap();
         found.extend(page.records.into_iter().map(|record| record.unwrap().revision.0));
         let Some(next) = page.next else { break };
         before = Some(next);
@@ -231,7 +232,8 @@ async fn a_page_has_at_most_three_mebibytes_but_at_least_one_record() {
         let (orchestrator, _tasks) = with_records(sizes.iter().copied()).await;
         let (mut pages, mut before) = (Vec::new(), None);
         loop {
-            let page = orchestrator.cycles(before, Filter::default(), PartFilter::default(), 1000).await.unwrap();
+            let page =
+                orchestrator.history().cycles(before, Filter::default(), PartFilter::default(), 1000).await.unwrap();
             pages.push(page.records.into_iter().map(|record| record.unwrap().bytes.len()).collect::<Vec<_>>());
             let Some(next) = page.next else { break };
             before = Some(next);
@@ -246,13 +248,56 @@ async fn a_page_of_a_filter_that_nothing_passes_ends_after_32_mebibytes_or_10_00
     // The first page ends with a whole page of the store.
     for (sizes, ends_at) in [(vec![MIB; 40], 6..=9), (vec![100; 10_100], 37..=101)] {
         let (orchestrator, _tasks) = with_records(sizes).await;
-        let page = |before| orchestrator.cycles(before, Filter::default(), of_a.clone(), 10);
+        let page = |before| orchestrator.history().cycles(before, Filter::default(), of_a.clone(), 10);
         let first = page(None).await.unwrap();
         let next = first.next.unwrap();
         assert!(first.records.is_empty() && ends_at.contains(&next.0), "{next}");
         let last = page(Some(next)).await.unwrap();
         assert!(last.records.is_empty() && last.next.is_none());
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_replica_that_follows_shows_the_records_that_it_knows_to_be_acknowledged_and_no_others() {
+    let store = in_memory().await;
+    let (orchestrator, _tasks) = start(settings(), Arc::default(), store.clone()).await;
+    for _ in 0..3 {
+        orchestrator.run_cycle(of_all(), false).await.unwrap().recorded().await.unwrap();
+    }
+    let history = History::new(store.clone(), &Shares::of(512 * MIB).history, &settings());
+    let shown = async |before: Option<u64>| {
+        let page = history.cycles(before.map(Revision), Filter::default(), PartFilter::default(), 10).await.unwrap();
+        page.records.into_iter().map(|record| record.unwrap().cycle_id.0).collect::<Vec<_>>()
+    };
+    assert_eq!((history.known(), shown(None).await), (None, vec![]));
+    assert_eq!(history.cycle(CycleId(1)).await.unwrap(), None);
+
+    history.raise(Position { revision: Revision(2), epoch: None });
+    // It never goes back.
+    history.raise(Position { revision: Revision(1), epoch: None });
+    assert_eq!(history.known().map(|position| position.revision), Some(Revision(2)));
+    assert_eq!((shown(None).await, shown(Some(9)).await), (vec![2, 1], vec![2, 1]));
+    assert!(history.cycle(CycleId(2)).await.unwrap().is_some());
+    assert_eq!(history.cycle(CycleId(3)).await.unwrap(), None);
+    let mut watcher = history.watch(From::Oldest, WatchFilter::default(), false).unwrap();
+    for cycle_id in [1, 2] {
+        let event = watcher.next().await.unwrap();
+        assert!(matches!(&event, Event::Recorded(record) if record.cycle_id.0 == cycle_id), "{event:?}");
+    }
+    let event = watcher.next().await.unwrap();
+    assert!(matches!(event, Event::Bookmark(Position { revision: Revision(2), .. }, _)), "{event:?}");
+
+    // The stream of the leader gives it, maybe again.
+    let third = store.cycle(CycleId(3)).await.unwrap().unwrap().unwrap();
+    for _ in 0..2 {
+        history.add(third.clone().into());
+        history.show();
+    }
+    let event = watcher.next().await.unwrap();
+    assert!(matches!(&event, Event::Recorded(record) if **record == third), "{event:?}");
+    assert_eq!(shown(None).await, [3, 2, 1]);
+    history.close();
+    assert!(matches!(watcher.next().await, Err(Refusal::Draining)));
 }
 
 #[tokio::test(start_paused = true)]
@@ -291,7 +336,7 @@ async fn a_read_is_refused_when_its_memory_is_not_free_within_ten_seconds() {
     let process = Process { memory: memory.clone(), settings, ..Process::default() };
     let (orchestrator, _tasks) = process.over(in_memory().await).await.unwrap();
     let record = orchestrator.run_cycle(of_all(), false).await.unwrap().recorded().await.unwrap();
-    let page = || orchestrator.cycles(None, Filter::default(), PartFilter::default(), 10);
+    let page = || orchestrator.history().cycles(None, Filter::default(), PartFilter::default(), 10);
     let idle = history.held();
 
     let taken = history.try_hold(history.max() - idle).unwrap();
@@ -303,13 +348,13 @@ async fn a_read_is_refused_when_its_memory_is_not_free_within_ten_seconds() {
     // Records that do not pass its filter are in memory beside those that do.
     let refused = page().await;
     assert!(matches!(&refused, Err(Refusal::MemoryFull(why)) if *why == full(16 * MIB)), "{refused:?}");
-    let refused = orchestrator.keep(&record).await;
+    let refused = orchestrator.history().keep(&record).await;
     let size = record.bytes.len();
     assert!(matches!(&refused, Err(RecordHasNoRoom(CycleId(1), why)) if *why == full(size)), "{refused:?}");
 
     // A record that was read counts until it is dropped.
     drop(taken);
-    let kept = orchestrator.keep(&record).await.unwrap();
+    let kept = orchestrator.history().keep(&record).await.unwrap();
     let read = orchestrator.cycle(CycleId(1)).await.unwrap();
     let listed = page().await.unwrap();
     assert_eq!((&kept, &read.bytes, &listed.records[0].as_ref().unwrap().bytes), (&record.bytes, &kept, &kept));

@@ -77,7 +77,7 @@ async fn revisions(watcher: &mut Watcher, count: usize) -> Vec<u64> {
 async fn a_watcher_gets_each_later_record_once_and_in_order_wherever_it_begins() {
     let (orchestrator, _tasks) = stage(settings()).await;
     record(&orchestrator, MANY).await;
-    let watch = |from| orchestrator.watch(from, WatchFilter::default(), false).unwrap();
+    let watch = |from| orchestrator.history().watch(from, WatchFilter::default(), false).unwrap();
     let mut now = watch(From::Now);
     // The first records are read from the store, the last ones from the cache.
     for (from, first) in [(From::Oldest, 1), (after(0), 1), (after(MANY - 3), MANY - 2)] {
@@ -119,11 +119,11 @@ async fn a_record_is_not_read_before_its_commit_is_acknowledged() {
     let cycle_id = orchestrator.run_cycle(of(&["a"]), false).await.unwrap().cycle_id;
     sleep(Duration::from_mins(1)).await;
     assert!(store.cycle(cycle_id).await.unwrap().is_some(), "it is in the store");
-    let mut watcher = orchestrator.watch(From::Oldest, WatchFilter::default(), false).unwrap();
+    let mut watcher = orchestrator.history().watch(From::Oldest, WatchFilter::default(), false).unwrap();
     assert_eq!(revisions(&mut watcher, 2).await, [1, 2]);
     assert_eq!(next(&mut watcher).await.unwrap(), None);
     assert!(orchestrator.cycle(cycle_id).await.is_err());
-    let page = orchestrator.cycles(None, Filter::default(), PartFilter::default(), 10).await.unwrap();
+    let page = orchestrator.history().cycles(None, Filter::default(), PartFilter::default(), 10).await.unwrap();
     assert_eq!(page.records.len(), 2);
 }
 
@@ -135,16 +135,17 @@ async fn a_filter_applies_to_records_in_the_store_and_in_the_cache() {
         parts: PartFilter { subsystems: [Name::parse("b").unwrap()].into(), ..PartFilter::default() },
         ..WatchFilter::default()
     };
-    let mut watcher = orchestrator.watch(From::Oldest, of_b, false).unwrap();
+    let mut watcher = orchestrator.history().watch(From::Oldest, of_b, false).unwrap();
     for revision in revisions(&mut watcher, 150).await {
-        let page = orchestrator.cycles(Some(Revision(revision + 1)), Filter::default(), PartFilter::default(), 1);
+        let page =
+            orchestrator.history().cycles(Some(Revision(revision + 1)), Filter::default(), PartFilter::default(), 1);
         let record = page.await.unwrap().records.remove(0).unwrap();
         // The filter selects the second cycle of each four.
         assert_eq!(record.cycle_id.0 % 4, 2);
     }
     assert_eq!(next(&mut watcher).await.unwrap(), None);
     let failed = WatchFilter { states: vec![CycleState::Failed], ..WatchFilter::default() };
-    let mut watcher = orchestrator.watch(From::Oldest, failed, false).unwrap();
+    let mut watcher = orchestrator.history().watch(From::Oldest, failed, false).unwrap();
     assert_eq!(next(&mut watcher).await.unwrap(), None, "nothing has failed");
 }
 
@@ -152,7 +153,7 @@ async fn a_filter_applies_to_records_in_the_store_and_in_the_cache() {
 async fn an_idle_watcher_receives_a_bookmark_every_thirty_seconds() {
     let (orchestrator, _tasks) = stage(settings()).await;
     record(&orchestrator, 1).await;
-    let mut watcher = orchestrator.watch(From::Oldest, WatchFilter::default(), false).unwrap();
+    let mut watcher = orchestrator.history().watch(From::Oldest, WatchFilter::default(), false).unwrap();
     assert_eq!(next(&mut watcher).await.unwrap(), Some(Revision(1)));
     for wait in [0, 30, 30] {
         let asked = Instant::now();
@@ -161,7 +162,7 @@ async fn an_idle_watcher_receives_a_bookmark_every_thirty_seconds() {
     }
     // A client that resumes after it misses no record.
     record(&orchestrator, 1).await;
-    let mut again = orchestrator.watch(after(1), WatchFilter::default(), false).unwrap();
+    let mut again = orchestrator.history().watch(after(1), WatchFilter::default(), false).unwrap();
     assert_eq!(next(&mut again).await.unwrap(), Some(Revision(2)));
 }
 
@@ -175,7 +176,7 @@ async fn a_bookmark_is_sent_in_time_while_events_come_that_the_filter_rejects() 
         orchestrator.register(subsystem(name), None, &Registrar::Anyone, by_test()).await.unwrap();
     }
     let filter = WatchFilter { loops: [Name::parse("other").unwrap()].into(), ..WatchFilter::default() };
-    let mut watcher = orchestrator.watch(From::Now, filter, true).unwrap();
+    let mut watcher = orchestrator.history().watch(From::Now, filter, true).unwrap();
     assert_eq!(next(&mut watcher).await.unwrap(), None);
     assert!(next(&mut watcher).now_or_never().is_none());
     tokio::time::sleep(Duration::from_millis(29_900)).await;
@@ -193,7 +194,7 @@ async fn a_watcher_whose_next_record_was_removed_is_refused_with_the_retained_ra
     let rule = RetentionRule { max_cycles: Some(10), max_age: None };
     let settings = Settings { retention: Retention { default: rule, ..Retention::default() }, ..settings() };
     let (orchestrator, _tasks) = stage(settings).await;
-    let mut behind = orchestrator.watch(From::Oldest, WatchFilter::default(), false).unwrap();
+    let mut behind = orchestrator.history().watch(From::Oldest, WatchFilter::default(), false).unwrap();
     assert_eq!(next(&mut behind).await.unwrap(), None);
     record(&orchestrator, MANY).await;
     // The next pass of retention.
@@ -209,10 +210,10 @@ async fn a_watcher_whose_next_record_was_removed_is_refused_with_the_retained_ra
     };
     is_refused(next(&mut behind).await.unwrap_err(), 0);
     for revision in [0, MANY - 11, MANY + 1] {
-        let refused = orchestrator.watch(after(revision), WatchFilter::default(), false);
+        let refused = orchestrator.history().watch(after(revision), WatchFilter::default(), false);
         is_refused(refused.err().unwrap(), revision);
     }
-    let mut oldest = orchestrator.watch(after(MANY - 10), WatchFilter::default(), false).unwrap();
+    let mut oldest = orchestrator.history().watch(after(MANY - 10), WatchFilter::default(), false).unwrap();
     assert_eq!(next(&mut oldest).await.unwrap(), Some(Revision(MANY - 9)));
 }
 
@@ -220,7 +221,7 @@ async fn a_watcher_whose_next_record_was_removed_is_refused_with_the_retained_ra
 async fn a_replica_whose_lease_has_ended_does_not_say_that_what_it_does_not_know_does_not_exist() {
     let (orchestrator, _tasks) = stage(settings()).await;
     record(&orchestrator, 1).await;
-    let watch = || orchestrator.watch(after(2), WatchFilter::default(), false);
+    let watch = || orchestrator.history().watch(after(2), WatchFilter::default(), false);
     assert!(matches!(watch(), Err(Refusal::RevisionNotRetained { .. })));
     orchestrator.lapse();
     assert!(matches!(watch(), Err(Refusal::Unconfirmed)));
@@ -234,7 +235,7 @@ async fn a_replica_whose_lease_has_ended_does_not_say_that_what_it_does_not_know
 #[tokio::test(start_paused = true)]
 async fn progress_of_a_cycle_comes_before_its_record_and_beside_the_progress_of_other_cycles() {
     let (orchestrator, _tasks) = stage(settings()).await;
-    let mut watcher = orchestrator.watch(From::Now, WatchFilter::default(), true).unwrap();
+    let mut watcher = orchestrator.history().watch(From::Now, WatchFilter::default(), true).unwrap();
     let mut started = Vec::new();
     let mut recorded = Vec::new();
     for name in ["a", "b", "c"] {
@@ -264,7 +265,7 @@ async fn progress_of_a_cycle_comes_before_its_record_and_beside_the_progress_of_
 #[tokio::test(start_paused = true)]
 async fn watchers_are_limited_in_number_and_end_with_the_process_after_its_last_record() {
     let (orchestrator, mut tasks) = stage(Settings { max_watchers: 2, ..settings() }).await;
-    let watch = || orchestrator.watch(From::Now, WatchFilter::default(), false);
+    let watch = || orchestrator.history().watch(From::Now, WatchFilter::default(), false);
     let (first, mut second) = (watch().unwrap(), watch().unwrap());
     assert!(matches!(watch().err(), Some(Refusal::TooManyWatchers(2))));
     drop(first);
@@ -310,7 +311,7 @@ async fn a_filter_applies_to_progress_as_well() {
     ];
     let mut watchers = Vec::new();
     for filter in filters {
-        let mut watcher = orchestrator.watch(From::Now, filter, true).unwrap();
+        let mut watcher = orchestrator.history().watch(From::Now, filter, true).unwrap();
         assert_eq!(all(&mut watcher).await, [("bookmark", 0)]);
         watchers.push(watcher);
     }
@@ -338,7 +339,7 @@ async fn a_record_waits_for_earlier_events_of_other_cycles_only() {
         .register_all(names.iter().map(|name| subsystem(name)).collect(), None, &Registrar::Anyone, by_test())
         .await
         .unwrap();
-    let mut watcher = orchestrator.watch(From::Now, WatchFilter::default(), true).unwrap();
+    let mut watcher = orchestrator.history().watch(From::Now, WatchFilter::default(), true).unwrap();
     assert_eq!(all(&mut watcher).await, [("bookmark", 0)]);
     orchestrator.run_cycle(of(&["a"]), false).await.unwrap().recorded().await.unwrap();
     let mut events = Vec::new();
@@ -371,7 +372,7 @@ async fn a_watcher_that_joins_a_large_cycle_receives_its_state_in_pieces() {
     tokio::time::sleep(Duration::from_millis(100)).await;
     let now = &orchestrator.status().running[0];
     assert_eq!((now.total, now.running, now.ended), (PARTS, 1050, 0));
-    let mut watcher = orchestrator.watch(From::Now, WatchFilter::default(), true).unwrap();
+    let mut watcher = orchestrator.history().watch(From::Now, WatchFilter::default(), true).unwrap();
     assert_eq!(brief(&watcher.next().await.unwrap()), ("bookmark", 0));
     assert_eq!(brief(&watcher.next().await.unwrap()), ("started", 1));
     let (mut called, mut ended, mut sizes) = (BTreeSet::new(), BTreeSet::new(), Vec::new());
@@ -398,8 +399,8 @@ async fn a_watcher_that_joins_a_large_cycle_receives_its_state_in_pieces() {
 async fn a_watcher_is_shown_a_record_at_once_and_lags_while_its_next_record_is_not_cached() {
     const CACHED: u64 = 256;
     let (orchestrator, _tasks) = stage(settings()).await;
-    let mut watcher = orchestrator.watch(From::Now, WatchFilter::default(), false).unwrap();
-    let mut behind = orchestrator.watch(From::Now, WatchFilter::default(), false).unwrap();
+    let mut watcher = orchestrator.history().watch(From::Now, WatchFilter::default(), false).unwrap();
+    let mut behind = orchestrator.history().watch(From::Now, WatchFilter::default(), false).unwrap();
     assert_eq!(next(&mut watcher).await.unwrap(), None);
     let figures = || {
         let figures = orchestrator.figures();
@@ -435,8 +436,8 @@ async fn the_cache_for_watchers_and_their_filters_count_as_memory_of_the_history
         let loops = (0..names).map(|i| Name::parse(&format!("l{i}")).unwrap()).collect();
         WatchFilter { loops, ..WatchFilter::default() }
     };
-    let _watcher = orchestrator.watch(From::Now, filter((16 << 20) / 128), false).unwrap();
-    let refused = orchestrator.watch(From::Now, filter(1), false).err();
+    let _watcher = orchestrator.history().watch(From::Now, filter((16 << 20) / 128), false).unwrap();
+    let refused = orchestrator.history().watch(From::Now, filter(1), false).err();
     assert!(matches!(&refused, Some(Refusal::MemoryFull(full)) if full.max == 16 << 20), "{refused:?}");
 }
 
@@ -463,7 +464,7 @@ async fn cached(parts: &[usize]) -> usize {
     }
     // A watcher lags while its next record is not cached.
     let watchers: Vec<_> = (1..=parts.len() as u64)
-        .map(|sent| orchestrator.watch(after(sent), WatchFilter::default(), false).unwrap())
+        .map(|sent| orchestrator.history().watch(after(sent), WatchFilter::default(), false).unwrap())
         .collect();
     watchers.len() - orchestrator.figures().lagging
 }
@@ -499,23 +500,24 @@ async fn the_filter_of_a_watcher_takes_memory_until_it_disconnects() {
     let taken = memory.history.held();
     // A name is counted with 128 bytes.
     for filter in [of_loops(10), of_parts(10)] {
-        let refused = orchestrator.watch(From::Now, filter, false).err();
+        let refused = orchestrator.history().watch(From::Now, filter, false).err();
         assert!(matches!(refused, Some(Refusal::MemoryFull(_))), "{refused:?}");
     }
-    let watchers = [of_loops(3), of_parts(3)].map(|filter| orchestrator.watch(From::Now, filter, false).unwrap());
+    let watchers =
+        [of_loops(3), of_parts(3)].map(|filter| orchestrator.history().watch(From::Now, filter, false).unwrap());
     assert!(memory.history.held() > taken);
-    let refused = orchestrator.watch(From::Now, of_loops(3), false).err();
+    let refused = orchestrator.history().watch(From::Now, of_loops(3), false).err();
     assert!(matches!(refused, Some(Refusal::MemoryFull(_))), "{refused:?}");
     drop(watchers);
     assert_eq!(memory.history.held(), taken);
-    orchestrator.watch(From::Now, of_loops(3), false).unwrap();
+    orchestrator.history().watch(From::Now, of_loops(3), false).unwrap();
 }
 
 #[tokio::test(start_paused = true)]
 async fn the_next_event_counts_the_updates_that_were_lost_for_lack_of_memory() {
     let memory = Shares::of(1 << 30);
     let (orchestrator, _tasks) = within(&memory).await;
-    let mut watcher = orchestrator.watch(From::Now, WatchFilter::default(), true).unwrap();
+    let mut watcher = orchestrator.history().watch(From::Now, WatchFilter::default(), true).unwrap();
     assert_eq!(brief(&watcher.next().await.unwrap()), ("bookmark", 0));
     assert!(watcher.next().now_or_never().is_none(), "it waits");
     orchestrator.run_cycle(of(&["a", "b"]), false).await.unwrap();

@@ -170,7 +170,7 @@ async fn refusal_of<T: std::fmt::Debug, R: Into<Refusal>>(
 #[tokio::test(start_paused = true)]
 async fn no_change_is_visible_before_its_commit_has_returned() {
     let stage = Stage::new().await;
-    let mut watcher = stage.orchestrator.watch(From::Now, WatchFilter::default(), false).unwrap();
+    let mut watcher = stage.orchestrator.history().watch(From::Now, WatchFilter::default(), false).unwrap();
     // The watcher is up to date.
     watcher.next().await.unwrap();
     let ticket = stage.run("a").await;

@@ -64,6 +64,18 @@ impl<A: Message + Default> Messages<A> {
         }
     }
 
+    /// The only message.
+    ///
+    /// # Errors
+    /// Those of [`Messages::next`]. Or there is no message, or more than one.
+    pub(super) async fn only(mut self) -> Result<A, Status> {
+        let only = self.next().await?.ok_or_else(|| Status::internal("the leader's answer has no message"))?;
+        match self.next().await? {
+            None => Ok(only),
+            Some(_) => Err(Status::internal("the leader's answer has more than one message")),
+        }
+    }
+
     /// Bytes of the current message, with its prefix, once that is known.
     fn announced(&self) -> Option<usize> {
         self.gathered.first_chunk().map(|prefix| Prefix::BYTES + Prefix::read(*prefix).length)

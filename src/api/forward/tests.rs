@@ -17,8 +17,13 @@ use tonic_types::StatusExt;
 use super::*;
 use crate::{
     api::Way,
+    clock::Clock,
+    config::Config,
     listen::{self, Entrance, Limits, Peer, Services},
-    model::{Endpoint, Epoch, Replica},
+    model::{Endpoint, Epoch, Replica, Revision},
+    orchestrator::Position,
+    record, serve,
+    store::{self, StoreUrl},
     transport::{Connected, Listener, Origin, Stream},
 };
 
@@ -162,11 +167,17 @@ fn leader(name: &str) -> Leader {
 /// A follower of this leader, with what changes its role.
 fn follower(connect: Connect, of: Option<Leader>, answers: Memory) -> (Forwarder, watch::Sender<Role>) {
     let (change, roles) = watch::channel(Role::Follower { leader: of });
-    (Forwarder::new("follower", roles, connect, 2, answers), change)
+    (Forwarder::new("follower", roles, history(), connect, 2, answers), change)
 }
 
 fn memory() -> Memory {
     Memory::whole(64 << 20)
+}
+
+/// A history without records.
+fn history() -> History {
+    let store = store::open(&StoreUrl::Memory, record::CHECKS, Clock::system()).now_or_never().unwrap().unwrap();
+    History::new(store, &memory(), &serve::settings(&Config::default()))
 }
 
 fn call(rpc: Rpc, headers: &[(&'static str, &'static str)], message: &[u8]) -> Outgoing {
@@ -174,7 +185,7 @@ fn call(rpc: Rpc, headers: &[(&'static str, &'static str)], message: &[u8]) -> O
     let grpc = [(CONTENT_TYPE, HeaderValue::from_static("application/grpc"))];
     let headers: HeaderMap = grpc.into_iter().chain(headers).collect();
     let caller = Caller::of(Way::Grpc, Peer::default(), &headers);
-    let counted = CountedCall::begin(Arc::default(), rpc, Some(&caller));
+    let counted = Some(CountedCall::begin(Arc::default(), rpc, Some(&caller)));
     let message = vec![framing::framed_bytes(message)];
     Outgoing { rpc, caller, begun: Begun::default(), counted, headers, message, lapse: None }
 }
@@ -284,9 +295,22 @@ async fn a_call_that_was_not_sent_goes_to_the_replica_that_leads_meanwhile() {
         change.send_replace(Role::Follower { leader: Some(leader("b")) });
         async { Err("Connection refused".to_owned()) }.boxed()
     });
-    let forwarder = Forwarder::new("follower", roles, connect, 2, memory());
+    let forwarder = Forwarder::new("follower", roles, history(), connect, 2, memory());
     forwarder.send(call(Rpc::RunCycle, &[], b"x")).await.unwrap().into_body().collect().await.unwrap();
     assert_eq!(counts(&forwarder), [(Code::Ok, 1)]);
+}
+
+#[tokio::test]
+async fn what_the_leader_acknowledges_is_noted_before_its_answer_is_passed_on() {
+    let fake = FakeLeader::start();
+    let (_change, roles) = watch::channel(Role::Follower { leader: Some(leader("a")) });
+    let history = history();
+    let forwarder = Forwarder::new("follower", roles, history.clone(), fake.connect.clone(), 2, memory());
+    assert_eq!(history.known(), None);
+    // The leader of this test answers with the headers that it gets.
+    let answer = forwarder.send(call(Rpc::RunCycle, &[("orchestrator-acknowledged", "5 3")], b"x")).await.unwrap();
+    assert_eq!(history.known(), Some(Position { revision: Revision(5), epoch: Some(Epoch(3)) }));
+    assert!(!answer.headers().contains_key("orchestrator-acknowledged"));
 }
 
 #[tokio::test(start_paused = true)]
