@@ -5,18 +5,22 @@
 mod common;
 
 use std::{
+    cell::OnceCell,
     fs::{self, Permissions},
     os::unix::fs::{MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use base64::{Engine, prelude::BASE64_STANDARD};
 use common::{
     command::run,
     patiently,
     pki::{Authority, Issued},
+    postgres::shared,
+    replicas::Replicas,
     service::{Client, Home, Service, reason as reason_of},
-    tokens::write_private,
+    tokens::{write_private, write_tokens},
 };
 use orchestrator_core::{
     access::Token,
@@ -24,10 +28,12 @@ use orchestrator_core::{
     model::Name,
     proto::orchestrator::v1::{self as pb, cycle_event::Event},
 };
+use prost::Message;
 use rcgen::{CertificateParams, SanType, date_time_ymd};
 use rustix::process::{Signal, geteuid};
 use tokio::process::Command;
 use tonic::{Code, Status, Streaming};
+use tonic_types::pb::ErrorInfo;
 
 const MAIN: &str = "spiffe://fleet/process/main";
 
@@ -350,4 +356,60 @@ async fn grpcurl_is_known_by_its_user_and_by_its_certificate() {
     grpcurl.arg("dreamnet.orchestrator.v1.Access/WhoAmI");
     let (exit, text) = run(grpcurl).await;
     assert!(exit == 0 && text.contains(&format!("\"cert:{MAIN}\"")), "{text}");
+}
+
+#[tokio::test]
+#[ignore = "needs grpcurl"]
+async fn grpcurl_uses_a_follower_as_it_uses_the_leader() {
+    let Some(server) = shared() else { return };
+    let token = OnceCell::new();
+    let config = |shared: &Path, _: &Home| {
+        let tokens = shared.join("tokens.toml");
+        token.get_or_init(|| write_tokens(&tokens, &["admin"])["admin"].1.clone());
+        let grant = "[[access.grants]]\nwho = [\"token:admin\"]\nrole = \"admin\"\n";
+        format!("[access]\nmode = \"enforce\"\ntokens_file = {}\n{grant}", quoted(&tokens))
+    };
+    let mut replicas = Replicas::start_with(server, &["a", "b"], "60s", "http", config).await;
+    let follower = replicas.service("b").address().to_string();
+    let authorization = format!("authorization: Bearer {}", token.get().unwrap());
+    let call = |rpc: &str, header: &str, data: &str| {
+        let mut grpcurl = Command::new("grpcurl");
+        // The answer comes sooner.
+        grpcurl.args(["-plaintext", "-max-time", "1", "-import-path", "proto", "-proto", ORCHESTRATOR_PROTO]);
+        grpcurl.args(["-H", header, "-d", data, &follower, &format!("dreamnet.orchestrator.v1.Orchestrator/{rpc}")]);
+        grpcurl
+    };
+    let call_it = async |rpc, data: &str| run(call(rpc, &authorization, data)).await;
+
+    let registration = format!(r#"{{"registration": {{"name": "s", "endpoint": "{}"}}}}"#, replicas.fleet.endpoint());
+    let (exit, text) = call_it("RegisterSubsystem", &registration).await;
+    assert_eq!(exit, 0, "{text}");
+    let (exit, text) = call_it("RunCycle", r#"{"request_id": "first"}"#).await;
+    assert!(exit == 0 && text.contains(r#""cycleId": "1""#) && text.contains("CYCLE_STATE_SUCCEEDED"), "{text}");
+    // Its deadline ends the stream.
+    let (exit, text) = call_it("WatchCycles", r#"{"from_oldest": true}"#).await;
+    assert!(text.contains(r#""requestId": "first""#) && exit == grpcurl_exit(Code::DeadlineExceeded), "{text}");
+
+    let forged = "orchestrator-caller-bin: CgFi";
+    let (exit, text) = run(call("RunCycle", forged, "{}")).await;
+    assert_eq!((exit, grpcurl_reason(&text)), (grpcurl_exit(Code::Unauthenticated), "CREDENTIAL_INVALID".into()));
+
+    replicas.kill("a").await;
+    let (exit, text) = call_it("RunCycle", "{}").await;
+    assert_eq!((exit, grpcurl_reason(&text)), (grpcurl_exit(Code::Unavailable), "NO_LEADER".into()));
+}
+
+const ORCHESTRATOR_PROTO: &str = "dreamnet/orchestrator/v1/orchestrator.proto";
+
+/// The exit code of grpcurl for a status.
+fn grpcurl_exit(code: Code) -> i32 {
+    64 + code as i32
+}
+
+/// The reason of an error that grpcurl shows. It has not the descriptions of details, so it shows their bytes.
+fn grpcurl_reason(text: &str) -> String {
+    let details = text.lines().filter_map(|line| line.trim().strip_prefix("\"@value\": \"")?.strip_suffix('"'));
+    let mut infos = details.filter_map(|detail| ErrorInfo::decode(&BASE64_STANDARD.decode(detail).unwrap()[..]).ok());
+    let info = infos.find(|info| info.domain == "orchestrator.dreamnet");
+    info.unwrap_or_else(|| panic!("{text}")).reason
 }

@@ -9,11 +9,11 @@ use std::{collections::BTreeMap, path::Path, time::Duration};
 
 use bytes::Bytes;
 use common::{
-    door::Door,
-    fleet::{Fleet, Run, to_struct},
+    fleet::{Run, to_struct},
     http, patiently,
     pki::{Authority, Issued},
     postgres::{Server, shared},
+    replicas::Replicas,
     service::{Client, Home, Service, because, decode, next_event, next_recorded, reason, registration},
     tokens::write_tokens,
 };
@@ -24,7 +24,6 @@ use prost::Message;
 use rcgen::SanType;
 use rustls_pki_types::{CertificateDer, pem::PemObject};
 use serde_json::json;
-use tempfile::TempDir;
 use tokio::{
     process::Command,
     time::{Instant, timeout},
@@ -34,111 +33,6 @@ use tonic::{
     metadata::{BinaryMetadataValue, MetadataValue},
     transport::{Channel, ClientTlsConfig, Endpoint},
 };
-
-// ---------------------------------------------------------------------------------------------------------------
-// The kit
-
-/// Replicas of one orchestrator. The first one is started first, and leads.
-struct Replicas {
-    names: Vec<&'static str>,
-    homes: Vec<Home>,
-    services: Vec<Option<Service>>,
-    /// Where the others reach each of them.
-    doors: Vec<Option<Door>>,
-    fleet: Fleet,
-    shared: TempDir,
-}
-
-impl Replicas {
-    /// Replicas with these names and this TTL.
-    async fn start(server: &Server, names: &[&'static str], ttl: &str) -> Self {
-        Self::start_with(server, names, ttl, "http", |_, _| String::new()).await
-    }
-
-    /// The same, with another scheme, and with further configuration of each home. The directory has what they share.
-    async fn start_with(
-        server: &Server,
-        names: &[&'static str],
-        ttl: &str,
-        scheme: &str,
-        config: impl Fn(&Path, &Home) -> String,
-    ) -> Self {
-        let (store, shared) = (server.url(), tempfile::tempdir().unwrap());
-        let mut replicas = Self {
-            names: names.to_vec(),
-            homes: vec![],
-            services: vec![],
-            doors: vec![],
-            fleet: Fleet::start().await,
-            shared,
-        };
-        let key_file = replicas.shared.path().join("log.key").display().to_string();
-        for name in names {
-            let (door, home) = (Door::open().await, Home::new().with_store(&store));
-            let cluster = format!(
-                "[ledger]\nkey_files = [{key_file:?}]\n[cluster]\nreplica = {name:?}\nlease_ttl = {ttl:?}\nadvertise = \
-                 \"{scheme}://{}\"\n",
-                door.address()
-            );
-            let config = cluster + &config(replicas.shared.path(), &home);
-            let home = home.with_config(&config);
-            let service = home.serve().await;
-            door.lead_to(Some(&service));
-            replicas.homes.push(home);
-            replicas.services.push(Some(service));
-            replicas.doors.push(Some(door));
-        }
-        replicas
-    }
-
-    fn service(&self, name: &str) -> &Service {
-        self.services[self.index(name)].as_ref().unwrap()
-    }
-
-    fn index(&self, name: &str) -> usize {
-        self.names.iter().position(|it| *it == name).unwrap()
-    }
-
-    async fn client(&self, name: &str) -> Client {
-        self.service(name).client().await
-    }
-
-    /// Kills a replica: its connections end, and further ones are refused.
-    async fn kill(&mut self, name: &str) {
-        let index = self.index(name);
-        self.doors[index] = None;
-        self.services[index].take().unwrap().kill().await;
-    }
-
-    /// Waits until a replica leads. Returns its name.
-    async fn leader(&self) -> &'static str {
-        let leads = async {
-            loop {
-                for (name, service) in self.names.iter().zip(&self.services) {
-                    if let Some(service) = service
-                        && http::get(service.admin(), "/leader").await.status == 200
-                    {
-                        return *name;
-                    }
-                }
-            }
-        };
-        patiently("a replica to lead", leads).await
-    }
-
-    /// The value of a metric of a replica.
-    async fn metric(&self, name: &str, metric: &str) -> Option<u64> {
-        let metrics = http::get(self.service(name).admin(), "/metrics").await.text().await;
-        let line = metrics.lines().find_map(|line| line.strip_prefix(metric)?.strip_prefix(' '))?;
-        Some(line.parse().unwrap())
-    }
-
-    async fn register(&self, names: &[&str]) {
-        for name in names {
-            self.client("b").await.register(registration(name, self.fleet.endpoint())).await.unwrap();
-        }
-    }
-}
 
 /// A connection to a replica.
 async fn channel(service: &Service) -> Channel {

@@ -4,12 +4,12 @@
 
 mod common;
 
-use std::net::TcpListener;
+use std::{net::TcpListener, process::Stdio};
 
 use common::{
     Stage, command,
     command::orchestrator,
-    http::get,
+    network::Network,
     patiently,
     postgres::{Server, shared, shared_pooler},
     service::{Home, Service, decode, next_recorded, reason},
@@ -234,7 +234,7 @@ async fn a_history_moves_to_postgres_and_back_with_everything_that_a_watcher_see
         let Stage { fleet, home, service, .. } = stage;
         assert!(service.stop().await.success());
         let from = home.store().to_owned();
-        let (code, said) = orchestrator(None, &["store", "copy", "--from", &from, "--to", &to]).await;
+        let (code, said) = copy(&from, &to).await;
         assert_eq!(code, 0, "{said}");
         assert!(said.contains(" is the store now, up to cycle 3: 3 records and "), "{said}");
         let ended = home.try_serve().await.err().unwrap();
@@ -252,22 +252,73 @@ async fn a_history_moves_to_postgres_and_back_with_everything_that_a_watcher_see
     assert_eq!(stage.client.run().await.unwrap().cycle_id, 4);
 }
 
-// ---------------------------------------------------------------------------------------------------------------
-// A standby
-
-/// A server and a standby of it, if PostgreSQL is installed, and the URL of a new store on both.
-fn pair() -> Option<(Server, Server, String)> {
-    let primary = Server::start("", None)?;
-    let standby = primary.standby();
-    let url = format!("postgres://owner@{},{}/postgres?schema=fleet", primary.host(), standby.host());
-    Some((primary, standby, url))
+/// Runs a copy of a store. Returns its exit code and what it has said.
+async fn copy(from: &str, to: &str) -> (i32, String) {
+    orchestrator(None, &["store", "copy", "--from", from, "--to", to]).await
 }
 
-/// The value of a metric, if it is there.
-async fn metric(stage: &Stage, series: &str) -> Option<f64> {
-    let scrape = get(stage.service.admin(), "/metrics").await.text().await;
-    let value = scrape.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ').map(str::to_owned));
-    value.map(|value| value.parse().unwrap())
+#[tokio::test]
+async fn a_copy_that_is_killed_anywhere_leaves_one_store_that_goes_on() {
+    /// Copies that are killed: at equal distances, by the bytes that have passed.
+    const KILLS: usize = 6;
+    let Some(server) = shared() else { return };
+    let network = Network::before(server.directory());
+    let mut stage = Stage::at(home_of_file()).await;
+    stage.register_all(&["a", "b"]).await;
+    for _ in 0..3 {
+        stage.client.run().await.unwrap();
+    }
+    let files = tempfile::tempdir().unwrap();
+    // The bytes of a whole copy to PostgreSQL, and of one back.
+    let mut of_whole = [0, 0];
+    for number in 0..KILLS + 2 {
+        let history = stage.client.history().await.unwrap();
+        let Stage { fleet, home, service, .. } = stage;
+        assert!(service.stop().await.success(), "{}", home.log());
+        let (from, is_back) = (home.store().to_owned(), number % 2 == 1);
+        let file = files.path().join(format!("{number}.db"));
+        let to = if is_back { format!("sqlite:{}", file.display()) } else { network.url(&server.url()) };
+        let before = network.passed();
+        let mut added = Vec::new();
+        if let Some(kill) = number.checked_sub(2) {
+            network.fall_silent_after(of_whole[usize::from(is_back)] * (kill + 1) / (KILLS + 1));
+            let mut copying = Command::new(env!("CARGO_BIN_EXE_orchestrator"));
+            copying.args(["store", "copy", "--from", &from, "--to", &to]).stdout(Stdio::null());
+            let mut copying = copying.spawn().unwrap();
+            network.until_silent().await;
+            copying.kill().await.unwrap();
+            network.mend();
+            // The source is served as before, or names the copy that goes on.
+            match home.try_serve().await {
+                Ok(service) => {
+                    service.leads().await;
+                    let mut client = service.client().await;
+                    assert_eq!(client.history().await.unwrap(), history);
+                    client.run().await.unwrap();
+                    added.extend(client.history().await.unwrap().pop());
+                    assert!(service.stop().await.success(), "{}", home.log());
+                }
+                Err(_) => assert!(home.log().contains(&format!("it was copied to {to}")), "{}", home.log()),
+            }
+        }
+        let (mut code, mut said) = copy(&from, &to).await;
+        if code != 0 && said.contains("remove this one first") {
+            if is_back {
+                std::fs::remove_file(&file).unwrap();
+            } else {
+                let (_, schema) = to.split_once("schema=").unwrap();
+                server.execute(&format!("DROP SCHEMA {schema} CASCADE")).await;
+            }
+            (code, said) = copy(&from, &to).await;
+        }
+        assert_eq!(code, 0, "{number}: {said}");
+        if number < 2 {
+            of_whole[number] = network.passed() - before;
+        }
+        stage = Stage::again(fleet, home.with_store(&to)).await;
+        stage.service.leads().await;
+        assert_eq!(stage.client.history().await.unwrap(), [history, added].concat());
+    }
 }
 
 /// Runs cycles until one is acknowledged. Returns its id.
@@ -291,143 +342,18 @@ async fn ids(stage: &mut Stage, last: u64) -> Vec<u64> {
     ids
 }
 
-#[tokio::test]
-async fn nothing_is_acknowledged_while_the_standby_is_away_and_reads_go_on() {
-    let Some((primary, standby, url)) = pair() else { return };
-    let mut stage = Stage::at(home_at(&url)).await;
-    primary.wait_for_standby().await;
-    stage.register_all(&["a"]).await;
-    assert_eq!(stage.client.run().await.unwrap().cycle_id, 1);
-    standby.crash().await;
-    assert_eq!(metric(&stage, "orchestrator_store_synchronous").await, Some(1.0));
-    let refused = stage.client.run().await.unwrap_err();
-    assert_eq!(reason(&refused).why, "STORE_UNAVAILABLE", "{refused:?}");
-    assert!(refused.message().contains("waits for a standby that is away"), "{refused:?}");
-    assert_eq!(stage.client.history().await.unwrap().len(), 1);
-    assert!(stage.client.status().await.unwrap().store_error.contains("has not returned"));
-    standby.start_again().await;
-    let last = run_until_acknowledged(&mut stage).await;
-    ids(&mut stage, last).await;
-}
-
-#[tokio::test]
-async fn what_was_on_the_primary_only_was_not_acknowledged_and_no_watcher_has_seen_it() {
-    let Some((primary, standby, url)) = pair() else { return };
-    let mut stage = Stage::at(home_at(&url)).await;
-    primary.wait_for_standby().await;
-    stage.register_all(&["a"]).await;
-    let mut watcher = stage.client.watch_after(0).await.unwrap();
-    let mut seen = Vec::new();
-    for _ in 0..3 {
-        stage.client.run().await.unwrap();
-        seen.push(next_recorded(&mut watcher).await);
-    }
-    standby.crash().await;
-    let mut caller = stage.service.client().await;
-    let waiting = tokio::spawn(async move { caller.run().await });
-    let in_line = |statement: &str| {
-        format!(
-            "FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND query LIKE '%{statement}%' AND pid <> pg_backend_pid()"
-        )
-    };
-    primary.shows(&format!("SELECT count(*) {}", in_line("fence AS")), "1").await;
-    primary.execute(&format!("SELECT pg_terminate_backend(pid) {}", in_line("fence AS"))).await;
-    // The barrier waits as well.
-    primary.shows(&format!("SELECT count(*) {}", in_line("RETURNING found")), "1").await;
-    let visible = "SELECT count(*) FROM fleet.open_cycles";
-    primary.shows(visible, "1").await;
-    primary.crash().await;
-    standby.start_again().await;
-    assert_eq!(standby.execute(visible).await.trim_end(), "0", "it is on the primary only");
-    standby.promote().await;
-    let last = run_until_acknowledged(&mut stage).await;
-    if let Ok(telemetry) = waiting.await.unwrap() {
-        assert!(telemetry.cycle_id <= last);
-    }
-    ids(&mut stage, last).await;
-    assert_eq!(metric(&stage, r#"orchestrator_store_commits_ambiguous_total{outcome="not_kept"}"#).await, Some(1.0));
-    assert_eq!(metric(&stage, r#"orchestrator_store_commits_ambiguous_total{outcome="kept"}"#).await, Some(0.0));
-    let history = stage.client.history().await.unwrap();
-    while seen.len() < history.len() {
-        seen.push(next_recorded(&mut watcher).await);
-    }
-    assert_eq!(seen, history);
-}
-
-#[tokio::test]
-async fn the_same_process_goes_on_when_a_standby_is_promoted_under_load() {
-    let Some((primary, standby, url)) = pair() else { return };
-    let mut stage = Stage::at(home_at(&url)).await;
-    primary.wait_for_standby().await;
-    stage.register_all(&["a", "b"]).await;
-    let mut acknowledged = vec![stage.client.run().await.unwrap().cycle_id];
-    let epoch = stage.client.status().await.unwrap().epoch;
-    let fail_over = async {
-        primary.crash().await;
-        standby.promote().await;
-    };
-    let (stop, mut stopped) = tokio::sync::oneshot::channel();
-    let load = async {
-        while stopped.try_recv().is_err() {
-            acknowledged.extend(stage.client.run().await.ok().map(|telemetry| telemetry.cycle_id));
-        }
-    };
-    let ((), ()) = tokio::join!(load, async {
-        fail_over.await;
-        stop.send(()).unwrap();
-    });
-    acknowledged.push(run_until_acknowledged(&mut stage).await);
-    let ids = ids(&mut stage, acknowledged[acknowledged.len() - 1]).await;
-    assert!(acknowledged.iter().all(|id| ids.contains(id)), "{acknowledged:?}");
-    assert_eq!(stage.client.status().await.unwrap().epoch, epoch);
-}
-
-#[tokio::test]
-async fn a_failover_that_has_lost_acknowledged_cycles_ends_the_process_and_is_named() {
-    let Some((primary, standby, url)) = pair() else { return };
-    // Nothing waits for the standby.
-    let mut stage = Stage::at(home_at(&url)).await;
-    assert!(stage.home.log().contains("commits don't wait for them"), "{}", stage.home.log());
-    stage.client.run().await.unwrap();
-    assert_eq!(metric(&stage, "orchestrator_store_synchronous").await, Some(0.0));
-    assert!(metric(&stage, "orchestrator_store_oldest_xmin_age").await.is_some());
-    assert!(metric(&stage, "orchestrator_store_round_trip_seconds_count").await.is_some_and(|number| number > 0.0));
-    standby.crash().await;
-    stage.client.run().await.unwrap();
-    primary.crash().await;
-    standby.start_again().await;
-    standby.promote().await;
-    let refused = loop {
-        let refused = stage.client.run().await.unwrap_err();
-        // Until the service has found the other server.
-        if refused.message().contains("an older copy has replaced it") {
-            break refused;
-        }
-    };
-    assert_eq!(reason(&refused).why, "STORE_UNAVAILABLE", "{refused:?}");
-    assert_eq!(stage.service.ended().await.code(), Some(1), "{}", stage.home.log());
-    assert!(stage.home.log().contains("an older copy has replaced it"), "{}", stage.home.log());
-}
-
 // ---------------------------------------------------------------------------------------------------------------
 // A full disk
 
 #[tokio::test]
 async fn a_full_disk_refuses_cycles_until_there_is_room_again() {
     let disk = tempfile::tempdir().unwrap();
-    let Some(server) = Server::with_small_disk(disk.path()) else { return };
-    let path = disk.path().display().to_string();
-    let program = async |command: &str| {
-        server.execute(&format!("COPY (SELECT 1) TO PROGRAM 'cat > /dev/null; {command}'")).await;
-    };
-    program(&format!("mkdir {path}/tables")).await;
-    server.execute(&format!("CREATE TABLESPACE small LOCATION '{path}/tables'")).await;
-    server.execute("CREATE DATABASE small TABLESPACE small").await;
+    let Some(server) = Server::with_small_disk(disk.path()).await else { return };
     let url = format!("postgres://owner@{}/small", server.host());
     let mut stage = Stage::at(home_at(&url)).await;
     stage.register_all(&["a"]).await;
     stage.client.run().await.unwrap();
-    program(&format!("dd if=/dev/zero of={path}/filler bs=8k 2> /dev/null || true")).await;
+    server.fill_disk(disk.path()).await;
     // The last pages have room for some more.
     let refused = loop {
         if let Err(refused) = stage.client.run().await {
@@ -437,7 +363,7 @@ async fn a_full_disk_refuses_cycles_until_there_is_room_again() {
     assert_eq!(reason(&refused).why, "STORE_UNAVAILABLE", "{refused:?}");
     assert!(refused.message().contains("no space left to write"), "{refused:?}");
     assert!(!stage.client.history().await.unwrap().is_empty());
-    program(&format!("rm {path}/filler")).await;
+    server.empty_disk(disk.path()).await;
     let last = run_until_acknowledged(&mut stage).await;
     ids(&mut stage, last).await;
 }

@@ -120,6 +120,14 @@ pub(super) struct Stored {
     pub(super) token: Token,
 }
 
+impl Stored {
+    /// True if the row was replaced by an older one than this was.
+    fn precedes(&self, known: &Self) -> bool {
+        let lacks_commits = self.epoch == known.epoch && self.commits < known.commits;
+        self.epoch < known.epoch || self.claimed < known.claimed || lacks_commits
+    }
+}
+
 /// The database, as far as the outcome of one commit depends on it. Each call is one statement.
 pub(super) trait Database {
     /// Commits what is to be committed, if the row has the token `after`, and gives it `token`.
@@ -175,6 +183,11 @@ impl Chain {
             Answer::Refused(error) => Err(error),
             Answer::Lost(error) => self.resolve(database, token, error).await,
         }
+    }
+
+    /// True if a row with this state lacks commits that were acknowledged to this process.
+    pub(super) fn is_replaced_by(&self, now: &Stored) -> bool {
+        now.precedes(&self.stored)
     }
 
     /// Finds out the outcome of a commit whose answer was lost.
@@ -237,8 +250,7 @@ impl Chain {
     /// The error for a row with another state than the last one of this process.
     fn superseded(&self, now: Stored) -> StoreError {
         let Self { store, epoch, stored, .. } = self;
-        let lacks_commits = now.epoch == stored.epoch && now.commits < stored.commits;
-        if now.epoch < stored.epoch || now.claimed < stored.claimed || lacks_commits {
+        if now.precedes(stored) {
             let problem = format!(
                 "it has {} commits, the last ones of epoch {}, and {} were acknowledged, the last ones of epoch {}: an \
                  older copy has replaced it, such as a standby that did not have all of them",

@@ -173,17 +173,26 @@ pub(super) enum NotServed {
     MovedTo(String),
     /// It is an unfinished copy of the store at this URL.
     UnfinishedCopyOf(String),
+    /// An older copy has replaced it, which lacks acknowledged commits: the text says of which it is known.
+    Lacks(String),
 }
 
 impl NotServed {
     const UNFINISHED: &str = "unfinished:";
+    const LACKS: &str = "lacks:";
 
     /// The mark with this text.
     pub(super) fn parse(text: &str) -> Self {
-        match text.strip_prefix(Self::UNFINISHED) {
-            Some(url) => Self::UnfinishedCopyOf(url.to_owned()),
-            None => Self::MovedTo(text.to_owned()),
+        if let Some(url) = text.strip_prefix(Self::UNFINISHED) {
+            return Self::UnfinishedCopyOf(url.to_owned());
         }
+        text.strip_prefix(Self::LACKS)
+            .map_or_else(|| Self::MovedTo(text.to_owned()), |problem| Self::Lacks(problem.to_owned()))
+    }
+
+    /// True if it can be served once it is accepted.
+    pub(super) fn is_acceptable(&self) -> bool {
+        matches!(self, Self::MovedTo(_) | Self::Lacks(_))
     }
 
     /// As it is stored.
@@ -191,6 +200,7 @@ impl NotServed {
         match self {
             Self::MovedTo(url) => url.clone(),
             Self::UnfinishedCopyOf(url) => format!("{}{url}", Self::UNFINISHED),
+            Self::Lacks(problem) => format!("{}{problem}", Self::LACKS),
         }
     }
 
@@ -204,6 +214,10 @@ impl NotServed {
             Self::UnfinishedCopyOf(from) => format!(
                 "it is an unfinished copy of {from}, which may still be served; to copy that again, remove this one \
                  first"
+            ),
+            Self::Lacks(problem) => format!(
+                "{problem}. If another server has all of them, set store.url to that. To have this one go on without \
+                 them, with a new log, run `orchestrator store accept {url}`"
             ),
         };
         StoreError::NotServed { store: url, problem }

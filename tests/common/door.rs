@@ -71,8 +71,12 @@ impl Door {
 
     /// Leads to this service from now on, or nowhere.
     pub fn lead_to(&self, service: Option<&Service>) {
-        let behind = service.map_or(Behind::Nothing, |service| Behind::Service(service.address()));
-        self.behind.send_replace(behind);
+        self.lead_to_address(service.map(Service::address));
+    }
+
+    /// Leads to what listens at this address from now on, or nowhere.
+    pub fn lead_to_address(&self, address: Option<SocketAddr>) {
+        self.behind.send_replace(address.map_or(Behind::Nothing, Behind::Service));
     }
 
     /// Leads nowhere from now on, and the connections through it end.

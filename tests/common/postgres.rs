@@ -90,6 +90,14 @@ pub fn shared() -> Option<&'static Server> {
     SERVER.as_ref()
 }
 
+/// A server and a standby of it, and the URL of a new store on both. `None` as in [`shared`].
+pub fn pair() -> Option<(Server, Server, String)> {
+    let primary = Server::start("", None)?;
+    let standby = primary.standby();
+    let url = format!("postgres://owner@{},{}/postgres?schema=fleet", primary.host(), standby.host());
+    Some((primary, standby, url))
+}
+
 impl Server {
     /// Starts a server with these options, and with copies of the files of a directory beside its data. `None` as in
     /// [`shared`].
@@ -102,9 +110,9 @@ impl Server {
         Some(Self { directory, process })
     }
 
-    /// Starts a server that alone sees a disk of 24 MiB at this path, which its tables can be on. `None` as in
+    /// Starts a server with a database `small` on a disk of 24 MiB at this path, which it alone sees. `None` as in
     /// [`shared`], and where this process may not mount one, which is reported.
-    pub fn with_small_disk(path: &Path) -> Option<Self> {
+    pub async fn with_small_disk(path: &Path) -> Option<Self> {
         const MOUNT: &str = r#"mount -t tmpfs -o size=24m,mode=1777 tmpfs "$0" && exec "$@""#;
         let with_disk = |command: &Command| {
             let mut within = Command::new("unshare");
@@ -120,7 +128,26 @@ impl Server {
             return None;
         }
         let (directory, process) = started(&mut with_disk(as_user(SCRIPT).args(["", ""])));
-        Some(Self { directory, process })
+        let (server, path) = (Self { directory, process }, path.display());
+        server.run(&format!("mkdir {path}/tables")).await;
+        server.execute(&format!("CREATE TABLESPACE small LOCATION '{path}/tables'")).await;
+        server.execute("CREATE DATABASE small TABLESPACE small").await;
+        Some(server)
+    }
+
+    /// Fills its small disk, which is at this path.
+    pub async fn fill_disk(&self, path: &Path) {
+        self.run(&format!("dd if=/dev/zero of={}/filler bs=8k 2> /dev/null || true", path.display())).await;
+    }
+
+    /// Makes room again on its small disk, which is at this path.
+    pub async fn empty_disk(&self, path: &Path) {
+        self.run(&format!("rm {}/filler", path.display())).await;
+    }
+
+    /// Has the server run a command of the shell.
+    async fn run(&self, command: &str) {
+        self.execute(&format!("COPY (SELECT 1) TO PROGRAM 'cat > /dev/null; {command}'")).await;
     }
 
     /// Starts a standby of this server, with the name `standby`.
@@ -256,9 +283,7 @@ impl Pooler {
 
     /// A URL of the server behind it, as one that leads through it.
     pub fn url(&self, of_server: &str) -> String {
-        let (user, rest) = of_server.split_once('@').unwrap();
-        let (_, rest) = rest.split_once('/').unwrap();
-        format!("{user}@{}/{rest}&pooled=true", host(&self.directory))
+        through(&self.directory, of_server) + "&pooled=true"
     }
 }
 
@@ -269,8 +294,15 @@ impl Drop for Pooler {
     }
 }
 
+/// The URL of a store, by way of the socket in this directory.
+pub fn through(directory: &Path, url: &str) -> String {
+    let (user, rest) = url.split_once('@').unwrap();
+    let (_, rest) = rest.split_once('/').unwrap();
+    format!("{user}@{}/{rest}", host(directory))
+}
+
 /// A directory as the host of a URL.
-fn host(directory: &Path) -> String {
+pub fn host(directory: &Path) -> String {
     directory.display().to_string().replace('/', "%2F")
 }
 

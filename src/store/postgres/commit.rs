@@ -1,6 +1,11 @@
 //! One commit: one statement, which writes only if no other process has written since the commit before.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use tokio::time::timeout;
 
 use super::{
     connect::{Connection, Connector},
@@ -12,6 +17,7 @@ use crate::{
     ports::{Removal, StoreError, Write},
     store::{
         chain::{Answer, Barrier, Database, Stored, Token},
+        copying::NotServed,
         frontier::Appended,
         pruning::needless_hashes,
         row::{
@@ -580,6 +586,27 @@ pub(super) struct Attempt<'a, 'w> {
     pub(super) statement: &'a Statement<'w>,
     /// Set once the answer was lost.
     pub(super) is_lost: bool,
+}
+
+impl Attempt<'_, '_> {
+    /// Longest time for a mark. The process ends without it then.
+    const MARK: Duration = Duration::from_secs(2);
+
+    /// Marks a database in this state, so that no process serves it: also none that does not know what it lacks.
+    pub(super) async fn refuse(&mut self, now: &Stored, why: &NotServed) {
+        let schema = self.connector.url().schema();
+        let text = format!(
+            "WITH {DURABLE}
+             UPDATE {schema}.meta SET not_served = $1 FROM durable
+             WHERE id = 0 AND epoch = $2 AND commits = $3 AND not_served IS NULL RETURNING 1"
+        );
+        let (why, epoch, commits) = (why.text(), integer(now.epoch.0), integer(now.commits));
+        let parameters: [&dyn Parameter; 3] = [&why, &epoch, &commits];
+        let marked = timeout(Self::MARK, self.line.execute(self.connector, &text, &parameters)).await;
+        if !matches!(marked, Ok(Answer::Executed(_))) {
+            tracing::warn!("the store was not marked: another process may serve it, without what it lacks");
+        }
+    }
 }
 
 impl Database for Attempt<'_, '_> {

@@ -2,7 +2,7 @@
 
 use std::{
     cell::Cell,
-    fs,
+    env, fs,
     net::TcpListener,
     path::{Path, PathBuf},
     sync::{
@@ -535,10 +535,19 @@ async fn a_claim_fences_the_earlier_leader_before_it_commits_anything() {
 #[tokio::test]
 async fn a_leader_that_stops_in_the_middle_of_a_commit_does_not_keep_the_lead() {
     let Some(server) = shared() else { return };
-    let proxy = Proxy::before(server.directory().to_owned());
-    let direct = server.url();
-    let schema = url(&direct).schema().to_owned();
-    let (stopped, first) = led(&format!("postgres://owner@{}/postgres?schema={schema}", proxy.host()), "a").await;
+    stops_in_the_middle_of_a_commit(&server.url(), server.directory()).await;
+}
+
+#[tokio::test]
+async fn a_leader_that_stops_in_the_middle_of_a_commit_behind_a_pooler_does_not_keep_the_lead() {
+    let (Some(server), Some(pooler)) = (shared(), shared_pooler()) else { return };
+    stops_in_the_middle_of_a_commit(&pooler.url(&server.url()), pooler.directory()).await;
+}
+
+/// Two leaders of the store at this URL, by way of what listens in this directory.
+async fn stops_in_the_middle_of_a_commit(direct: &str, directory: &Path) {
+    let proxy = Proxy::before(directory.to_owned());
+    let (stopped, first) = led(&server::through(proxy.directory.path(), direct), "a").await;
     commit(&*stopped, recorded(1..=2, first)).await;
     *proxy.cut.lock().unwrap() = Some(Cut::BeforeSync);
     let committing = tokio::spawn({
@@ -548,7 +557,7 @@ async fn a_leader_that_stops_in_the_middle_of_a_commit_does_not_keep_the_lead() 
     while proxy.cut.lock().unwrap().is_some() {
         tokio::task::yield_now().await;
     }
-    let other = crate::store::open(&StoreUrl::parse(&direct).unwrap(), CHECKS, Clock::system()).await.unwrap();
+    let other = crate::store::open(&StoreUrl::parse(direct).unwrap(), CHECKS, Clock::system()).await.unwrap();
     let leadership = other.leadership().unwrap();
     let seen = leadership.observe().await.unwrap();
     // The first attempt waits for the row in vain, and ends the session that has locked it.
@@ -615,7 +624,8 @@ async fn reads_that_are_not_awaited_any_more_count_until_they_end() {
     assert_eq!(store.readers.idle().len(), READERS);
 }
 
-/// Cuts connections to what listens in this directory, at every place of a commit and of its answer.
+/// Cuts connections to what listens in this directory, at places all over a commit and its answer: with
+/// `ORCHESTRATOR_TEST_EVERY_BYTE` in the environment, after each byte.
 async fn cut_everywhere(server: &Server, directory: &Path, parameters: &str) {
     let proxy = Proxy::before(directory.to_owned());
     let schema = url(&server.url()).schema().to_owned();
@@ -627,8 +637,9 @@ async fn cut_everywhere(server: &Server, directory: &Path, parameters: &str) {
         one(&direct, &number, &[]).await.unwrap().get::<_, i64>(0)
     };
     // A commit has some 2,300 bytes, and its answer some 100; both are more on a new connection.
-    let requests = (0..6000).step_by(97).map(Cut::Request);
-    let answers = (0..1200).step_by(19).map(Cut::Answer);
+    let (of_request, of_answer) = if env::var_os("ORCHESTRATOR_TEST_EVERY_BYTE").is_some() { (1, 1) } else { (97, 19) };
+    let requests = (0..6000).step_by(of_request).map(Cut::Request);
+    let answers = (0..1200).step_by(of_answer).map(Cut::Answer);
     let (mut revision, mut lost) = (0, 0);
     for cut in requests.chain(answers) {
         revision += 1;

@@ -17,7 +17,7 @@ use crate::{
     model::Epoch,
     ports::{Checks, Contents, Excess, Retention, Seals, StoreError, Write},
     store::{
-        chain::{Chain, Stored, Token},
+        chain::{Chain, Database as _, Stored, Token},
         contents::{Refused, Tables, check_unsealed_epoch, read_contents},
         copying::NotServed,
         excess::Searches,
@@ -148,6 +148,12 @@ impl Writer {
         if attempt.is_lost {
             connector.figures().found_out(committed.is_ok());
         }
+        if let Err(StoreError::Corrupt { problem, .. }) = &committed
+            && let Ok(now) = attempt.read().await
+            && chain.is_replaced_by(&now)
+        {
+            attempt.refuse(&now, &NotServed::Lacks(problem.clone())).await;
+        }
         committed?;
         drop(statement);
         term.advance(write, appended, next);
@@ -222,7 +228,7 @@ pub(super) async fn read(
         let (back, read) = at_once(connection, connector.url().schema(), lock, (), move |snapshot, ()| {
             let row = snapshot.one("SELECT not_served FROM SCHEMA.meta", &[])?;
             match optional_text(&row, "not_served").map_err(Failed::from)?.map(|text| NotServed::parse(&text)) {
-                Some(NotServed::MovedTo(_)) if even_moved => {}
+                Some(not_served) if even_moved && not_served.is_acceptable() => {}
                 Some(not_served) => return Ok(Err(not_served)),
                 None => {}
             }

@@ -77,7 +77,8 @@ impl Opened {
         };
         let noted = noted.filter(|_| not_served.is_none());
         match (&not_served, allowed) {
-            (Some(NotServed::MovedTo(_)), Allowed::Copies) | (_, Allowed::NotServed) | (None, _) => {}
+            (_, Allowed::NotServed) | (None, _) => {}
+            (Some(not_served), Allowed::Copies) if not_served.is_acceptable() => {}
             (Some(not_served), _) => {
                 return Err(not_served.refusal(StoreUrl::Sqlite(path.to_owned()).to_string()).into());
             }

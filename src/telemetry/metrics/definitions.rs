@@ -57,7 +57,7 @@ definitions! {
         "Terms of leaders that this replica has seen begin, its own included.";
     CLOCK_OFFSET: Gauge "orchestrator_clock_offset_seconds" []
         "By how much the clock of the database is ahead of that of this replica, by its last answer while this one \
-         followed. Beyond 45 s, the replica does not lead.";
+         followed. Beyond 30 s, the replica does not lead.";
     START_TIME: Gauge "orchestrator_start_time_seconds" []
         "When this process began to run cycles, as Unix time.";
     EPOCH: Gauge "orchestrator_epoch" []
