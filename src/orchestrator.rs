@@ -70,7 +70,7 @@ pub use self::{
     attended::AttendedTicket,
     audit::{Sum, Sums},
     checkpoints::{Logged, Proved, Published},
-    figures::{Counts, Figures, Passes},
+    figures::{Counts, Figures, Passes, Watched},
     history::History,
     live::{LiveChange, LiveCycle, LiveEvent, RunningCycle, Update},
     recovery::TakenOver,

@@ -350,7 +350,7 @@ impl Service {
             let expiries = Box::new(move || of_files.expiries());
             let (dialed, memory_of_all) = (dialer.counts(), memory.clone());
             let metrics = Metrics::default().and_of(calls, exporter, in_front, dialed, expiries, memory_of_all);
-            web.open(api.clone(), metrics.and_of_replica(membership, forwarded).into(), &memory);
+            web.open(api.clone(), metrics.and_of_replica(membership, history.clone(), forwarded).into(), &memory);
         }
         if let Some(address) = admin_address {
             tracing::info!(%address, "dashboard");

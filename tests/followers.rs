@@ -275,6 +275,10 @@ async fn all_watchers_at_a_follower_are_fed_by_one_stream_of_the_leader() {
         assert_eq!(seen, if *i % 4 == 0 { vec![3] } else { vec![2, 3] }, "{i}");
     }
     assert_eq!(of_leader().await, 1);
+    assert_eq!(replicas.metric("b", "orchestrator_watchers").await, Some(20));
+    for replica in ["a", "b"] {
+        assert_eq!(replicas.metric(replica, "orchestrator_acknowledged_revision").await, Some(3), "{replica}");
+    }
     // Once no watcher wants progress, the stream is that of records.
     drop(watches);
     patiently("the stream without progress", async { while of_leader().await != 1 {} }).await;

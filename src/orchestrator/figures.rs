@@ -29,12 +29,6 @@ pub struct Figures {
     pub running: usize,
     /// The loops, by name, each with its lag; `None` while it is unknown.
     pub loops: Vec<(LoopEntry, Option<Duration>)>,
-    /// Number of connected watchers.
-    pub watchers: usize,
-    /// Number of these watchers that have to read the store.
-    pub lagging: usize,
-    /// Number of events sent to watchers.
-    pub events: u64,
     /// Number of subsystems that the configuration file declares.
     pub declared: usize,
     /// Number of subsystems that were registered by RPC.
@@ -49,6 +43,17 @@ pub struct Figures {
     pub started_at: Timestamp,
     /// True while the process drains: no more cycles are admitted.
     pub draining: bool,
+}
+
+/// The watchers of the history.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Watched {
+    /// Number of connected watchers.
+    pub watchers: usize,
+    /// Number of these watchers that have to read the store.
+    pub lagging: usize,
+    /// Number of events sent to watchers.
+    pub events: u64,
 }
 
 /// Counters of cycles and commits.
@@ -130,8 +135,6 @@ impl Orchestrator {
     pub fn figures(&self) -> Figures {
         let now = self.0.clock.now();
         let state = self.0.state();
-        // Watchers at this revision or after it read from the cache.
-        let (watchers, lagging, events) = self.0.history.watched();
         let counts =
             Counts { unreadable_records: self.0.history.extent().unreadable_records(), ..state.counts.clone() };
         let waiting = state.oldest_waiting_ticks();
@@ -140,9 +143,6 @@ impl Orchestrator {
             queued: state.line.waiting(),
             running: state.line.running(),
             loops: state.loops.iter().map(|entry| (entry.clone(), lag(entry, &waiting, now))).collect(),
-            watchers,
-            lagging,
-            events,
             declared: state.registry.declared(),
             registered: state.registry.len() - state.registry.declared(),
             missing: state.registry.missing().len(),
@@ -240,14 +240,13 @@ impl Watchers {
         list.events += place.cursor.events.load(Ordering::Relaxed);
     }
 
-    /// The number of watchers, the number of these whose position is before this revision, and the number of events
-    /// sent.
-    pub(super) fn look(&self, at_hand: Revision) -> (usize, usize, u64) {
+    /// The watchers, of which those lag whose position is before this revision.
+    pub(super) fn look(&self, at_hand: Revision) -> Watched {
         let list = self.lock();
         let cursors = || list.connected.values();
         let lagging = cursors().filter(|it| it.revision.load(Ordering::Relaxed) < at_hand.0).count();
         let events: u64 = cursors().map(|it| it.events.load(Ordering::Relaxed)).sum();
-        (list.connected.len(), lagging, list.events + events)
+        Watched { watchers: list.connected.len(), lagging, events: list.events + events }
     }
 }
 

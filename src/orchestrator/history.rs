@@ -24,7 +24,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Declared, LiveCycle, Orchestrator, Position, Published, RecordHasNoRoom, Refusal, Settings, State, Update,
-    WatchFilter, figures::Watchers, live::Live, offload::offload, registry::FormerNames, reload::DeclaredNames,
+    WatchFilter, Watched, figures::Watchers, live::Live, offload::offload, registry::FormerNames,
+    reload::DeclaredNames,
 };
 #[cfg(feature = "simulation")]
 use crate::fault::Fault;
@@ -311,8 +312,8 @@ impl History {
     }
 
     /// Compares a record that was `known` to be acknowledged with the later `end` of the history of a leader, or of a
-    /// store that was taken over. Returns false if it is missing there, or is another one: then what is shown ends where
-    /// that history does, and [`History::missing`] has the record from then on.
+    /// store that was taken over. Returns false if it is missing there, or is another one: then what is shown ends
+    /// where that history does, and [`History::missing`] has the record from then on.
     ///
     /// # Errors
     /// The store can't be read.
@@ -594,8 +595,9 @@ impl History {
         self.extent().pruned_to
     }
 
-    /// Number of connected watchers, number of these that have to read the store, and number of events sent.
-    pub(super) fn watched(&self) -> (usize, usize, u64) {
+    /// The watchers.
+    pub fn watched(&self) -> Watched {
+        // Watchers at this revision or after it read from the cache.
         let at_hand = {
             let extent = self.extent();
             let before = |first: &Arc<Recent>| Revision(first.record.revision.0 - 1);

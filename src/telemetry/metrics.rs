@@ -30,7 +30,7 @@ use crate::{
     listen::Connections,
     memory::{Memory, Shares},
     model::{CycleState, Histogram, Name},
-    orchestrator::{Counts, Figures, Orchestrator, Registered},
+    orchestrator::{Counts, Figures, History, Orchestrator, Registered, Watched},
     ports::{Durability, ServerFigures, TriggerKind},
 };
 
@@ -55,6 +55,7 @@ pub struct Metrics {
     expiries: Option<Expiries>,
     memory: Option<Shares>,
     membership: Option<Membership>,
+    history: Option<History>,
     #[cfg(target_os = "linux")]
     process: ProcessCollector,
 }
@@ -85,6 +86,7 @@ impl Default for Metrics {
             expiries: None,
             memory: None,
             membership: None,
+            history: None,
             #[cfg(target_os = "linux")]
             process: ProcessCollector::for_self(),
         }
@@ -106,10 +108,15 @@ impl Metrics {
         Self { calls, exporter, servers, dialed, expiries, memory, ..self }
     }
 
-    /// Adds metrics of this replica, and of the calls that it has the leader answer.
+    /// Adds metrics of this replica, of what it shows of the history, and of the calls that it has the leader answer.
     #[must_use]
-    pub(crate) fn and_of_replica(self, membership: Membership, forwarded: Option<Arc<ForwardedCounts>>) -> Self {
-        Self { membership: Some(membership), forwarded, ..self }
+    pub(crate) fn and_of_replica(
+        self,
+        membership: Membership,
+        history: History,
+        forwarded: Option<Arc<ForwardedCounts>>,
+    ) -> Self {
+        Self { membership: Some(membership), history: Some(history), forwarded, ..self }
     }
 
     /// Writes all metrics, piece by piece, with those of the orchestrator if there is one. It is kept to the end.
@@ -143,6 +150,7 @@ impl Metrics {
         let mut families =
             vec![BUILD_INFO.family(vec![BUILD_INFO.value(&[env!("CARGO_PKG_VERSION"), env!("BUILD_COMMIT")], 1.0)])];
         families.extend(self.membership.iter().flat_map(of_replica));
+        families.extend(self.history.iter().flat_map(of_history));
         if let Some(orchestrator) = orchestrator {
             families.extend(of_orchestrator(orchestrator).await);
         }
@@ -260,9 +268,6 @@ async fn of_orchestrator(orchestrator: &Orchestrator) -> Vec<MetricFamily> {
         ]),
         SUBSYSTEMS_MISSING.single(count(figures.missing)),
         LEASES.single(count(figures.leases)),
-        WATCHERS.single(count(figures.watchers)),
-        WATCHERS_LAGGING.single(count(figures.lagging)),
-        WATCHER_EVENTS.single(number(figures.events)),
         STORE_COMMIT_DURATION.family(
             [("durable", Durability::Durable), ("buffered", Durability::Buffered)]
                 .map(|(label, kind)| STORE_COMMIT_DURATION.durations(&[label], &figures.counts.commits(kind)))
@@ -299,6 +304,18 @@ fn of_replica(membership: &Membership) -> Vec<MetricFamily> {
         ]);
     }
     families
+}
+
+/// The history and its watchers, also of a replica that follows.
+fn of_history(history: &History) -> Vec<MetricFamily> {
+    let newest = history.known().map(|newest| ACKNOWLEDGED_REVISION.value(&[], number(newest.revision.0)));
+    let Watched { watchers, lagging, events } = history.watched();
+    vec![
+        ACKNOWLEDGED_REVISION.family(newest.into_iter().collect()),
+        WATCHERS.single(count(watchers)),
+        WATCHERS_LAGGING.single(count(lagging)),
+        WATCHER_EVENTS.single(number(events)),
+    ]
 }
 
 fn of_process_and_cycles(figures: &Figures) -> Vec<MetricFamily> {

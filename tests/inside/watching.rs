@@ -12,7 +12,8 @@ use orchestrator_core::{
     memory::Shares,
     model::{CycleId, CycleRequest, CycleState, Name, Revision, Subsystem, Trigger},
     orchestrator::{
-        Event, From, Orchestrator, OrchestratorTasks, Position, Refusal, Registrar, Settings, WatchFilter, Watcher,
+        Event, From, Orchestrator, OrchestratorTasks, Position, Refusal, Registrar, Settings, WatchFilter, Watched,
+        Watcher,
     },
     ports::{Filter, Retention, RetentionRule},
     record::{self, PartFilter},
@@ -403,8 +404,8 @@ async fn a_watcher_is_shown_a_record_at_once_and_lags_while_its_next_record_is_n
     let mut behind = orchestrator.history().watch(From::Now, WatchFilter::default(), false).unwrap();
     assert_eq!(next(&mut watcher).await.unwrap(), None);
     let figures = || {
-        let figures = orchestrator.figures();
-        (figures.watchers, figures.lagging, figures.events)
+        let Watched { watchers, lagging, events } = orchestrator.history().watched();
+        (watchers, lagging, events)
     };
     assert_eq!(figures(), (2, 0, 1));
     let ticket = orchestrator.run_cycle(of(&["a"]), false).await.unwrap();
@@ -466,7 +467,7 @@ async fn cached(parts: &[usize]) -> usize {
     let watchers: Vec<_> = (1..=parts.len() as u64)
         .map(|sent| orchestrator.history().watch(after(sent), WatchFilter::default(), false).unwrap())
         .collect();
-    watchers.len() - orchestrator.figures().lagging
+    watchers.len() - orchestrator.history().watched().lagging
 }
 
 #[tokio::test(start_paused = true)]

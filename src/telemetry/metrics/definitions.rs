@@ -58,8 +58,11 @@ definitions! {
     CLOCK_OFFSET: Gauge "orchestrator_clock_offset_seconds" []
         "By how much the clock of the database is ahead of that of this replica, by its last answer while this one \
          followed. Beyond 30 s, the replica does not lead.";
+    ACKNOWLEDGED_REVISION: Gauge "orchestrator_acknowledged_revision" []
+        "The newest revision that this replica knows to be acknowledged, and shows. A follower lags by the difference to \
+         that of the leader. Missing before it is known.";
     START_TIME: Gauge "orchestrator_start_time_seconds" []
-        "When this process began to run cycles, as Unix time.";
+        "When this process started, as Unix time.";
     EPOCH: Gauge "orchestrator_epoch" []
         "The term of this process. It increases at every start.";
     DRAINING: Gauge "orchestrator_draining" []
