@@ -512,6 +512,22 @@ impl Config {
         Reload { config: new, needs_restart, changed }
     }
 
+    /// What contradicts `cluster.advertise`, so that other replicas don't reach this one there, unless something else
+    /// listens there and passes connections on.
+    pub fn contradicts_advertise(&self) -> Option<&'static str> {
+        let advertise = self.cluster.advertise.as_ref()?;
+        let (is_https, has_tls) = (matches!(advertise, Endpoint::Https(_)), self.server_tls().is_some());
+        let is_here_only = self.server.listen.ip().to_canonical().is_loopback();
+        match () {
+            () if is_https && !has_tls => Some("it begins with https://, and server.tls has no certificate"),
+            () if !is_https && has_tls => Some("it begins with http://, and server.tls has a certificate"),
+            () if is_here_only && !is_loopback(host_of(advertise)) => {
+                Some("server.listen is a loopback address, which other machines don't reach")
+            }
+            () => None,
+        }
+    }
+
     /// The limits that a narrower one keeps out of reach in a process with `memory` bytes for data of clients and
     /// subsystems. Reading the configuration refuses these as far as `memory.max_bytes` is known; a process may have
     /// less by default, or keep an earlier limit that needs a restart.
@@ -720,6 +736,12 @@ fn refuse_beyond_loopback(
     }
 }
 
+/// True if this host is this machine itself.
+fn is_loopback(host: &str) -> bool {
+    let address = host.trim_matches(['[', ']']).parse::<IpAddr>();
+    address.map_or(host.eq_ignore_ascii_case("localhost"), |address| address.to_canonical().is_loopback())
+}
+
 /// Spans have the names of subsystems and the messages of failures: if access is enforced, they leave this machine only
 /// encrypted.
 fn refuse_collector_in_clear(read: &mut Reader<'_>, config: &Config) {
@@ -727,9 +749,7 @@ fn refuse_collector_in_clear(read: &mut Reader<'_>, config: &Config) {
     let Some((host, _)) = endpoint.strip_prefix("http://").and_then(|authority| authority.rsplit_once(':')) else {
         return;
     };
-    let address = host.trim_matches(['[', ']']).parse::<IpAddr>();
-    let is_loopback = address.map_or(host.eq_ignore_ascii_case("localhost"), |it| it.to_canonical().is_loopback());
-    if config.access.mode == Mode::Enforce && !is_loopback {
+    if config.access.mode == Mode::Enforce && !is_loopback(host) {
         let problem =
             format!("is {endpoint}: access.mode = \"enforce\" needs https:// for a collector on another machine");
         read.refuse("tracing.otlp_endpoint", problem);
@@ -814,11 +834,21 @@ fn refuse_peers_without_certificates(read: &mut Reader<'_>, config: &Config) {
 /// The address of a replica for the others.
 fn advertised(text: &str) -> Result<Endpoint, String> {
     match Endpoint::parse(text) {
+        Ok(endpoint) if host_of(&endpoint).parse().is_ok_and(|address: IpAddr| address.is_unspecified()) => {
+            Err(format!("is {text}, which is no address of a machine; give the one by which other machines reach it"))
+        }
         Ok(endpoint @ (Endpoint::Http(_) | Endpoint::Https(_))) => Ok(endpoint),
         Ok(Endpoint::Unix(_)) | Err(_) => Err("give http://host:port or https://host:port of server.listen, as other \
                                                machines reach it"
             .into()),
     }
+}
+
+/// The name or the IP address of the host of an `http` or `https` endpoint, without brackets.
+fn host_of(endpoint: &Endpoint) -> &str {
+    let (Endpoint::Http(uri) | Endpoint::Https(uri) | Endpoint::Unix(uri)) = endpoint;
+    let authority = uri.split_once("://").map_or(uri.as_str(), |(_, authority)| authority);
+    authority.rsplit_once(':').map_or(authority, |(host, _)| host).trim_matches(['[', ']'])
 }
 
 fn path(text: &str) -> Result<PathBuf, String> {

@@ -9,6 +9,7 @@ use std::{collections::BTreeMap, path::Path, time::Duration};
 
 use bytes::Bytes;
 use common::{
+    door::Door,
     fleet::{Run, to_struct},
     http, patiently,
     pki::{Authority, Issued},
@@ -647,11 +648,13 @@ struct Forged {
 }
 
 impl Forged {
-    fn in_request(&self, token: Option<&str>) -> Request<pb::WhoAmIRequest> {
+    /// A request with this header, meant for the leader of this epoch.
+    fn in_request(&self, token: Option<&str>, epoch: u64) -> Request<pb::WhoAmIRequest> {
         let request = pb::WhoAmIRequest::default();
         let mut request = token.map_or_else(|| Request::new(request), |token| with_token(request, token));
         let value = BinaryMetadataValue::from_bytes(&self.encode_to_vec());
         request.metadata_mut().insert_bin("orchestrator-caller-bin", value);
+        request.metadata_mut().insert("orchestrator-leader-epoch", epoch.into());
         request
     }
 }
@@ -663,16 +666,21 @@ async fn a_forged_identity_is_refused_by_the_leader_and_by_a_follower() {
     let Issued { certificate, .. } = secure.authority.client("spiffe://fleet/admin/a");
     let certificates = vec![der(&certificate).into()];
     let forged = Forged { replica: "b".into(), user: None, certificates };
+    let mut admin = Client::new(secure.channel("a", Some("spiffe://fleet/admin/a")).await);
+    let epoch = admin.status().await.unwrap().epoch;
     for replica in ["a", "b"] {
         // Neither strangers nor callers that are known.
         for uri in [None, Some("spiffe://fleet/operator/o")] {
-            let refused = secure.who(replica, uri, forged.in_request(None)).await.unwrap_err();
+            let refused = secure.who(replica, uri, forged.in_request(None, epoch)).await.unwrap_err();
             assert_eq!(reason(&refused), because(Code::Unauthenticated, "CREDENTIAL_INVALID", []), "{replica} {uri:?}");
         }
     }
     // With a token, the caller is that of the token.
-    let with_token = forged.in_request(Some(&secure.token));
-    assert_eq!(secure.who("a", None, with_token).await.unwrap(), "token:operator");
+    let with_token = |epoch| forged.in_request(Some(&secure.token), epoch);
+    assert_eq!(secure.who("a", None, with_token(epoch)).await.unwrap(), "token:operator");
+    // But not in another term.
+    let refused = secure.who("a", None, with_token(epoch + 1)).await.unwrap_err();
+    assert_eq!(reason(&refused), because(Code::Unavailable, "NOT_LEADER", []));
     // A replica itself may say it.
     let core = Issued {
         certificate: std::fs::read_to_string(secure.replicas.shared.path().join("core.pem")).unwrap(),
@@ -680,12 +688,12 @@ async fn a_forged_identity_is_refused_by_the_leader_and_by_a_follower() {
     };
     let tls = secure.authority.trusted().domain_name("localhost").identity(core.identity());
     let mut client = AccessClient::new(secure.channel_with("a", tls).await);
-    let request = forged.in_request(None);
+    let request = forged.in_request(None, epoch);
     assert_eq!(client.who_am_i(request).await.unwrap().into_inner().identity, "cert:spiffe://fleet/admin/a");
     // But the certificates of another authority prove nothing.
     let other = Authority::new("other").client("spiffe://fleet/admin/a");
     let other = Forged { certificates: vec![der(&other.certificate).into()], ..forged };
-    let refused = client.who_am_i(other.in_request(None)).await.unwrap_err();
+    let refused = client.who_am_i(other.in_request(None, epoch)).await.unwrap_err();
     assert_eq!(reason(&refused), because(Code::Unauthenticated, "CREDENTIAL_INVALID", []));
 }
 
@@ -708,4 +716,57 @@ async fn a_leader_takes_no_word_of_a_replica_that_is_not_a_peer_but_takes_tokens
     let mut watcher = Client::new(secure.channel("b", None).await);
     let watch = watcher.watch_cycles(with_token(pb::WatchCyclesRequest::default(), &secure.token)).await;
     next_event(&mut watch.unwrap().into_inner()).await.unwrap();
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Something else at the address of the leader
+
+/// Ends the connections to the replica behind a door, and waits until the follower of this client knows it.
+async fn shut(door: &Door, client: &mut Client) {
+    door.shut();
+    let known = async {
+        while client.run().await.map_or_else(|status| reason(&status).why, |_| String::new()) != "NO_LEADER" {}
+    };
+    patiently("the connections to end", known).await;
+}
+
+#[tokio::test]
+async fn nothing_is_done_by_another_orchestrator_at_the_address_of_the_leader() {
+    let Some(server) = shared() else { return };
+    let replicas = Replicas::start(server, &["a", "b"], "60s").await;
+    let others = Replicas::start(server, &["c"], "60s").await;
+    let home = Home::new().with_store("memory:");
+    let alone = home.serve().await;
+    let mut client = replicas.client("b").await;
+    for other in [&alone, others.service("c")] {
+        let door = replicas.doors[0].as_ref().unwrap();
+        shut(door, &mut client).await;
+        door.lead_to(Some(other));
+        let refused = client.run().await.unwrap_err();
+        assert_eq!(reason(&refused), because(Code::Unavailable, "NOT_LEADER", []));
+        assert!(refused.message().contains("check cluster.advertise"), "{refused:?}");
+        let registered = client.register(registration("s", replicas.fleet.endpoint())).await;
+        assert_eq!(reason(&registered.unwrap_err()).why, "NOT_LEADER");
+        let refused = client.status().await.unwrap_err();
+        assert_eq!(reason(&refused).why, "NOT_LEADER");
+        let mut direct = other.client().await;
+        assert_eq!(direct.status().await.unwrap().total_cycles, 0);
+        assert!(direct.subsystems().await.unwrap().is_empty());
+    }
+}
+
+#[tokio::test]
+async fn a_leader_that_accepts_connections_and_says_nothing_keeps_no_call_waiting() {
+    let Some(server) = shared() else { return };
+    let config = |_: &Path, _: &Home| "[dial]\nconnect_timeout = \"300ms\"\n".to_owned();
+    let replicas = Replicas::start_with(server, &["a", "b"], "60s", "http", config).await;
+    let door = replicas.doors[0].as_ref().unwrap();
+    let address = format!("http://{}", door.address());
+    let mut client = replicas.client("b").await;
+    shut(door, &mut client).await;
+    door.fall_silent();
+    let refused = patiently("the answer", client.run()).await.unwrap_err();
+    let of_a = [("leader", "a"), ("leader_address", address.as_str())];
+    assert_eq!(reason(&refused), because(Code::Unavailable, "NO_LEADER", of_a));
+    assert!(refused.message().contains("sent nothing within 300ms"), "{refused:?}");
 }

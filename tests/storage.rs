@@ -150,7 +150,7 @@ async fn a_superseded_process_is_fenced_when_it_writes() {
     stage.client.run().await.unwrap();
     take_over(&stage.home);
     let refused = stage.client.run().await.unwrap_err();
-    assert_eq!(reason(&refused).why, "STORE_UNAVAILABLE", "{refused:?}");
+    assert_eq!(reason(&refused).why, "LEADER_LOST", "{refused:?}");
     assert!(refused.message().contains("has taken over this store"), "{refused:?}");
     assert_eq!(stage.service.ended().await.code(), Some(3), "{}", stage.home.log());
 }
@@ -164,7 +164,7 @@ async fn a_superseded_process_ends_without_waiting_for_its_running_cycle() {
     stage.fleet.until_run("held", 1).await;
     take_over(&stage.home);
     let registration = stage.registration("b");
-    assert_eq!(reason(&stage.client.register(registration).await.unwrap_err()).why, "STORE_UNAVAILABLE");
+    assert_eq!(reason(&stage.client.register(registration).await.unwrap_err()).why, "LEADER_LOST");
     assert_eq!(stage.service.ended().await.code(), Some(3), "{}", stage.home.log());
 }
 

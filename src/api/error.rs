@@ -15,9 +15,9 @@ use super::{
 };
 use crate::{
     access::{NoSession, Role, Unauthenticated},
-    model::{self, Leader, Name, Replica, Violation, Violations, excerpt, text::count},
+    model::{self, CycleId, Epoch, Leader, Name, Replica, Violation, Violations, excerpt, text::count},
     orchestrator::{NotOwner, Refusal},
-    ports::{Unreadable, UnreadableEvent},
+    ports::{StoreError, Unreadable, UnreadableEvent},
 };
 
 /// The domain of every reason, as in the contract.
@@ -60,6 +60,7 @@ pub(super) fn status(refusal: impl Into<Refusal>) -> Status {
         Refusal::QueueFull(waiting) => {
             (Code::ResourceExhausted, "QUEUE_FULL", vec![("queued_cycles", waiting.to_string())])
         }
+        Refusal::StoreUnavailable(id, StoreError::Fenced { by }) => return taken_over(by, id),
         Refusal::StoreUnavailable(id, _) => {
             let id = id.map(|id| ("cycle_id", id.to_string()));
             (Code::Unavailable, "STORE_UNAVAILABLE", id.into_iter().collect())
@@ -139,6 +140,30 @@ pub(super) fn not_leader(role: &model::Role) -> Status {
     };
     let message = format!("this replica does not lead: ask {}", of_replica(&leader.replica));
     with_retry(message, "NOT_LEADER", metadata_of(&leader.replica))
+}
+
+/// The status of a call during which the replica of this epoch has taken over, which may have taken over what the call
+/// has written, and the cycle that it names.
+fn taken_over(by: Epoch, cycle_id: Option<CycleId>) -> Status {
+    let message = format!(
+        "epoch {by} has taken over this store, so this process does not lead any more: the call may have taken \
+         effect. {REPEAT}"
+    );
+    let cycle_id = cycle_id.map(|id| ("cycle_id".to_owned(), id.to_string()));
+    with_retry(message, "LEADER_LOST", cycle_id.into_iter().collect())
+}
+
+/// What to do after a call that may have taken effect.
+const REPEAT: &str = "It can be repeated if it is idempotent, as RunCycle is with a request_id";
+
+/// The status of a call that another replica has sent to the leader of this epoch, which this process is not.
+pub(super) fn not_meant(epoch: Option<Epoch>) -> Status {
+    let epoch = epoch.map_or_else(|| "that it does not say".to_owned(), |epoch| epoch.to_string());
+    let message = format!(
+        "a replica has sent this call to the leader with epoch {epoch}, which this process is not, so the call was not \
+         made; try again. If that does not help, check cluster.advertise of the replica that leads"
+    );
+    with_retry(message, "NOT_LEADER", HashMap::new())
 }
 
 /// A replica, for people.
@@ -269,10 +294,7 @@ pub(super) fn not_answered(Leader { replica, .. }: &Leader, why: &NotAnswered<'_
         ),
         NotAnswered::Lost(why) => (
             "LEADER_LOST",
-            format!(
-                "the answer of the leader, {leader}, broke off ({why}): the call may have taken effect. It can be \
-                 repeated if it is idempotent, as RunCycle is with a request_id"
-            ),
+            format!("the answer of the leader, {leader}, broke off ({why}): the call may have taken effect. {REPEAT}"),
         ),
     };
     with_retry(message, reason, metadata_of(replica))

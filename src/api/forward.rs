@@ -12,6 +12,7 @@
 mod connections;
 mod messages;
 mod own;
+mod socket;
 #[cfg(test)]
 mod tests;
 
@@ -67,7 +68,7 @@ use super::{
 };
 use crate::{
     memory::{Held, Memory},
-    model::{Code, Leader, Role},
+    model::{Code, Leader, Role, excerpt},
     orchestrator::{History, Refusal},
     proto::{framing, timeout},
 };
@@ -131,13 +132,13 @@ impl Forwarder {
     const LAST_ANSWERS: Duration = Duration::from_secs(5);
 
     /// Has the leader that `roles` of the replica of this name tell answer calls, over connections made by `connect`,
-    /// each with at most `max_calls` calls. What it acknowledges is shown in `history`. What it sends ahead takes
-    /// memory from `answers`.
+    /// within this time, each with at most `max_calls` calls. What it acknowledges is shown in `history`. What it sends
+    /// ahead takes memory from `answers`.
     pub fn new(
         replica: &str,
         roles: watch::Receiver<Role>,
         history: History,
-        connect: Connect,
+        connect: (Connect, Duration),
         max_calls: u32,
         answers: Memory,
     ) -> Self {
@@ -291,6 +292,7 @@ impl Forwarder {
         {
             request.headers_mut().insert(timeout::HEADER, left);
         }
+        request.headers_mut().insert(forwarded::EPOCH, leader.epoch.0.into());
         let answer = async {
             poll_fn(|cx| place.channel.poll_ready(cx)).await?;
             place.channel.call(request).await
@@ -301,18 +303,40 @@ impl Forwarder {
             why = superseded(roles, leader) => return Err(Failed::Sent(why.into())),
         };
         match answer {
-            Ok(response) => Ok((response, place)),
-            Err(error) => {
+            Ok(response) => match not_grpc(&response) {
+                None => Ok((response, place)),
+                Some(failed) => Err(failed),
+            },
+            Err(error) if is_late(&error) => Err(Failed::Late),
+            Err(error) if is_unsent(&error) => {
                 self.0.connections.leave(&place);
-                let why = in_words(&error).into();
-                Err(match () {
-                    () if is_late(&error) => Failed::Late,
-                    () if is_unsent(&error) => Failed::Unsent { why, was_connected: true },
-                    () => Failed::Sent(why),
-                })
+                Err(Failed::Unsent { why: in_words(&error).into(), was_connected: true })
             }
+            Err(error) => Err(Failed::Sent(in_words(&error).into())),
         }
     }
+}
+
+/// What a response means that is no answer of a gRPC server: another server is at the address of the leader, or before
+/// it. `None` if it is one.
+fn not_grpc(response: &http::Response<Body>) -> Option<Failed> {
+    let kind = response.headers().get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or("no type");
+    let status = response.status();
+    // A gRPC server refuses large headers so, too.
+    let is_grpc = status == http::StatusCode::OK && kind.starts_with("application/grpc");
+    if is_grpc || status == http::StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE {
+        return None;
+    }
+    let why = format!(
+        "its answer, with the HTTP status {status} and {}, is not that of a gRPC server: check its cluster.advertise",
+        excerpt(kind, 64)
+    );
+    // A proxy may have passed the call on before it failed, but not one that has refused the request itself.
+    Some(if status.is_client_error() || status.is_redirection() {
+        Failed::Unsent { why: why.into(), was_connected: false }
+    } else {
+        Failed::Sent(why.into())
+    })
 }
 
 /// A call whose answer has begun.

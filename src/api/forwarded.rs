@@ -4,6 +4,8 @@
 //! Tokens and JWTs go on as they came, in `authorization`. Of everything else that proves an identity, the header says
 //! what the caller has shown to the replica: certificates, which are verified again, the user of its process, or the
 //! token of its session. It counts only on a connection of a replica in `cluster.peers`.
+//!
+//! A second header says for which term the call is meant: at the address of a leader, another process may answer.
 
 use std::net::IpAddr;
 
@@ -23,6 +25,9 @@ use crate::{
 
 /// The name of the header. It also marks the call: a call is forwarded once.
 pub(super) const HEADER: &str = "orchestrator-caller-bin";
+
+/// The name of the header with the epoch of the leader, as the replica knows it.
+pub(super) const EPOCH: &str = "orchestrator-leader-epoch";
 
 /// The name of the header by which the answer to such a call says up to which record the leader has acknowledged the
 /// history: its revision and its epoch, or 0 if that is not known.
@@ -65,6 +70,11 @@ impl Said {
         });
         Self { acknowledged, declared: text(DECLARED).and_then(|text| u128::from_str_radix(&text, 16).ok()) }
     }
+}
+
+/// The epoch for which a call with these headers is meant. `None` if they don't say it.
+pub(super) fn meant_for(headers: &HeaderMap) -> Option<Epoch> {
+    headers.get(EPOCH)?.to_str().ok()?.parse().ok().map(Epoch)
 }
 
 /// The caller, as the replica knows it.

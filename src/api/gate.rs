@@ -6,12 +6,13 @@ use std::{borrow::Borrow, collections::BTreeMap, future::pending, sync::Arc, tas
 
 use futures_util::{FutureExt, Stream, StreamExt, future::BoxFuture, stream};
 use jiff::Timestamp;
-use tonic::{Extensions, Request, Response, Status};
+use tonic::{Extensions, Request, Response, Status, codegen::http::HeaderMap};
 
 use super::{
     caller::{Caller, Own},
     calls::{Audited, CallCounts, CountedCall},
     error::status,
+    forwarded,
     judge::{Authority, Denied, Judge},
     leading::Leading,
     rpc::{Asks, Rpc},
@@ -187,6 +188,19 @@ impl Gate {
     pub(super) fn begin(&self, caller: &Caller, rpc: Option<Rpc>) -> Result<Begun, Status> {
         let Some(rpc) = rpc else { return self.judge.identify(caller, "an unknown method").map(|_| Begun(None)) };
         self.begin_rpc(caller, rpc).inspect_err(|status| self.count_refused(caller, rpc, status))
+    }
+
+    /// Checks that this process is the leader for which a call with these headers is meant, if another replica has
+    /// forwarded it.
+    ///
+    /// # Errors
+    /// It is not.
+    pub(super) fn check_meant(&self, caller: &Caller, rpc: Option<Rpc>, headers: &HeaderMap) -> Result<(), Status> {
+        if !caller.was_forwarded {
+            return Ok(());
+        }
+        let checked = self.leading.check_meant(forwarded::meant_for(headers));
+        checked.inspect_err(|status| rpc.into_iter().for_each(|rpc| self.count_refused(caller, rpc, status)))
     }
 
     /// Waits until a call has to give way to another one of its caller, since its request has not arrived. Returns its

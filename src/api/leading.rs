@@ -7,6 +7,7 @@ use tonic::Status;
 use super::{error, forwarded::Said};
 use crate::{
     cluster::Membership,
+    model::{Epoch, Role},
     orchestrator::{History, NotReady, Orchestrator, StoreEnded},
 };
 
@@ -58,6 +59,19 @@ impl Leading {
     /// This process does not lead.
     pub(super) fn orchestrator(&self) -> Result<Arc<Orchestrator>, Status> {
         self.get().ok_or_else(|| error::not_leader(&self.membership.role()))
+    }
+
+    /// Checks that this process is the leader for which a call of another replica is meant: it leads, in this term. So
+    /// another orchestrator takes none of its calls, whatever address the leader has said.
+    ///
+    /// # Errors
+    /// It is not.
+    pub(super) fn check_meant(&self, epoch: Option<Epoch>) -> Result<(), Status> {
+        match self.membership.role() {
+            Role::Leader { epoch: own } if Some(own) == epoch && self.membership.has_peers() => Ok(()),
+            role @ Role::Follower { leader: Some(_) } => Err(error::not_leader(&role)),
+            Role::Leader { .. } | Role::Follower { leader: None } => Err(error::not_meant(epoch)),
+        }
     }
 
     /// Checks that cycles and changes are accepted, or, by a follower, that the store can be read.

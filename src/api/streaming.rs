@@ -67,18 +67,24 @@ where
         let peer = request.extensions_mut().remove::<Peer>().unwrap_or_default();
         let caller = self.api.gate.judge.caller(peer, request.headers());
         let gate = self.api.gate.clone();
+        let rpc = Rpc::of_path(request.uri().path());
         if let Some(report) = caller.own.clone().filter(|own| !own.events.is_empty()) {
+            if let Err(status) = gate.check_meant(&caller, rpc, request.headers()) {
+                return ready(Ok(status.into_http())).boxed();
+            }
             let taken =
                 async move { Ok(gate.take_report(&report).await.err().unwrap_or_else(|| Status::ok("")).into_http()) };
             return taken.boxed();
         }
-        let rpc = Rpc::of_path(request.uri().path());
         let is_of = |rpc: &Rpc| rpc.path().is_some_and(|path| path == request.uri().path());
         let forwards = rpc.filter(is_of).and_then(|rpc| Some((rpc, self.api.forwards(rpc)?.clone())));
         let begun = match gate.begin(&caller, rpc) {
             Ok(begun) => begun,
             Err(status) => return ready(Ok(status.into_http())).boxed(),
         };
+        if let Err(status) = gate.check_meant(&caller, rpc, request.headers()) {
+            return ready(Ok(status.into_http())).boxed();
+        }
         let call = if let Some((rpc, forwarder)) = forwards {
             let call = self.api.clone().forward(forwarder, rpc, caller.clone(), begun.clone(), request);
             call.map(|answer| Ok(answer.unwrap_or_else(Status::into_http))).boxed()

@@ -803,3 +803,31 @@ fn the_reference_lists_every_key_once_with_a_comment() {
     }
     assert_eq!(listed, keys);
 }
+
+#[test]
+fn an_address_for_other_replicas_is_that_of_a_machine_and_fits_to_the_server() {
+    let with = |advertise: &str, further: &[&str]| {
+        let set = [format!("cluster.advertise={advertise}")].into_iter().chain(further.iter().map(ToString::to_string));
+        Config::load(&Overrides { set: set.collect(), ..Overrides::default() }, [])
+    };
+    for advertise in ["http://0.0.0.0:7700", "https://[::]:7700"] {
+        let refused = with(advertise, &[]).unwrap_err().to_string();
+        assert!(refused.contains("cluster.advertise") && refused.contains("no address of a machine"), "{refused}");
+    }
+    let tls = ["server.tls.cert_file=core.pem", "server.tls.key_file=core.key"];
+    for (advertise, further, why) in [
+        ("http://127.0.0.1:7700", &[][..], None),
+        ("http://localhost:7700", &[], None),
+        ("http://[::1]:7700", &[], None),
+        ("https://127.0.0.1:7700", &[], Some("server.tls has no certificate")),
+        ("https://127.0.0.1:7700", &tls, None),
+        ("http://127.0.0.1:7700", &tls, Some("server.tls has a certificate")),
+        ("https://10.0.0.3:7700", &tls, Some("server.listen is a loopback address")),
+    ] {
+        let doubt = with(advertise, further).unwrap().contradicts_advertise();
+        assert!(
+            doubt.is_some() == why.is_some() && doubt.unwrap_or_default().contains(why.unwrap_or_default()),
+            "{advertise}"
+        );
+    }
+}

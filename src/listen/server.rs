@@ -48,6 +48,16 @@ pub(crate) struct Limits {
 }
 
 impl Limits {
+    /// Most streams that a client has opened and reset again before this process has come to look at them. A client
+    /// that opens and resets streams endlessly is disconnected (CVE-2023-44487). But a replica resets what its callers
+    /// leave, and all of that waits while this process does not run: 64 KiB are read before the streams in them are
+    /// looked at.
+    fn max_resets(&self) -> usize {
+        /// As many as the streams of a client that is full four times over, but at least this number.
+        const LEAST: usize = 64;
+        LEAST.max(4 * self.max_concurrent_streams as usize)
+    }
+
     /// Most streams on all connections that lead to health and reflection: whoever holds these keeps no other call out.
     fn max_besides(&self) -> usize {
         self.max_streams.div_ceil(4)
@@ -114,8 +124,7 @@ impl Server {
             // A dead peer is detected after 40 s, and its streams end.
             .keep_alive_interval(Some(Duration::from_secs(30)))
             .keep_alive_timeout(Duration::from_secs(10))
-            // A client that opens and resets streams endlessly is disconnected (CVE-2023-44487).
-            .max_pending_accept_reset_streams(Some(64))
+            .max_pending_accept_reset_streams(Some(limits.max_resets()))
             .max_local_error_reset_streams(Some(256))
             .max_header_list_size(Received::<Incoming>::MAX_HEADERS);
         let served = http2.serve_connection(TokioIo::new(connection), calls);
@@ -294,7 +303,7 @@ mod tests {
     use h2::{RecvStream, client::SendRequest};
     use http_body_util::Full;
     use tokio::{
-        io::duplex,
+        io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
         time::{Instant, sleep},
     };
 
@@ -324,11 +333,11 @@ mod tests {
         }
     }
 
-    /// A client of a server with this number of bytes of memory for answers. Its window for each stream has this size.
-    async fn connect(answers: usize, window: u32) -> SendRequest<Bytes> {
+    /// A connection to a server with this limit of streams, and of bytes of memory for answers.
+    async fn open(max_concurrent_streams: u32, answers: usize) -> DuplexStream {
         let limits = Limits {
-            max_concurrent_streams: 10,
-            max_streams: 10,
+            max_concurrent_streams,
+            max_streams: max_concurrent_streams as usize,
             max_request_bytes: 1 << 10,
             windows: (64 << 10, 64 << 10),
             requests: Memory::whole(1 << 20),
@@ -338,6 +347,12 @@ mod tests {
         let (peer, stream) = duplex(1 << 20);
         let server = Server::new(Services::default().and(Zeros), limits);
         tokio::spawn(server.serve_connection(Connection::of(stream).await, CancellationToken::new()));
+        peer
+    }
+
+    /// A client of a server with this number of bytes of memory for answers. Its window for each stream has this size.
+    async fn connect(answers: usize, window: u32) -> SendRequest<Bytes> {
+        let peer = open(10, answers).await;
         let made = h2::client::Builder::new().initial_window_size(window).handshake(peer).await;
         let (send, connection) = made.unwrap();
         tokio::spawn(async move { drop(connection.await) });
@@ -389,5 +404,44 @@ mod tests {
         assert_eq!(answer.data().await.unwrap().unwrap().len(), 1);
         assert!(answer.data().await.unwrap().is_err());
         assert_eq!(begun.elapsed().as_secs(), 60);
+    }
+
+    /// A frame of HTTP/2 with this type and these flags (RFC 9113, section 4.1).
+    fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+        [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
+    }
+
+    #[tokio::test]
+    async fn many_streams_that_are_reset_at_once_leave_the_connection_to_others_but_not_any_number() {
+        const HEADERS: u8 = 1;
+        const RST_STREAM: u8 = 3;
+        const SETTINGS: u8 = 4;
+        const GOAWAY: u8 = 7;
+        // POST http://x/Zeros/1, by the static table of HPACK (RFC 7541, appendix A).
+        let head = [&[0x83, 0x86, 0x01, 1, b'x', 0x04, 8][..], b"/Zeros/1"].concat();
+        let call = |stream| frame(HEADERS, 0b101, stream, &head);
+        for (resets, ends) in [(190, HEADERS), (400, GOAWAY)] {
+            let mut peer = open(50, 1 << 20).await;
+            let mut said = [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(), frame(SETTINGS, 0, 0, &[])].concat();
+            for stream in (1..).step_by(2).take(resets) {
+                said.extend(call(stream));
+                said.extend(frame(RST_STREAM, 0, stream, &[0, 0, 0, 8]));
+            }
+            let last = 2 * u32::try_from(resets).unwrap() + 1;
+            said.extend(call(last));
+            peer.write_all(&said).await.unwrap();
+            let end = loop {
+                let mut head = [0; 9];
+                peer.read_exact(&mut head).await.unwrap();
+                let [a, b, c, kind, _, stream @ ..] = head;
+                let mut payload = vec![0; u32::from_be_bytes([0, a, b, c]) as usize];
+                peer.read_exact(&mut payload).await.unwrap();
+                if kind == GOAWAY || (kind == HEADERS && u32::from_be_bytes(stream) == last) {
+                    break kind;
+                }
+            };
+            assert_eq!(end, ends, "{resets}");
+        }
     }
 }

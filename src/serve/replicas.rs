@@ -63,12 +63,15 @@ impl Replicas {
         tls: Arc<dial::Tls>,
         answers: Memory,
     ) -> Self {
+        if let (Some(advertise), Some(why)) = (&config.cluster.advertise, config.contradicts_advertise()) {
+            tracing::warn!(%advertise, "other replicas may not reach this one at cluster.advertise: {why}");
+        }
         // `dial.allow` is for what callers register. The addresses of replicas come from their configurations.
         let reach = Reach { mode: config.access.mode, ..Reach::default() };
         let (timeout, trusted) = (config.dial.connect_timeout, Mutex::new(Trusted::by(config)));
         let connector = Arc::new(Connector { transport, tls, timeout, reach, trusted });
         let (replica, max_calls) = (&membership.replica().name, config.server.max_concurrent_streams);
-        let connect = connector.clone().connect();
+        let connect = (connector.clone().connect(), timeout);
         let forwarder = Forwarder::new(replica, membership.roles(), history, connect, max_calls, answers);
         let follow = || {
             let (follows, reports, sums) = (forwarder.clone(), forwarder.clone(), sums.clone());

@@ -85,7 +85,7 @@ impl Client {
         };
         let cycle_id = info.metadata.get("cycle_id").and_then(|id| id.parse().ok());
         self.note(format_args!("refused: {}, {cycle_id:?}", info.reason));
-        if info.reason == "NOT_LEADER" || info.reason == "NO_LEADER" {
+        if ["LEADER_LOST", "NOT_LEADER", "NO_LEADER"].contains(&info.reason.as_str()) {
             // The next call may reach another replica.
             self.world.network.reset(self.name);
             return Outcome::Unknown;

@@ -3,7 +3,8 @@
 use std::{
     convert::identity,
     error::Error,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::Duration,
 };
 
 use futures_util::{
@@ -11,7 +12,11 @@ use futures_util::{
     future::{BoxFuture, Shared, ready},
 };
 use hyper_util::rt::TokioIo;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::{Instant, timeout_at},
+};
+use tokio_util::task::AbortOnDropHandle;
 use tonic::{
     TimeoutExpired,
     codegen::http::Uri,
@@ -19,6 +24,7 @@ use tonic::{
 };
 use tower::service_fn;
 
+use super::socket::Socket;
 use crate::{
     model::{Endpoint, Leader},
     transport::Stream,
@@ -33,22 +39,34 @@ pub(super) const WINDOW: u32 = 32 << 10;
 /// The connections to one leader at a time.
 pub(super) struct Connections {
     connect: Connect,
+    /// Longest time until a connection is there and its server has begun HTTP/2.
+    timeout: Duration,
     /// Most calls on one connection: as many as the leader admits there.
     max_calls: u32,
     open: Mutex<Open>,
 }
 
-#[derive(Default)]
 struct Open {
     to: Option<Leader>,
     connections: Vec<Connection>,
+    /// A permit for each connection that is being made or has not ended, also if it gets no further calls.
+    room: Arc<Semaphore>,
     /// The number of the next connection.
     next: u64,
+}
+
+impl Open {
+    /// No connections to this leader yet.
+    fn to(to: Option<Leader>, next: u64) -> Self {
+        Self { to, connections: Vec::new(), room: Arc::new(Semaphore::new(Connections::MAX)), next }
+    }
 }
 
 struct Connection {
     number: u64,
     places: Arc<Semaphore>,
+    /// Dropped when it has ended.
+    open: Weak<OwnedSemaphorePermit>,
     made: Making,
 }
 
@@ -64,11 +82,12 @@ pub(super) struct Place {
 }
 
 impl Connections {
-    /// Most connections: with the default limit of calls on each, twice as many calls as clients can have open.
-    const MAX: usize = 64;
+    /// Most connections to a leader: with the default limit of calls on each, twice as many calls as clients can have
+    /// open.
+    pub(super) const MAX: usize = 64;
 
-    pub(super) fn new(connect: Connect, max_calls: u32) -> Self {
-        Self { connect, max_calls, open: Mutex::default() }
+    pub(super) fn new((connect, timeout): (Connect, Duration), max_calls: u32) -> Self {
+        Self { connect, timeout, max_calls, open: Mutex::new(Open::to(None, 0)) }
     }
 
     fn open(&self) -> MutexGuard<'_, Open> {
@@ -95,8 +114,9 @@ impl Connections {
     fn find(&self, to: &Leader, at: &Endpoint) -> Result<(u64, Option<OwnedSemaphorePermit>, Making), Arc<str>> {
         let mut open = self.open();
         if open.to.as_ref() != Some(to) {
-            *open = Open { to: Some(to.clone()), connections: Vec::new(), next: open.next };
+            *open = Open::to(Some(to.clone()), open.next);
         }
+        open.connections.retain(|connection| connection.open.strong_count() > 0);
         let free = open.connections.iter().find_map(|connection| {
             let permit = connection.places.clone().try_acquire_owned().ok()?;
             Some((connection.number, Some(permit), connection.made.clone()))
@@ -104,18 +124,22 @@ impl Connections {
         if let Some(found) = free {
             return Ok(found);
         }
-        if open.connections.len() == Self::MAX {
-            return Err(format!("all {} connections are full", Self::MAX).into());
-        }
+        let room = open.room.clone().try_acquire_owned();
+        let room = Arc::new(room.map_err(|_| format!("all {} connections are in use", Self::MAX))?);
         let (number, places) = (open.next, Arc::new(Semaphore::new(self.max_calls as usize)));
         open.next += 1;
-        let made = connect(self.connect.clone(), at.clone(), self.max_calls).boxed().shared();
+        let still_open = Arc::downgrade(&room);
+        let made = connect((self.connect.clone(), self.timeout), at.clone(), self.max_calls, room);
+        // It goes on if the first call does not wait for it.
+        let made = AbortOnDropHandle::new(tokio::spawn(made))
+            .map(|made| made.unwrap_or_else(|_| Err(Ended.to_string().into())));
+        let made = made.boxed().shared();
         let permit = places.clone().try_acquire_owned().ok();
-        open.connections.push(Connection { number, places, made: made.clone() });
+        open.connections.push(Connection { number, places, open: still_open, made: made.clone() });
         Ok((number, permit, made))
     }
 
-    /// Makes no further call on this connection.
+    /// Makes no further call on this connection, since it takes none.
     pub(super) fn leave(&self, place: &Place) {
         self.forget(place.number);
     }
@@ -124,16 +148,24 @@ impl Connections {
         self.open().connections.retain(|connection| connection.number != number);
     }
 
-    /// Makes no further call on the present connections.
+    /// Makes no further call on the present connections. They don't count any more, since streams on them may stay open
+    /// for days.
     pub(super) fn leave_all(&self) {
-        self.open().connections.clear();
+        let mut open = self.open();
+        *open = Open::to(open.to.take(), open.next);
     }
 }
 
-async fn connect(connect: Connect, at: Endpoint, max_calls: u32) -> Result<Channel, Arc<str>> {
-    let stream = connect(at.clone()).await?;
+async fn connect(
+    (connect, timeout): (Connect, Duration),
+    at: Endpoint,
+    max_calls: u32,
+    open: Arc<OwnedSemaphorePermit>,
+) -> Result<Channel, Arc<str>> {
+    let deadline = Instant::now() + timeout;
+    let (socket, settled) = Socket::new(connect(at.clone()).await?, open);
     // The library would connect again by itself, and let each waiting call wait for another attempt.
-    let mut once = Some(TokioIo::new(stream));
+    let mut once = Some(TokioIo::new(socket));
     let connector = service_fn(move |_: Uri| ready(once.take().ok_or(Ended)));
     let channel = async {
         let (Endpoint::Http(origin) | Endpoint::Https(origin) | Endpoint::Unix(origin)) = &at;
@@ -148,7 +180,13 @@ async fn connect(connect: Connect, at: Endpoint, max_calls: u32) -> Result<Chann
         limited.connect_with_connector(connector).await
     };
     let channel: Result<_, transport::Error> = channel.await;
-    channel.map_err(|error| in_words(&error).into())
+    let channel = channel.map_err(|error| in_words(&error))?;
+    // Otherwise the first calls would wait for a server that says nothing, or be lost to another one.
+    match timeout_at(deadline, settled).await {
+        Ok(Ok(settled)) => settled.map(|()| channel).map_err(Into::into),
+        Ok(Err(_)) => Err(Ended.to_string().into()),
+        Err(_) => Err(format!("it accepted the connection and sent nothing within {timeout:?}").into()),
+    }
 }
 
 /// The connection has ended.

@@ -32,9 +32,6 @@ impl<A: Message + Default> Messages<A> {
         let (head, body) = response.into_parts();
         match Status::from_header_map(&head.headers) {
             Some(status) if status.code() != tonic::Code::Ok => Err(status),
-            None if head.status != http::StatusCode::OK => {
-                Err(Status::unavailable(format!("the leader's answer has the HTTP status {}", head.status)))
-            }
             _ => Ok(Self { body, gathered: BytesMut::new(), memory, held: None, of: PhantomData }),
         }
     }

@@ -7,7 +7,7 @@ use std::{
 
 use http_body_util::{BodyExt, Full, StreamBody, combinators::BoxBody};
 use tokio::{
-    io::{DuplexStream, duplex},
+    io::{AsyncWriteExt, DuplexStream, duplex},
     sync::{Mutex, mpsc, watch},
     time::{Instant, timeout},
 };
@@ -28,6 +28,8 @@ use crate::{
 };
 
 const PATIENCE: Duration = Duration::from_mins(1);
+/// For a connection.
+const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A leader, and how many connections were made to it.
 struct FakeLeader {
@@ -47,7 +49,7 @@ impl FakeLeader {
         let memory = Memory::whole(64 << 20);
         let limits = Limits {
             max_concurrent_streams: 2,
-            max_streams: 100,
+            max_streams: 1000,
             max_request_bytes: 4 << 20,
             windows: (64 << 10, 128 << 10),
             requests: memory.clone(),
@@ -101,7 +103,8 @@ impl Listener for Pipes {
 }
 
 /// Answers `RunCycle` with its message and its headers, `WatchCycles` with its message and then nothing more, and
-/// `CancelCycle` never.
+/// `CancelCycle` never. To a call with the header `as-another-server` it answers as a server without gRPC, with this
+/// status.
 #[derive(Clone)]
 struct Echo {
     tell: mpsc::UnboundedSender<()>,
@@ -132,6 +135,10 @@ impl Service<http::Request<Body>> for Echo {
         let tell = Tell(self.tell.clone());
         async move {
             let (head, body) = request.into_parts();
+            if let Some(status) = head.headers.get("as-another-server") {
+                let response = http::Response::builder().status(status.to_str().unwrap());
+                return Ok(response.header(CONTENT_TYPE, "text/html").body(Body::empty()).unwrap());
+            }
             let mut response = http::Response::new(());
             for (name, value) in &head.headers {
                 response.headers_mut().append(name, value.clone());
@@ -167,7 +174,7 @@ fn leader(name: &str) -> Leader {
 /// A follower of this leader, with what changes its role.
 fn follower(connect: Connect, of: Option<Leader>, answers: Memory) -> (Forwarder, watch::Sender<Role>) {
     let (change, roles) = watch::channel(Role::Follower { leader: of });
-    (Forwarder::new("follower", roles, history(), connect, 2, answers), change)
+    (Forwarder::new("follower", roles, history(), (connect, TIMEOUT), 2, answers), change)
 }
 
 fn memory() -> Memory {
@@ -224,6 +231,7 @@ async fn a_call_goes_on_as_it_came_and_so_does_its_answer() {
     assert!(left < Duration::from_secs(10) && left > Duration::from_secs(5), "{left:?}");
     let described = super::super::forwarded::Forwarded::find(&got).unwrap();
     assert_eq!((described.replica.as_str(), described.origin()), ("follower", Origin::Unknown));
+    assert_eq!(got["orchestrator-leader-epoch"], "1");
     assert!(got.get("host").is_none());
     let body = answer.into_body().collect().await.unwrap();
     assert_eq!(body.trailers().unwrap()["grpc-status"], "0");
@@ -275,6 +283,89 @@ async fn a_call_that_was_not_sent_is_sent_over_another_connection() {
     assert_eq!(counts(&forwarder), [(Code::Ok, 3), (Code::Unavailable, 1)]);
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_call_that_has_failed_leaves_the_connection_to_others() {
+    let mut fake = FakeLeader::start();
+    let (forwarder, _change) = follower(fake.connect.clone(), Some(leader("a")), memory());
+    let watch = forwarder.send(call(Rpc::WatchCycles, &[], b"x")).await.unwrap();
+    for _ in 0..2 * connections::Connections::MAX {
+        let late = forwarder.send(call(Rpc::CancelCycle, &[("grpc-timeout", "50m")], b"x")).await.unwrap_err();
+        assert_eq!(late.code(), GrpcCode::DeadlineExceeded);
+        timeout(PATIENCE, fake.dropped.recv()).await.unwrap().unwrap();
+    }
+    assert_eq!(fake.connections(), 1);
+    drop(watch);
+}
+
+#[tokio::test(start_paused = true)]
+async fn connections_that_take_no_more_calls_count_until_they_have_ended() {
+    let fake = FakeLeader::start();
+    let large = Memory::whole(256 * WINDOW as usize);
+    let (forwarder, _change) = follower(fake.connect.clone(), Some(leader("a")), large);
+    let watch = async || forwarder.send(call(Rpc::WatchCycles, &[], b"x")).await;
+    let mut open = Vec::new();
+    for _ in 0..2 * connections::Connections::MAX {
+        open.push(watch().await.unwrap());
+    }
+    let full = refused(&forwarder, call(Rpc::WatchCycles, &[], b"x")).await;
+    assert_eq!((full.0, full.1.as_str()), (GrpcCode::Unavailable, "NO_LEADER"));
+    assert_eq!(fake.connections(), connections::Connections::MAX);
+    fake.cut();
+    for watch in open {
+        assert_eq!(end_of(watch).await, (GrpcCode::Unavailable, "LEADER_LOST".to_owned()));
+    }
+    // All have ended, and none of them is tried.
+    forwarder.send(call(Rpc::RunCycle, &[], b"x")).await.unwrap();
+    assert_eq!(fake.connections(), connections::Connections::MAX + 1);
+}
+
+/// Connects to a server that says this, and then nothing.
+fn to_server_that_says(said: &'static [u8]) -> Connect {
+    Arc::new(move |_| {
+        async move {
+            let (ours, mut theirs) = duplex(64 << 10);
+            theirs.write_all(said).await.unwrap();
+            tokio::spawn(async move {
+                let _open = theirs;
+                pending::<()>().await;
+            });
+            Ok(Box::new(ours) as Box<dyn Stream>)
+        }
+        .boxed()
+    })
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_sent_to_a_server_that_is_silent_or_speaks_something_else() {
+    for (said, why, after) in [
+        (&b""[..], "sent nothing within 5s", TIMEOUT),
+        (b"\0\0\0", "sent nothing within 5s", TIMEOUT),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "does not speak HTTP/2", Duration::ZERO),
+    ] {
+        let (forwarder, _change) = follower(to_server_that_says(said), Some(leader("a")), memory());
+        let begun = Instant::now();
+        let status = forwarder.send(call(Rpc::RunCycle, &[], b"x")).await.unwrap_err();
+        assert_eq!(status.get_details_error_info().unwrap().reason, "NO_LEADER");
+        assert!(status.message().contains(why), "{status:?}");
+        assert_eq!(begun.elapsed(), after);
+    }
+}
+
+#[tokio::test]
+async fn the_answer_of_another_kind_of_server_is_none_of_the_leader() {
+    let fake = FakeLeader::start();
+    let (forwarder, _change) = follower(fake.connect.clone(), Some(leader("a")), memory());
+    // A proxy may have passed the call on.
+    for (status, reason) in [("404", "NO_LEADER"), ("302", "NO_LEADER"), ("504", "LEADER_LOST"), ("200", "LEADER_LOST")]
+    {
+        let refused = forwarder.send(call(Rpc::RunCycle, &[("as-another-server", status)], b"x")).await.unwrap_err();
+        let info = refused.get_details_error_info().unwrap();
+        assert_eq!((info.reason.as_str(), info.metadata["leader"].as_str()), (reason, "a"));
+        let message = refused.message();
+        assert!(message.contains(status) && message.contains("check its cluster.advertise"), "{message}");
+    }
+}
+
 /// The code and the reason at the end of an answer.
 async fn end_of(answer: http::Response<Body>) -> (GrpcCode, String) {
     let trailers = timeout(PATIENCE, answer.into_body().collect()).await.unwrap().unwrap().trailers().cloned();
@@ -295,7 +386,7 @@ async fn a_call_that_was_not_sent_goes_to_the_replica_that_leads_meanwhile() {
         change.send_replace(Role::Follower { leader: Some(leader("b")) });
         async { Err("Connection refused".to_owned()) }.boxed()
     });
-    let forwarder = Forwarder::new("follower", roles, history(), connect, 2, memory());
+    let forwarder = Forwarder::new("follower", roles, history(), (connect, TIMEOUT), 2, memory());
     forwarder.send(call(Rpc::RunCycle, &[], b"x")).await.unwrap().into_body().collect().await.unwrap();
     assert_eq!(counts(&forwarder), [(Code::Ok, 1)]);
 }
@@ -305,7 +396,7 @@ async fn what_the_leader_acknowledges_is_noted_before_its_answer_is_passed_on() 
     let fake = FakeLeader::start();
     let (_change, roles) = watch::channel(Role::Follower { leader: Some(leader("a")) });
     let history = history();
-    let forwarder = Forwarder::new("follower", roles, history.clone(), fake.connect.clone(), 2, memory());
+    let forwarder = Forwarder::new("follower", roles, history.clone(), (fake.connect.clone(), TIMEOUT), 2, memory());
     assert_eq!(history.known(), None);
     // The leader of this test answers with the headers that it gets.
     let answer = forwarder.send(call(Rpc::RunCycle, &[("orchestrator-acknowledged", "5 3")], b"x")).await.unwrap();
