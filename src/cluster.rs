@@ -42,6 +42,8 @@ struct Member {
     lease: watch::Sender<Option<Lease>>,
     /// True if the database has answered when it was asked last who leads.
     sees: watch::Sender<bool>,
+    /// Why it does not claim to lead, if so.
+    unable: watch::Sender<Option<Arc<str>>>,
     /// Number of terms that this replica has seen begin, its own among them, and the epoch of the last one.
     changes: AtomicU64,
     last_epoch: AtomicU64,
@@ -68,6 +70,7 @@ impl Membership {
             role: watch::Sender::new(role),
             lease: watch::Sender::new(None),
             sees: watch::Sender::new(true),
+            unable: watch::Sender::new(None),
             changes: AtomicU64::new(0),
             last_epoch: AtomicU64::new(0),
             clock_offset: AtomicI64::new(i64::MIN),
@@ -120,6 +123,20 @@ impl Membership {
         self.0.sees.subscribe()
     }
 
+    /// Why it does not claim to lead, whether another replica leads or not; `None` if it would.
+    pub fn unable(&self) -> Option<Arc<str>> {
+        self.0.unable.borrow().clone()
+    }
+
+    /// It does not claim to lead from now on, for this reason, or does again. Returns whether that is new.
+    pub fn set_unable(&self, why: Option<&str>) -> bool {
+        self.0.unable.send_if_modified(|now| {
+            let is_new = now.as_deref() != why;
+            *now = why.map(Arc::from);
+            is_new
+        })
+    }
+
     /// It leads from now on, under this lease.
     pub fn leads(&self, epoch: Epoch, lease: Lease) {
         self.0.lease.send_replace(Some(lease));
@@ -128,10 +145,11 @@ impl Membership {
 
     /// It does not lead any more, if it did.
     pub fn follows(&self) {
-        self.0.lease.send_replace(None);
+        // Before its lease is gone, without which a leader would seem to need none.
         if self.role().epoch().is_some() {
             self.set(Role::Follower { leader: None });
         }
+        self.0.lease.send_replace(None);
     }
 
     /// Sets the role, and counts a term that has begun.

@@ -10,7 +10,10 @@ mod tls;
 use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use rustix::process::{Resource, Rlimit, geteuid, getrlimit, setrlimit};
-use tokio::{join, select, time::timeout};
+use tokio::{
+    join, select,
+    time::{sleep, timeout},
+};
 use tokio_util::{
     sync::{CancellationToken, DropGuard},
     task::AbortOnDropHandle,
@@ -600,20 +603,28 @@ fn replica(config: &Config) -> Replica {
 
 /// Tells clients of the health service whether this replica leads, and whether it can read its store.
 async fn keep_health(health: HealthReporter, membership: Membership) {
+    /// Nothing tells that a lease has ended.
+    const LOOKS: Duration = Duration::from_secs(1);
     let (mut roles, mut sees) = (membership.roles(), membership.sees());
+    let mut told = None;
     let serving = |is_serving| if is_serving { ServingStatus::Serving } else { ServingStatus::NotServing };
     loop {
-        let leads = roles.borrow_and_update().epoch().is_some();
-        let sees_now = *sees.borrow_and_update();
-        health.set_service_status(LEADER, serving(leads)).await;
-        for service in ["", SERVICE] {
-            health.set_service_status(service, serving(leads || sees_now || !membership.has_peers())).await;
+        let has_role = roles.borrow_and_update().epoch().is_some();
+        let reads = has_role || *sees.borrow_and_update() || !membership.has_peers();
+        let now = (membership.is_leading(), reads);
+        // A watcher gets each status that is set.
+        if told.replace(now) != Some(now) {
+            health.set_service_status(LEADER, serving(now.0)).await;
+            for service in ["", SERVICE] {
+                health.set_service_status(service, serving(reads)).await;
+            }
         }
         // The senders are in `membership`.
         select! {
             biased;
             _ = roles.changed() => {}
             _ = sees.changed() => {}
+            () = sleep(LOOKS), if membership.has_peers() => {}
         }
     }
 }

@@ -94,6 +94,7 @@ async fn one_leads_and_the_others_name_it(url: &str) {
     for shown in [
         "orchestrator_is_leader 1",
         "orchestrator_lease_remaining_seconds 0.",
+        "orchestrator_can_lead 1",
         "orchestrator_leader_changes_total 1",
         "orchestrator_clock_offset_seconds ",
     ] {

@@ -173,7 +173,7 @@ const MAY_DEPEND: &[(&str, &[&str])] = &[
     ("ratatui", &["cli/top"]),
     // Files, sockets and threads: `model`, `engine`, `orchestrator`, `record` and `schedule` use none.
     ("std::fs", &["cli", "file", "memory", "store", "subsystem", "transport/sockets"]),
-    ("std::thread", &["transport/resolve", "store/sqlite", "telemetry/writer"]),
+    ("std::thread", &["transport/resolve", "store/postgres", "store/sqlite", "telemetry/writer"]),
     ("tokio::fs", &["transport/sockets"]),
     ("socket2", &["transport/sockets"]),
     ("tokio::net", &["transport/sockets"]),

@@ -457,9 +457,10 @@ async fn shown_and_defined_metrics_are_the_same() {
     }
     let shown = |definition: &&orchestrator_core::telemetry::metrics::Definition| {
         // TLS has its own test, and so have replicas and the store in PostgreSQL.
-        const OF_REPLICAS: [&str; 4] = [
+        const OF_REPLICAS: [&str; 5] = [
             "orchestrator_forwarded_calls_total",
             "orchestrator_lease_remaining_seconds",
+            "orchestrator_can_lead",
             "orchestrator_leader_changes_total",
             "orchestrator_clock_offset_seconds",
         ];

@@ -29,6 +29,8 @@ pub struct Candidate {
     host: Host,
     /// The row, and when the first answer arrived that showed it so.
     seen: Option<(Observed, Instant)>,
+    /// Until when the leader that was seen last counts as the leader while the row can't be read.
+    known_until: Instant,
     /// The last claim of this replica, and whether its outcome is known.
     claimed: Option<(ClaimId, Outcome)>,
     /// True while its clock is too far off, which is logged once.
@@ -56,14 +58,24 @@ pub struct Won {
 impl Candidate {
     /// A candidate for terms with leases of this TTL.
     pub fn new(leadership: Arc<dyn Leadership>, membership: Membership, lease_ttl: Duration, host: Host) -> Self {
-        Self { leadership, membership, lease_ttl, host, seen: None, claimed: None, is_off: false, is_blind: false }
+        Self {
+            leadership,
+            membership,
+            lease_ttl,
+            host,
+            seen: None,
+            known_until: Instant::now(),
+            claimed: None,
+            is_off: false,
+            is_blind: false,
+        }
     }
 
     /// Waits until this replica leads, which has to be a follower, or until this is cancelled, which returns `None`. A
     /// claim that is under way then is awaited: its lease would run out otherwise, without a leader.
     pub async fn wins(&mut self, cancelled: &CancellationToken) -> Option<Won> {
         while !cancelled.is_cancelled() {
-            match self.look(true).await {
+            match self.look().await {
                 Ok(Some(won)) => return Some(won),
                 Ok(None) => self.is_blind = false,
                 Err(error) => {
@@ -77,30 +89,24 @@ impl Candidate {
         None
     }
 
-    /// Follows, and never leads.
-    pub async fn only_follows(&mut self) {
-        loop {
-            let _ = self.look(false).await;
-            self.pause().await;
-        }
-    }
-
     async fn pause(&self) {
         sleep((self.lease_ttl / LOOKS).min(LONGEST_PAUSE)).await;
     }
 
-    /// Observes the row once, and claims it if no replica leads and this one `may_lead`.
+    /// Observes the row once, and claims it if no replica leads and this one can.
     ///
     /// # Errors
     /// The row can't be read, or the outcome of a claim is not known.
-    pub async fn look(&mut self, may_lead: bool) -> Result<Option<Won>, StoreError> {
+    pub async fn look(&mut self) -> Result<Option<Won>, StoreError> {
         let asked = Instant::now();
         let observed = match self.leadership.observe().await {
             Ok(observed) => observed,
             Err(error) => {
                 // The row may have changed since it was seen.
                 self.seen = None;
-                self.membership.set(Role::Follower { leader: None });
+                if Instant::now() >= self.known_until {
+                    self.membership.set(Role::Follower { leader: None });
+                }
                 self.membership.set_sees(false);
                 return Err(error);
             }
@@ -125,7 +131,10 @@ impl Candidate {
         let is_free = observed.leader.is_none() || own.is_some() || since.elapsed() >= waits_for;
         self.seen = Some((observed.clone(), since));
         self.membership.set(Role::Follower { leader: observed.leader.clone().filter(|_| !is_free) });
-        if !is_free || !may_lead || !self.has_good_clock(offset) {
+        if !is_free {
+            self.known_until = arrived + waits_for;
+        }
+        if !is_free || self.membership.unable().is_some() || !self.has_good_clock(offset) {
             return Ok(None);
         }
         self.claim(&observed).await

@@ -1,6 +1,7 @@
 //! The lease of a leader: for how long it may make calls.
 
 use std::{
+    mem,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -119,19 +120,31 @@ impl Lease {
 pub struct Lapsed;
 
 /// Renews the lease of a term, until that is over: another replica has claimed a later one, or this one was released.
-/// A renewal is awaited for as long as it takes. It may wait for a standby, and would go on to wait in the database if
-/// it was given up here, with a session of its own.
-pub async fn keep(leadership: &dyn Leadership, epoch: Epoch, lease: &Lease) {
+/// Returns the epoch that the row has then. A renewal is awaited for as long as it takes. It may wait for a standby,
+/// and would go on to wait in the database if it was given up here, with a session of its own.
+pub async fn keep(leadership: &dyn Leadership, epoch: Epoch, lease: &Lease) -> Epoch {
     let Shared { ttl, clock, .. } = &*lease.0;
+    // It is logged once that renewals fail.
+    let mut has_failed = false;
     loop {
         let since = lease.state().sent.until(&clock.moment());
         sleep((*ttl / RENEWED).saturating_sub(since)).await;
         let sent = clock.moment();
-        match leadership.renew(epoch).await {
-            Ok(Renewed::Acknowledged) => lease.renewed(sent),
-            Ok(Renewed::Superseded) => return,
+        let over = match leadership.renew(epoch).await {
+            Ok(Renewed::Acknowledged) => {
+                lease.renewed(sent);
+                has_failed = false;
+                continue;
+            }
+            Ok(Renewed::Superseded) => leadership.observe().await.map(|observed| observed.epoch),
+            Err(error) => Err(error),
+        };
+        match over {
+            Ok(by) => return by,
             Err(error) => {
-                tracing::warn!(%error, remaining = ?lease.remaining(), "the lease was not renewed");
+                if !mem::replace(&mut has_failed, true) {
+                    tracing::warn!(%error, remaining = ?lease.remaining(), "the lease was not renewed");
+                }
                 sleep(*ttl / AGAIN).await;
             }
         }

@@ -17,7 +17,7 @@ pub trait Leadership: Send + Sync + 'static {
     /// Reads the row.
     ///
     /// # Errors
-    /// It can't be read.
+    /// It can't be read, or there was no answer for some seconds: whoever waited for longer would see no end of a term.
     fn observe(&self) -> BoxFuture<'_, Result<Observed, StoreError>>;
 
     /// Claims the row, if it is still as it was `seen`, for a new term, whose epoch is later than all earlier ones.
@@ -29,10 +29,11 @@ pub trait Leadership: Send + Sync + 'static {
     /// begun a commit and stopped in the middle of it are ended, so that a later claim succeeds.
     fn claim<'a>(&'a self, seen: &'a Observed, claim: &'a Claim) -> BoxFuture<'a, Result<Claimed, StoreError>>;
 
-    /// Raises the beat of a term, as durably as commits are. Acknowledges the claim of that term as well.
+    /// Raises the beat of a term, as durably as commits are. Acknowledges the claim of that term as well. It may have
+    /// to wait for a standby.
     ///
     /// # Errors
-    /// The outcome is not known.
+    /// The outcome is not known. Also without an answer, once another replica has claimed a later term.
     fn renew(&self, epoch: Epoch) -> BoxFuture<'_, Result<Renewed, StoreError>>;
 
     /// Ends a term, so that another replica can claim the row at once.

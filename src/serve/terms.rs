@@ -3,24 +3,25 @@
 //! another replica has claimed to: then it drops the orchestrator, whole, and follows again. Listeners and connections
 //! stay.
 
-use std::{future::pending, mem, sync::Arc, time::Duration};
+use std::{convert::Infallible, future::pending, mem, sync::Arc, time::Duration};
 
 use futures_util::{FutureExt, future::BoxFuture};
 use tokio::{
     select,
-    time::{sleep, timeout},
+    sync::watch,
+    time::{Instant, sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use super::{StartError, declared, log, settings};
 use crate::{
     api::Api,
-    cluster::{self, Candidate, Lease, Leased, Won},
+    cluster::{self, Candidate, Lease, Leased, Membership, Won},
     config::Config,
     dial::Dialer,
     host::Host,
     memory::Shares,
-    model::{Begin, Epoch},
+    model::{Begin, Epoch, Revision},
     orchestrator::{History, Orchestrator, OrchestratorTasks, Position, Refusal, Stopped, Sums, TakenOver},
     ports::{Leadership, Spans, Store, StoreError, Subsystems},
     store::OpenError,
@@ -30,6 +31,10 @@ use crate::{
 const RELEASE: Duration = Duration::from_secs(2);
 /// After a term that could not begin, this replica does not claim another one for this time: so other replicas can.
 const AFTER_FAILURE: Duration = Duration::from_secs(1);
+/// A follower finds out at this interval whether it can lead.
+const REHEARSALS: Duration = Duration::from_mins(1);
+/// It reads the store for that: if this takes long, the interval is this many times as long.
+const REHEARSED: u32 = 20;
 
 /// The parts of the process that each term uses.
 #[derive(Clone)]
@@ -59,16 +64,14 @@ struct Shared {
     store: Arc<dyn Store>,
     parts: Parts,
     /// The one that applies to the next term.
-    config: Arc<Config>,
+    config: Arc<watch::Sender<Arc<Config>>>,
 }
 
 enum Phase {
-    /// Another replica leads, or this one will soon.
+    /// It follows, until it has claimed to lead.
     Following(Following),
-    /// It follows, and does not lead: it can't with its configuration, or the process ends.
-    Unable {
-        _follows: Option<AbortOnDropHandle<()>>,
-    },
+    /// The process ends.
+    Over,
     /// It has claimed to lead, and takes the store over.
     Beginning(Box<Beginning>),
     Leading(Box<Leading>),
@@ -76,16 +79,13 @@ enum Phase {
 
 struct Following {
     /// `None` if it was cancelled before the replica won.
-    wins: AbortOnDropHandle<Result<Option<(Candidate, Won)>, Unable>>,
+    wins: AbortOnDropHandle<Option<(Candidate, Won)>>,
     cancelled: CancellationToken,
 }
 
-/// A candidate that can't lead.
-type Unable = (Candidate, StartError);
-
 /// What precedes the time in which a replica follows.
 enum After {
-    /// It has started, or its configuration was reloaded.
+    /// It has started, and does not know whether it can lead.
     Start,
     /// It has led.
     Term,
@@ -97,8 +97,8 @@ struct Beginning {
     candidate: Candidate,
     epoch: Epoch,
     lease: Lease,
-    /// Renews the lease meanwhile.
-    keeping: AbortOnDropHandle<()>,
+    /// Renews the lease meanwhile, and returns the epoch by which the term is over.
+    keeping: AbortOnDropHandle<Epoch>,
     begun: BoxFuture<'static, Result<Begun, StartError>>,
 }
 
@@ -147,16 +147,17 @@ impl Terms {
         (store, leadership): (Arc<dyn Store>, Arc<dyn Leadership>),
         api: Api,
     ) -> Result<Self, StartError> {
-        let shared = Shared { leadership, store, parts, config: Arc::new(config.clone()) };
+        let config = Arc::new(watch::Sender::new(Arc::new(config.clone())));
+        let shared = Shared { leadership, store, parts, config };
         let mut candidate = shared.candidate(&api);
-        let won = match candidate.look(true).await {
+        let won = match candidate.look().await {
             Ok(won) => won,
             Err(error) => {
                 tracing::warn!(%error, "it is not known which replica leads");
                 None
             }
         };
-        let mut terms = Self { api, phase: Phase::Unable { _follows: None }, how, shared: Some(shared) };
+        let mut terms = Self { api, phase: Phase::Over, how, shared: Some(shared) };
         let Some(won) = won else {
             tracing::info!("this replica follows");
             terms.follow(candidate, After::Start);
@@ -166,7 +167,7 @@ impl Terms {
         terms.begin(candidate, won);
         if let Some(Err(error)) = terms.begun().await {
             // The process ends, so it does this first.
-            terms.phase = Phase::Unable { _follows: None };
+            terms.phase = Phase::Over;
             if let Some(shared) = &terms.shared {
                 shared.release(epoch).await;
             }
@@ -179,7 +180,7 @@ impl Terms {
     pub(super) fn orchestrator(&self) -> Option<&Arc<Orchestrator>> {
         match &self.phase {
             Phase::Leading(leading) => Some(&leading.orchestrator),
-            Phase::Following(_) | Phase::Unable { .. } | Phase::Beginning(_) => None,
+            Phase::Following(_) | Phase::Over | Phase::Beginning(_) => None,
         }
     }
 
@@ -189,24 +190,16 @@ impl Terms {
         loop {
             match &mut self.phase {
                 Phase::Following(following) => match (&mut following.wins).await {
-                    Ok(Ok(Some((candidate, won)))) => self.begin(candidate, won),
-                    Ok(Ok(None)) => self.phase = Phase::Unable { _follows: None },
-                    Ok(Err((candidate, error))) => {
-                        tell_unable(&error);
-                        self.only_follow(candidate, None);
-                    }
+                    Ok(Some((candidate, won))) => self.begin(candidate, won),
+                    Ok(None) => self.phase = Phase::Over,
                     // It has panicked, which is logged. Without it, this replica would never lead again.
                     Err(defect) => {
                         let problem = format!("the candidate has ended: {defect}");
                         return Err(Stopped::Store(StoreError::Defect { problem }));
                     }
                 },
-                Phase::Unable { .. } => pending().await,
-                Phase::Beginning(_) => {
-                    if let Some(Err(error)) = self.begun().await {
-                        tell_unable(&error);
-                    }
-                }
+                Phase::Over => pending().await,
+                Phase::Beginning(_) => self.begun_or_told().await,
                 Phase::Leading(leading) => match leading.tasks.finished().await {
                     Err(Stopped::Store(error @ StoreError::Fenced { .. })) if self.shared.is_some() => {
                         tracing::warn!(%error, "this replica follows from now on");
@@ -224,21 +217,15 @@ impl Terms {
     /// As those of [`Orchestrator::reload`].
     pub(super) async fn reload(&mut self, config: &Config) -> Result<(), Refusal> {
         while let Phase::Beginning(_) = self.phase {
-            if let Some(Err(error)) = self.begun().await {
-                tell_unable(&error);
-            }
+            self.begun_or_told().await;
         }
         if let Some(orchestrator) = self.orchestrator() {
             orchestrator.reload(settings(config), declared(config)).await?;
         }
-        if let Some(shared) = &mut self.shared {
-            shared.config = Arc::new(config.clone());
+        if let Some(shared) = &self.shared {
+            shared.config.send_replace(Arc::new(config.clone()));
             shared.parts.history.apply(&settings(config));
             shared.parts.history.declare(&declared(config));
-            if let Phase::Unable { .. } = self.phase {
-                let candidate = shared.candidate(&self.api);
-                self.follow(candidate, After::Start);
-            }
         }
         Ok(())
     }
@@ -248,8 +235,7 @@ impl Terms {
         match &self.phase {
             Phase::Leading(leading) => leading.orchestrator.drain(),
             Phase::Following(following) => following.cancelled.cancel(),
-            Phase::Unable { .. } => self.phase = Phase::Unable { _follows: None },
-            Phase::Beginning(_) => {}
+            Phase::Over | Phase::Beginning(_) => {}
         }
     }
 
@@ -259,9 +245,9 @@ impl Terms {
     /// Why it was not done.
     pub(super) async fn finished(&mut self) -> Result<(), Stopped> {
         let epoch = match &mut self.phase {
-            Phase::Unable { .. } => return Ok(()),
+            Phase::Over => return Ok(()),
             Phase::Following(following) => match timeout(RELEASE, &mut following.wins).await {
-                Ok(Ok(Ok(Some((_, won))))) => Some(won.epoch),
+                Ok(Ok(Some((_, won)))) => Some(won.epoch),
                 _ => return Ok(()),
             },
             // Nothing was taken over before the first commit, and that is fenced or recovered from.
@@ -277,7 +263,7 @@ impl Terms {
         };
         if let (Some(epoch), Some(shared)) = (epoch, &self.shared) {
             // Renewals end first: one of them would have the connection.
-            self.phase = Phase::Unable { _follows: None };
+            self.phase = Phase::Over;
             shared.release(epoch).await;
             self.api.membership().follows();
         }
@@ -288,7 +274,7 @@ impl Terms {
     fn demote(&mut self) {
         self.api.follow();
         self.api.membership().follows();
-        let phase = mem::replace(&mut self.phase, Phase::Unable { _follows: None });
+        let phase = mem::replace(&mut self.phase, Phase::Over);
         if let Phase::Leading(leading) = phase
             && let Leading { term: Some(Term { candidate, .. }), .. } = *leading
         {
@@ -299,39 +285,28 @@ impl Terms {
     /// Follows, until it leads.
     fn follow(&mut self, mut candidate: Candidate, after: After) {
         let Some(shared) = self.shared.clone() else { return };
-        let cancelled = CancellationToken::new();
+        let (cancelled, membership) = (CancellationToken::new(), self.api.membership().clone());
         let token = cancelled.clone();
         let wins = async move {
-            match after {
-                After::Start => select! {
-                    biased;
-                    () = token.cancelled() => return Ok(None),
-                    able = shared.wait_until_able() => if let Err(error) = able {
-                        return Err((candidate, error));
-                    },
-                    () = candidate.only_follows() => {}
-                },
-                After::Term => {}
+            let first = match after {
+                After::Start => {
+                    membership.set_unable(Some("it has not read the store yet"));
+                    Duration::ZERO
+                }
+                After::Term => REHEARSALS,
                 After::Failure(epoch) => {
                     shared.release(epoch).await;
                     let _ = token.run_until_cancelled(sleep(AFTER_FAILURE)).await;
+                    REHEARSALS
                 }
+            };
+            select! {
+                biased;
+                won = candidate.wins(&token) => Some((candidate, won?)),
+                never = shared.keep_rehearsing(first, &membership) => match never {},
             }
-            Ok(candidate.wins(&token).await.map(|won| (candidate, won)))
         };
         self.phase = Phase::Following(Following { wins: AbortOnDropHandle::new(tokio::spawn(wins)), cancelled });
-    }
-
-    /// Only follows, after the term of this epoch could not begin, if there was one.
-    fn only_follow(&mut self, mut candidate: Candidate, failed: Option<Epoch>) {
-        let shared = self.shared.clone();
-        let follows = async move {
-            if let (Some(shared), Some(epoch)) = (shared, failed) {
-                shared.release(epoch).await;
-            }
-            candidate.only_follows().await;
-        };
-        self.phase = Phase::Unable { _follows: Some(AbortOnDropHandle::new(tokio::spawn(follows))) };
     }
 
     /// Takes the store over for a term that this replica has claimed.
@@ -340,22 +315,20 @@ impl Terms {
         let how = self.how;
         let (leadership, kept) = (shared.leadership.clone(), lease.clone());
         let keep = async move { cluster::keep(&*leadership, epoch, &kept).await };
+        let config = shared.config.borrow().clone();
         let keeping = AbortOnDropHandle::new(tokio::spawn(keep));
         let leased = Leased::new(shared.parts.dialer.clone(), lease.clone());
         let begun = async move {
-            let Shared { store, parts, config, .. } = &shared;
-            let taken_over = log::take_over(config, how, parts.host.random.id128(), store.clone()).await?;
-            parts.sums.set_reads(settings(config).audit_reads);
+            let Shared { store, parts, .. } = &shared;
+            let taken_over = log::take_over(&config, how, parts.host.random.id128(), store.clone()).await?;
+            parts.sums.set_reads(settings(&config).audit_reads);
             let contents = &taken_over.contents;
             let (known, end) = (parts.history.known(), Position { revision: contents.last_revision, epoch: None });
             parts.history.goes_on(known, end).await?;
-            if let Some(Position { revision: missing, .. }) = parts.history.missing() {
-                let (url, newest) = (config.store.url.clone(), contents.last_revision);
-                return Err(StartError::HistoryLost { url, missing, newest });
-            }
+            check_history(&config, parts, contents.last_revision)?;
             let (sums, history) = (Some(parts.sums.clone()), Some(parts.history.clone()));
             let taken_over = TakenOver { sums, history, ..taken_over };
-            begin(config, parts, taken_over, Arc::new(leased)).await
+            begin(&config, parts, taken_over, Arc::new(leased)).await
         };
         self.phase = Phase::Beginning(Box::new(Beginning { candidate, epoch, lease, keeping, begun: begun.boxed() }));
     }
@@ -364,7 +337,7 @@ impl Terms {
     async fn begun(&mut self) -> Option<Result<(), StartError>> {
         let Phase::Beginning(beginning) = &mut self.phase else { return None };
         let begun = (&mut beginning.begun).await;
-        let phase = mem::replace(&mut self.phase, Phase::Unable { _follows: None });
+        let phase = mem::replace(&mut self.phase, Phase::Over);
         let Phase::Beginning(beginning) = phase else { return None };
         let Beginning { candidate, epoch, lease, keeping, .. } = *beginning;
         let (orchestrator, tasks) = match begun {
@@ -375,48 +348,75 @@ impl Terms {
                 return Some(Ok(()));
             }
             Err(error) => {
-                self.only_follow(candidate, Some(epoch));
+                self.follow(candidate, After::Failure(epoch));
                 return Some(Err(error));
             }
         };
         self.how = Begin::Again;
         let keeping = {
-            let shared = self.shared.clone()?;
             let (orchestrator, lease) = (orchestrator.clone(), lease.clone());
-            tokio::spawn(async move { keep_leading(&shared, epoch, &lease, keeping, &orchestrator).await })
+            tokio::spawn(async move { keep_leading(&lease, keeping, &orchestrator).await })
         };
         self.api.lead(orchestrator.clone());
+        self.api.membership().set_unable(None);
         self.api.membership().leads(epoch, lease);
         let term = Term { candidate, epoch, _keeping: AbortOnDropHandle::new(keeping) };
         self.phase = Phase::Leading(Box::new(Leading { orchestrator, tasks, term: Some(term) }));
         Some(Ok(()))
+    }
+
+    /// As [`Terms::begun`], for a process that goes on as a follower if the term can't begin.
+    async fn begun_or_told(&mut self) {
+        if let Some(Err(error)) = self.begun().await {
+            tell_unable(self.api.membership(), &error);
+        }
     }
 }
 
 impl Shared {
     fn candidate(&self, api: &Api) -> Candidate {
         let Self { leadership, parts, config, .. } = self;
-        Candidate::new(leadership.clone(), api.membership().clone(), config.cluster.lease_ttl, parts.host.clone())
+        let lease_ttl = config.borrow().cluster.lease_ttl;
+        Candidate::new(leadership.clone(), api.membership().clone(), lease_ttl, parts.host.clone())
     }
 
-    /// Waits until it is known that it can lead with its configuration and the present contents of the store.
-    ///
-    /// # Errors
-    /// It can't.
-    async fn wait_until_able(&self) -> Result<(), StartError> {
-        while let Err(error) = self.rehearse().await {
-            if !is_passing(&error) {
-                return Err(error);
+    /// Finds out again and again whether this replica can lead, with its configuration and the present contents of the
+    /// store: for the first time after this pause, and whenever its configuration has changed.
+    async fn keep_rehearsing(&self, first: Duration, membership: &Membership) -> Infallible {
+        let mut changes = self.config.subscribe();
+        let mut pause = first;
+        loop {
+            select! {
+                biased;
+                _ = changes.changed() => {}
+                () = sleep(pause) => {}
             }
-            sleep(AFTER_FAILURE).await;
+            let (begun, config) = (Instant::now(), self.config.borrow().clone());
+            let rehearsed = self.rehearse(&config).await;
+            pause = (begun.elapsed() * REHEARSED).max(REHEARSALS);
+            match rehearsed {
+                Ok(()) => {
+                    if membership.set_unable(None) {
+                        tracing::info!("this replica can lead");
+                    }
+                }
+                // It has been able to, and nothing says that it is not.
+                Err(error) if is_away(&error) && membership.unable().is_none() => {}
+                Err(error) => {
+                    tell_unable(membership, &error);
+                    if is_passing(&error) {
+                        pause = AFTER_FAILURE;
+                    }
+                }
+            }
         }
-        Ok(())
     }
 
     /// Does what begins a term, over a store that is only looked at.
-    async fn rehearse(&self) -> Result<(), StartError> {
-        let Self { parts, config, store, .. } = self;
+    async fn rehearse(&self, config: &Config) -> Result<(), StartError> {
+        let Self { parts, store, .. } = self;
         let Some(taken_over) = log::rehearse(config, &parts.host, &**store).await? else { return Ok(()) };
+        check_history(config, parts, taken_over.contents.last_revision)?;
         let (orchestrator, mut tasks) = begin(config, parts, taken_over, parts.dialer.clone()).await?;
         orchestrator.drain();
         // It has nothing to write.
@@ -447,34 +447,51 @@ async fn begin(
     Ok(started?)
 }
 
+/// Checks that nothing is known to be missing in a store whose newest record has this revision.
+///
+/// # Errors
+/// Something is.
+fn check_history(config: &Config, parts: &Parts, newest: Revision) -> Result<(), StartError> {
+    match parts.history.missing() {
+        Some(Position { revision: missing, .. }) => {
+            Err(StartError::HistoryLost { url: config.store.url.clone(), missing, newest })
+        }
+        None => Ok(()),
+    }
+}
+
 /// Tells an orchestrator when its lease ends, when it is renewed after that, and when its term is over.
-async fn keep_leading(
-    Shared { leadership, .. }: &Shared,
-    epoch: Epoch,
-    lease: &Lease,
-    mut keeping: AbortOnDropHandle<()>,
-    orchestrator: &Orchestrator,
-) {
-    loop {
+async fn keep_leading(lease: &Lease, mut keeping: AbortOnDropHandle<Epoch>, orchestrator: &Orchestrator) {
+    let over = loop {
         select! {
             biased;
-            _ = &mut keeping => break,
+            over = &mut keeping => break over,
             () = lease.lapsed() => orchestrator.lapse(),
         }
         select! {
             biased;
-            _ = &mut keeping => break,
+            over = &mut keeping => break over,
             () = lease.confirmed() => orchestrator.confirm(),
         }
+    };
+    match over {
+        Ok(by) => orchestrator.fence(by),
+        // It has panicked, which is logged.
+        Err(defect) => tracing::error!(%defect, "the lease is not renewed any more"),
     }
-    // For people.
-    let by = leadership.observe().await.map_or_else(|_| epoch.next(), |observed| observed.epoch);
-    orchestrator.fence(by);
 }
 
-/// Logs why this replica does not lead.
-fn tell_unable(error: &StartError) {
-    tracing::error!(%error, "this replica can't lead, and only follows until its configuration is reloaded");
+/// Notes that this replica can't lead, and logs the reason unless it is known.
+fn tell_unable(membership: &Membership, error: &StartError) {
+    if membership.set_unable(Some(&error.to_string())) {
+        tracing::error!(%error, "this replica can't lead, and only follows until it can");
+    }
+}
+
+/// True if the store could not be asked.
+fn is_away(error: &StartError) -> bool {
+    use StoreError::Unavailable;
+    matches!(error, StartError::TakeOver(Unavailable { .. }) | StartError::Open(OpenError::Store(Unavailable { .. })))
 }
 
 /// True if a later term of this replica may begin, with the same configuration: another replica was faster, or the

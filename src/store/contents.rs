@@ -150,7 +150,8 @@ pub(super) fn read_contents<D: Tables>(
     };
     let (mut unlogged_to, mut counted_at) = (meta.unlogged_to, meta.counted_at);
     let said = if matches!(renewal, Some(Renewal::Missing | Renewal::Everything)) {
-        check_unsealed_epoch(meta.current).map_err(Refused::Corrupt)?;
+        let checked = check_unsealed_epoch(meta.current);
+        checked.map_err(|problem| Refused::Corrupt(format!("epoch in its table meta {problem}")))?;
         let recounted = recount(database, checks, &log, unlogged_to)?;
         (log, counts, unlogged_to) = (recounted.log, recounted.counts, recounted.unlogged_to);
         (contents.missing, counted_at) = (recounted.said.accepted.ranges().collect(), None);
@@ -243,12 +244,12 @@ pub(super) fn read_contents<D: Tables>(
 }
 
 /// Refuses an epoch that no clock can have given, if nothing shows that this software wrote it: the next epochs would
-/// be used up soon, and subsystems would refuse those of another store.
+/// be used up soon, and subsystems would refuse those of another store. What it returns reads well behind its name.
 pub(super) fn check_unsealed_epoch(epoch: Epoch) -> Result<(), String> {
     if epoch <= Epoch::by_clock(Timestamp::MAX) {
         return Ok(());
     }
-    Err(format!("epoch in its table meta is {epoch}, which no clock gives, and it has no seal"))
+    Err(format!("is {epoch}, which no clock gives, and it has no seal"))
 }
 
 /// More entries than any log can have: a thousand a second for nine thousand years. Another program may have set a

@@ -33,7 +33,10 @@ use std::{
 
 use futures_util::{future::BoxFuture, stream::BoxStream};
 use jiff::Timestamp;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::{
+    select,
+    sync::{OwnedSemaphorePermit, Semaphore},
+};
 use tokio_util::task::AbortOnDropHandle;
 
 pub(super) use self::copying::Copying;
@@ -157,7 +160,13 @@ impl PostgresStore {
         reader.is_busy = true;
         let connection = reader.as_ref();
         let _ = connection.take_warning();
-        let rows = connection.query(statement, parameters).await.map_err(|error| explain(&store, &error))?;
+        let rows = select! {
+            biased;
+            rows = connection.query(statement, parameters) => rows.map_err(|error| explain(&store, &error))?,
+            problem = self.readers.connector.has_passed(connection.timeline(), None) => {
+                return Err(StoreError::Unavailable { store, problem });
+            }
+        };
         let warning = connection.take_warning();
         reader.is_busy = false;
         warning.map_or(Ok(rows), |problem| Err(StoreError::Unavailable { store, problem }))
@@ -232,7 +241,12 @@ impl Readers {
             let reader = self.take(is_last).await?;
             let schema = self.connector.url().schema();
             let read = read.clone();
-            let (_, result) = at_once(reader, schema, false, (), move |snapshot, ()| read(snapshot)).await;
+            let used = reader.as_ref().used();
+            let (_, result) = select! {
+                biased;
+                read = at_once(reader, schema, false, (), move |snapshot, ()| read(snapshot)) => read,
+                never = self.connector.end_once_passed(used, None) => match never {},
+            };
             match result {
                 Err(Failed::Statement(error)) if goes_elsewhere(&error) && !is_last => {}
                 result => return result.map_err(|failed| failure(&self.connector, &failed)),
@@ -330,7 +344,7 @@ impl Store for PostgresStore {
             let Some(Writing { jobs, .. }) = &self.writing else {
                 let (connector, how) = (&self.readers.connector, (self.checks, self.clock));
                 let line = &mut Line::new(APPLICATION);
-                let taken = read(connector, line, how, seals, (false, true)).await?;
+                let taken = read(connector, line, how, seals, (false, true), None).await?;
                 self.log.begins_after(taken.term.unlogged_to);
                 self.log.set(&taken.term.frontier.log);
                 return Ok(Contents { epoch: taken.term.current, ..taken.contents });

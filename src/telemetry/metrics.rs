@@ -292,13 +292,13 @@ async fn of_orchestrator(orchestrator: &Orchestrator) -> Vec<MetricFamily> {
 
 /// Whether this replica leads.
 fn of_replica(membership: &Membership) -> Vec<MetricFamily> {
-    let is_leader = membership.role().epoch().is_some();
-    let mut families = vec![IS_LEADER.single(truth(is_leader))];
+    let mut families = vec![IS_LEADER.single(truth(membership.is_leading()))];
     if membership.has_peers() {
         let remaining = membership.lease().map(|lease| LEASE_REMAINING.value(&[], lease.remaining().as_secs_f64()));
         let offset = membership.clock_offset().map(|offset| CLOCK_OFFSET.value(&[], offset.as_secs_f64()));
         families.extend([
             LEASE_REMAINING.family(remaining.into_iter().collect()),
+            CAN_LEAD.single(truth(membership.unable().is_none())),
             LEADER_CHANGES.single(number(membership.changes())),
             CLOCK_OFFSET.family(offset.into_iter().collect()),
         ]);

@@ -147,7 +147,7 @@ fn clock() -> Clock {
 }
 
 /// A leader whose lease is renewed, until this is aborted.
-async fn leading(row: &Row, name: &str, clock: Clock) -> (Epoch, tokio::task::JoinHandle<()>) {
+async fn leading(row: &Row, name: &str, clock: Clock) -> (Epoch, tokio::task::JoinHandle<Epoch>) {
     let (mut candidate, _) = candidate(row, name, clock);
     let Won { epoch, lease } = wins(&mut candidate).await;
     let row = row.clone();
@@ -159,9 +159,9 @@ async fn of_several_candidates_one_leads_and_the_others_know_it() {
     let clock = clock();
     let row = Row::new(clock);
     let (mut one, _) = candidate(&row, "one", clock);
-    let won = one.look(true).await.unwrap().unwrap();
+    let won = one.look().await.unwrap().unwrap();
     let (mut other, followed) = candidate(&row, "other", clock);
-    assert!(other.look(true).await.unwrap().is_none());
+    assert!(other.look().await.unwrap().is_none());
     let leader = Leader { replica: replica("one"), epoch: won.epoch };
     assert_eq!(followed.role(), Role::Follower { leader: Some(leader) });
     assert_eq!(followed.changes(), 1);
@@ -205,7 +205,7 @@ async fn a_failed_read_restarts_the_wait() {
     let (mut other, _) = candidate(&row, "other", clock);
     assert!(timeout(TTL * 9 / 10, wins(&mut other)).await.is_err());
     row.set_away(true);
-    assert!(other.look(true).await.is_err());
+    assert!(other.look().await.is_err());
     row.set_away(false);
     assert!(timeout(TTL * 9 / 10, wins(&mut other)).await.is_err());
     assert!(timeout(TTL / 2, wins(&mut other)).await.is_ok());
@@ -217,10 +217,10 @@ async fn a_candidate_that_was_stopped_looks_again_before_it_claims() {
     let row = Row::new(clock);
     let (_, renewing) = leading(&row, "one", clock).await;
     let (mut other, _) = candidate(&row, "other", clock);
-    assert!(other.look(true).await.unwrap().is_none());
+    assert!(other.look().await.unwrap().is_none());
     // The leader goes on meanwhile.
     tokio::time::sleep(TTL * 3).await;
-    assert!(other.look(true).await.unwrap().is_none());
+    assert!(other.look().await.unwrap().is_none());
     renewing.abort();
 }
 
@@ -232,7 +232,7 @@ async fn a_released_term_is_claimed_at_once() {
     row.release(epoch).await.unwrap();
     renewing.await.unwrap();
     let (mut other, _) = candidate(&row, "other", clock);
-    assert!(other.look(true).await.unwrap().unwrap().epoch > epoch);
+    assert!(other.look().await.unwrap().unwrap().epoch > epoch);
 }
 
 #[tokio::test(start_paused = true)]
@@ -241,10 +241,10 @@ async fn a_claim_whose_answer_was_lost_holds_once_a_renewal_is_acknowledged() {
     let row = Row::new(clock);
     let (mut one, _) = candidate(&row, "one", clock);
     row.state().next_claim = NextClaim::AnswerLost;
-    one.look(true).await.unwrap_err();
+    one.look().await.unwrap_err();
     let (mut other, _) = candidate(&row, "other", clock);
-    assert!(other.look(true).await.unwrap().is_none());
-    let won = one.look(true).await.unwrap().unwrap();
+    assert!(other.look().await.unwrap().is_none());
+    let won = one.look().await.unwrap().unwrap();
     assert_eq!(won.epoch, row.state().row.epoch);
     assert_eq!(won.lease.remaining(), TTL * 9 / 10);
 }
@@ -255,9 +255,9 @@ async fn a_claim_that_was_lost_is_no_term() {
     let row = Row::new(clock);
     let (mut one, _) = candidate(&row, "one", clock);
     row.state().next_claim = NextClaim::Lost;
-    one.look(true).await.unwrap_err();
+    one.look().await.unwrap_err();
     let (epoch, renewing) = leading(&row, "other", clock).await;
-    assert!(one.look(true).await.unwrap().is_none());
+    assert!(one.look().await.unwrap().is_none());
     assert_eq!(row.state().row.epoch, epoch);
     renewing.abort();
 }
@@ -269,7 +269,7 @@ async fn a_replica_whose_clock_is_wrong_does_not_lead() {
         let row = Row::new(of_database);
         let off = Clock::simulated(Timestamp::from_second(1000 + offset).unwrap());
         let (mut one, membership) = candidate(&row, "one", off);
-        assert_eq!(one.look(true).await.unwrap().is_some(), leads, "{offset}");
+        assert_eq!(one.look().await.unwrap().is_some(), leads, "{offset}");
         assert_eq!(membership.clock_offset(), Some(SignedDuration::from_secs(-offset)));
     }
 }
@@ -309,4 +309,45 @@ async fn a_candidate_that_is_cancelled_awaits_the_claim_that_is_under_way_and_ma
     row.release(won.epoch).await.unwrap();
     assert!(one.wins(&cancelled).await.is_none());
     assert_eq!(row.state().row.epoch, won.epoch);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_follower_keeps_the_leader_that_it_knows_for_a_ttl_while_the_row_is_away() {
+    let clock = clock();
+    let row = Row::new(clock);
+    let (epoch, renewing) = leading(&row, "one", clock).await;
+    let (mut other, followed) = candidate(&row, "other", clock);
+    assert!(timeout(TTL, wins(&mut other)).await.is_err());
+    row.set_away(true);
+    assert!(timeout(TTL * 19 / 20, wins(&mut other)).await.is_err());
+    let leader = Leader { replica: replica("one"), epoch };
+    assert_eq!(followed.role(), Role::Follower { leader: Some(leader) });
+    assert!(!*followed.sees().borrow());
+    assert!(timeout(PAUSE * 4, wins(&mut other)).await.is_err());
+    assert_eq!(followed.role(), Role::Follower { leader: None });
+    renewing.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_replica_that_is_found_unable_to_lead_claims_nothing_until_it_is_able() {
+    let clock = clock();
+    let row = Row::new(clock);
+    let (mut one, membership) = candidate(&row, "one", clock);
+    assert!(membership.set_unable(Some("it has no key")));
+    assert!(timeout(TTL * 3, wins(&mut one)).await.is_err());
+    assert_eq!(row.state().row.epoch, Epoch(0));
+    assert!(membership.set_unable(None));
+    assert!(one.look().await.unwrap().is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_term_is_over_once_the_row_shows_by_which_one() {
+    let clock = clock();
+    let row = Row::new(clock);
+    let (first, renewing) = leading(&row, "one", clock).await;
+    tokio::task::yield_now().await;
+    let (mut other, _) = candidate(&row, "other", clock);
+    let seen = row.observe().await.unwrap();
+    let second = other.claim(&seen).await.unwrap().unwrap().epoch;
+    assert_eq!((second > first, renewing.await.unwrap()), (true, second));
 }

@@ -7,8 +7,10 @@ use std::{
 
 use tokio::time::timeout;
 
+use tokio::{select, time::sleep};
+
 use super::{
-    connect::{Connection, Connector},
+    connect::{ANSWER, Connection, Connector},
     error::{ends_connection, explain, is_ambiguous, is_worth_repeating},
     parameter::Parameter,
 };
@@ -503,6 +505,17 @@ impl<'w> Builder<'w, '_> {
     }
 }
 
+/// How long the answer to a statement is awaited. A server, or a session of it, can stop for good without an end of the
+/// connection.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Patience {
+    /// For [`ANSWER`]: nothing depends on whether it is executed.
+    Short,
+    /// For as long as it takes, such as for a standby, unless it is certain that nothing of this term can be executed
+    /// any more where it was sent: see [`Connector::has_passed`].
+    UpTo(Epoch),
+}
+
 /// The connection of the writer, which is made anew after it was lost.
 pub(super) struct Line {
     /// The name of its session.
@@ -533,6 +546,7 @@ impl Line {
         connector: &Connector,
         text: &str,
         parameters: &[&dyn Parameter],
+        patience: Patience,
     ) -> Answer<tokio_postgres::Row> {
         let store = connector.url().to_string();
         let mut attempts = 0;
@@ -543,7 +557,21 @@ impl Line {
                 Err(error) => return Answer::Refused(error),
             };
             let _ = connection.take_warning();
-            let executed = connection.query(text, parameters).await;
+            let timeline = connection.timeline();
+            let given_up = async {
+                match patience {
+                    Patience::Short => {
+                        sleep(ANSWER).await;
+                        format!("the server has not answered within {ANSWER:?}")
+                    }
+                    Patience::UpTo(epoch) => connector.has_passed(timeline, Some(epoch)).await,
+                }
+            };
+            let executed = select! {
+                biased;
+                executed = connection.query(text, parameters) => executed,
+                problem = given_up => return Answer::Lost(StoreError::Unavailable { store, problem }),
+            };
             let warning = connection.take_warning();
             match executed {
                 Ok(_) if warning.is_some() => {
@@ -583,6 +611,8 @@ fn refusal(store: String, error: &tokio_postgres::Error) -> StoreError {
 pub(super) struct Attempt<'a, 'w> {
     pub(super) connector: &'a Connector,
     pub(super) line: &'a mut Line,
+    /// The epoch of the term that commits.
+    pub(super) epoch: Epoch,
     pub(super) statement: &'a Statement<'w>,
     /// Set once the answer was lost.
     pub(super) is_lost: bool,
@@ -602,7 +632,8 @@ impl Attempt<'_, '_> {
         );
         let (why, epoch, commits) = (why.text(), integer(now.epoch.0), integer(now.commits));
         let parameters: [&dyn Parameter; 3] = [&why, &epoch, &commits];
-        let marked = timeout(Self::MARK, self.line.execute(self.connector, &text, &parameters)).await;
+        let marking = self.line.execute(self.connector, &text, &parameters, Patience::Short);
+        let marked = timeout(Self::MARK, marking).await;
         if !matches!(marked, Ok(Answer::Executed(_))) {
             tracing::warn!("the store was not marked: another process may serve it, without what it lacks");
         }
@@ -614,7 +645,8 @@ impl Database for Attempt<'_, '_> {
         let of_chain: [&dyn Parameter; OF_CHAIN] = [&after.0, &token.0];
         let others = self.statement.parameters.iter().map(|parameter| &**parameter as &dyn Parameter);
         let parameters: Vec<_> = of_chain.into_iter().chain(others).collect();
-        let answer = self.line.execute(self.connector, &self.statement.text, &parameters).await;
+        let patience = Patience::UpTo(self.epoch);
+        let answer = self.line.execute(self.connector, &self.statement.text, &parameters, patience).await;
         self.is_lost |= matches!(answer, Answer::Lost(_));
         answer.map(drop)
     }
@@ -628,7 +660,8 @@ impl Database for Attempt<'_, '_> {
         );
         let earlier: Vec<_> = barrier.earlier.iter().map(|token| token.0).collect();
         let outcomes: Vec<_> = barrier.before.iter().chain(&barrier.after).map(|token| token.0).collect();
-        let answer = self.line.execute(self.connector, &text, &[&barrier.token.0, &earlier, &outcomes]).await;
+        let parameters: [&dyn Parameter; 3] = [&barrier.token.0, &earlier, &outcomes];
+        let answer = self.line.execute(self.connector, &text, &parameters, Patience::UpTo(self.epoch)).await;
         answer.map(|row| Token(row.get(0)))
     }
 
@@ -640,7 +673,7 @@ impl Database for Attempt<'_, '_> {
              WHERE m.id = 0 AND l.id = 0"
         );
         let corrupt = |problem| StoreError::Corrupt { store: store.clone(), problem };
-        let row = self.line.execute(self.connector, &text, &[]).await.returned()?;
+        let row = self.line.execute(self.connector, &text, &[], Patience::Short).await.returned()?;
         let row = row.ok_or_else(|| corrupt("its table meta or leader has no row".into()))?;
         let number = |column| number(&row, column).map_err(|wrong| corrupt(wrong.to_string()));
         Ok(Stored {

@@ -2,12 +2,17 @@
 
 use std::{
     collections::BTreeMap,
-    future::poll_fn,
+    convert::Infallible,
+    future::{pending, poll_fn},
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
-use tokio::time::{Instant, timeout};
+use tokio::{
+    task::AbortHandle,
+    time::{Instant, sleep, timeout},
+};
 use tokio_postgres::{
     AsyncMessage, Client, Config, Error, Row, RowStream, Statement, Transaction,
     config::Host,
@@ -24,7 +29,7 @@ use super::{
     parameter::Parameter,
     url::{CONNECT, OwnCertificate, PostgresUrl, Verification},
 };
-use crate::{clock::Clock, file, model::Epoch, pem::Pem, ports::StoreError};
+use crate::{clock::Clock, file, model::Epoch, pem::Pem, ports::StoreError, store::row::integer};
 
 /// The name of sessions that only read, or that write outside of a term.
 pub(super) const APPLICATION: &str = "orchestrator";
@@ -34,8 +39,14 @@ pub(super) fn application_of(epoch: Epoch) -> String {
     format!("{APPLICATION}/{epoch}")
 }
 
+/// Longest time for an answer on which nothing depends. A commit that has had none for this time is looked after.
+pub(super) const ANSWER: Duration = Duration::from_secs(2);
+
 /// Most statements that stay prepared in a session: commits have few forms, and reads fewer.
 const PREPARED: usize = 64;
+
+/// The timeline of a server that takes writes: the first part of the name of its present WAL file.
+const TIMELINE: &str = "SELECT ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int";
 
 /// Connects to the servers of one URL.
 pub(super) struct Connector {
@@ -50,10 +61,19 @@ pub(super) struct Connection {
     /// By their texts. `None` behind a pooler, which executes each transaction in any session.
     prepared: Option<Mutex<BTreeMap<String, Statement>>>,
     figures: Arc<Figures>,
+    /// Number of the history of its server, which is higher on a standby that was promoted. `None` if the server does
+    /// not tell it.
+    timeline: Option<i32>,
     /// What the server has warned of since this was last taken.
     warning: Arc<Mutex<Option<String>>>,
     /// Moves the bytes.
-    _task: AbortOnDropHandle<()>,
+    task: AbortOnDropHandle<()>,
+}
+
+/// A connection that a thread uses.
+pub(super) struct Used {
+    timeline: Option<i32>,
+    end: AbortHandle,
 }
 
 impl AsRef<Connection> for Connection {
@@ -67,6 +87,16 @@ impl Connection {
     /// pooler does not allow.
     pub(super) async fn transaction(&mut self) -> Result<Transaction<'_>, Error> {
         self.client.transaction().await
+    }
+
+    /// The timeline of its server when it was made. `None` if that does not tell it.
+    pub(super) fn timeline(&self) -> Option<i32> {
+        self.timeline
+    }
+
+    /// By which it can be ended from elsewhere, while a thread uses it.
+    pub(super) fn used(&self) -> Used {
+        Used { timeline: self.timeline, end: self.task.abort_handle() }
     }
 
     /// True once it has ended.
@@ -181,6 +211,36 @@ impl Connector {
         Err(StoreError::Unavailable { store, problem: format!("can't connect to {}", problems.join("; and to ")) })
     }
 
+    /// Waits until it is certain that a statement has no future at a server with this timeline, which does not answer
+    /// it: a standby was promoted in place of that server, or another replica has claimed a later term than that of the
+    /// statement, if it has one. Returns what was found. Asks over a new connection each time.
+    pub(super) async fn has_passed(&self, timeline: Option<i32>, epoch: Option<Epoch>) -> String {
+        let leader = format!("SELECT epoch FROM {}.leader WHERE id = 0", self.url.schema());
+        loop {
+            sleep(ANSWER).await;
+            let Ok(connection) = self.connect(APPLICATION).await else { continue };
+            // Only of two that are known.
+            if timeline.zip(connection.timeline()).is_some_and(|(earlier, now)| earlier < now) {
+                return "the server does not answer, and a standby was promoted in its place".into();
+            }
+            let Some(epoch) = epoch else { continue };
+            let claimed = timeout(ANSWER, connection.query(&leader, &[])).await;
+            let claimed = claimed.ok().and_then(Result::ok).and_then(|rows| rows.first()?.try_get::<_, i64>(0).ok());
+            if let Some(claimed) = claimed.filter(|claimed| *claimed > integer(epoch.0)) {
+                return format!("the server does not answer, and epoch {claimed} has taken over");
+            }
+        }
+    }
+
+    /// Ends a connection once nothing can come of what it is used for: see [`Connector::has_passed`]. What waits for an
+    /// answer over it then fails.
+    pub(super) async fn end_once_passed(&self, Used { timeline, end }: Used, epoch: Option<Epoch>) -> Infallible {
+        let found = self.has_passed(timeline, epoch).await;
+        tracing::warn!(store = %self.url, "a connection is given up: {found}");
+        end.abort();
+        pending().await
+    }
+
     async fn connect_to(&self, config: &Config) -> Result<Connection, StoreError> {
         let connected = config.connect(self.tls.clone()).await;
         let (client, mut connection) = connected.map_err(|error| explain(&self.url.to_string(), &error))?;
@@ -203,8 +263,15 @@ impl Connector {
                 }
             }
         });
-        let prepared = (!self.url.is_pooled()).then(Mutex::default);
-        Ok(Connection { client, prepared, figures: self.figures.clone(), warning, _task: AbortOnDropHandle::new(task) })
+        let (prepared, figures) = ((!self.url.is_pooled()).then(Mutex::default), self.figures.clone());
+        let task = AbortOnDropHandle::new(task);
+        let mut connection = Connection { client, prepared, figures, timeline: None, warning, task };
+        connection.timeline = match connection.query(TIMELINE, &[]).await {
+            Ok(rows) => rows.first().and_then(|row| row.try_get(0).ok()),
+            Err(error) if error.as_db_error().is_some() => None,
+            Err(error) => return Err(explain(&self.url.to_string(), &error)),
+        };
+        Ok(connection)
     }
 
     /// The password in its file, if the URL names one. Read each time, so that it can be changed.

@@ -14,7 +14,7 @@ use jiff::Timestamp;
 use tokio::sync::Mutex;
 
 use super::{
-    commit::{DURABLE, Line},
+    commit::{DURABLE, Line, Patience},
     connect::{APPLICATION, Connector, application_of},
     parameter::Parameter,
 };
@@ -30,6 +30,9 @@ use crate::{
 /// Longest time that a claim waits for a commit or a renewal of the earlier leader that is under way. Longer than these
 /// take, and short beside the smallest TTL.
 const LOCK_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// The longest lease that a configuration can have.
+pub(super) const LONGEST_LEASE: Duration = Duration::from_mins(5);
 
 /// The term that this replica has claimed last, and whose claim was acknowledged. All clones are the same.
 #[derive(Clone, Debug, Default)]
@@ -73,22 +76,23 @@ impl LeaderRow {
         &self,
         text: &str,
         parameters: &[&dyn Parameter],
+        patience: Patience,
     ) -> Result<Option<tokio_postgres::Row>, StoreError> {
-        self.line.lock().await.execute(&self.connector, text, parameters).await.returned()
+        self.line.lock().await.execute(&self.connector, text, parameters, patience).await.returned()
     }
 
     fn corrupt(&self, wrong: &Wrong) -> StoreError {
-        StoreError::Corrupt { store: self.connector.url().to_string(), problem: format!("leader: {wrong}") }
+        StoreError::Corrupt { store: self.connector.url().to_string(), problem: format!("its table leader: {wrong}") }
     }
 
-    /// Ends sessions that have locked a row and don't go on: their processes have stopped between two messages of a
-    /// commit, or within a transaction, and no timeout of the server would free the row. Never those that wait for a
-    /// standby: their commits may be kept.
-    async fn end_stalled(&self, earlier: Epoch) -> Result<(), StoreError> {
+    /// Ends a session of a replica that has locked a row and does not go on: its process has stopped between two
+    /// messages of a commit, or within a transaction, and no timeout of the server would free the row. Never one that
+    /// waits for a standby: its commit may be kept. Its name does not matter: it may be that of any earlier term.
+    async fn end_stalled(&self) -> Result<(), StoreError> {
         let schema = self.schema();
         let text = format!(
             "SELECT pid, pg_terminate_backend(pid) FROM pg_stat_activity a
-             WHERE datname = current_database() AND application_name IN ($1, $2)
+             WHERE datname = current_database() AND application_name LIKE '{APPLICATION}/%'
                  AND wait_event = 'ClientRead' AND backend_xid IS NOT NULL
                  AND state_change < clock_timestamp() - interval '{} ms'
                  AND EXISTS (SELECT 1 FROM pg_locks k
@@ -97,9 +101,9 @@ impl LeaderRow {
              LIMIT 1",
             LOCK_TIMEOUT.as_millis()
         );
-        if let Some(row) = self.execute(&text, &[&application_of(earlier), &candidates()]).await? {
+        if let Some(row) = self.execute(&text, &[], Patience::Short).await? {
             let pid: i32 = row.get(0);
-            tracing::warn!(pid, "ended a session of the earlier leader, which had stopped in the middle of a commit");
+            tracing::warn!(pid, "ended a session of another replica, which had stopped in the middle of a transaction");
         }
         Ok(())
     }
@@ -119,7 +123,7 @@ impl Leadership for LeaderRow {
                  FROM {}.leader WHERE id = 0",
                 self.schema()
             );
-            let row = self.execute(&text, &[]).await?;
+            let row = self.execute(&text, &[], Patience::Short).await?;
             let row = row.ok_or_else(|| self.corrupt(&Wrong::new("row", "is not there")))?;
             observed(&row).map_err(|wrong| self.corrupt(&wrong))
         })
@@ -150,10 +154,10 @@ impl Leadership for LeaderRow {
             let (epoch, beat, at_least) = (integer(seen.epoch.0), integer(seen.beat), integer(at_least.0));
             let parameters: [&dyn Parameter; 7] =
                 [&epoch, &beat, &at_least, &integer(id.0), &replica.name, &address, &lease_ms];
-            let row = match self.execute(&text, &parameters).await {
+            let row = match self.execute(&text, &parameters, Patience::UpTo(seen.epoch)).await {
                 Ok(row) => row,
                 Err(error) => {
-                    self.end_stalled(seen.epoch).await?;
+                    self.end_stalled().await?;
                     return Err(error);
                 }
             };
@@ -174,7 +178,7 @@ impl Leadership for LeaderRow {
                  RETURNING 1",
                 self.schema()
             );
-            let row = self.execute(&text, &[&integer(epoch.0)]).await?;
+            let row = self.execute(&text, &[&integer(epoch.0)], Patience::UpTo(epoch)).await?;
             Ok(match row {
                 Some(_) => {
                     self.claim.set(epoch);
@@ -193,7 +197,7 @@ impl Leadership for LeaderRow {
                  RETURNING 1",
                 self.schema()
             );
-            self.execute(&text, &[&integer(epoch.0)]).await?;
+            self.execute(&text, &[&integer(epoch.0)], Patience::UpTo(epoch)).await?;
             *self.line.lock().await = Line::new(candidates());
             Ok(())
         })
@@ -204,12 +208,12 @@ fn observed(row: &tokio_postgres::Row) -> Result<Observed, Wrong> {
     let epoch = Epoch(number(row, "epoch")?);
     // Nothing seals the row.
     check_unsealed_epoch(epoch).map_err(|problem| Wrong::new("epoch", problem))?;
+    // What a replica of a valid configuration has not written must not keep others from leading.
     let leader = if flag(row, "released")? || epoch == Epoch::default() {
         None
     } else {
         let address = optional_text(row, "address")?;
-        let address = address.map(|address| Endpoint::parse(&address)).transpose();
-        let address = address.map_err(|problem| Wrong::new("address", problem))?;
+        let address = address.and_then(|address| Endpoint::parse(&address).ok());
         let name = optional_text(row, "replica")?.unwrap_or_default();
         Some(Leader { replica: Replica { name, address }, epoch })
     };
@@ -219,7 +223,7 @@ fn observed(row: &tokio_postgres::Row) -> Result<Observed, Wrong> {
         beat: number(row, "beat")?,
         claim: ClaimId(number(row, "claim")?),
         leader,
-        lease_ttl: Duration::from_millis(number(row, "lease_ms")?),
+        lease_ttl: Duration::from_millis(integer_of(row, "lease_ms")?.try_into().unwrap_or(0)).min(LONGEST_LEASE),
         time: time.map_err(|error| Wrong::new("time", error.to_string()))?,
     })
 }

@@ -20,6 +20,7 @@ use tokio::{
 use super::{
     connect::{Connection, Connector},
     error::{explain, is_ambiguous, is_worth_repeating},
+    leader::LONGEST_LEASE,
     parameter::Parameter,
     *,
 };
@@ -371,6 +372,9 @@ enum Cut {
     /// Not at all: the last message of the next statement that is executed does not arrive, and nothing after it, as if
     /// the process had stopped.
     BeforeSync,
+    /// Not at all: nothing goes on of what connections send from now on, as if their server or its sessions had
+    /// stopped. This is the number of these connections so far.
+    Held(usize),
 }
 
 /// The message that ends a statement, behind the one that executes it.
@@ -427,6 +431,10 @@ async fn forwarded(mut client: UnixStream, mut server: UnixStream, cut: Arc<Mute
             biased;
             read = client.read(&mut request) => {
                 let bytes = read.unwrap_or(0);
+                if bytes > 0 && let Some(Cut::Held(connections)) = &mut *cut.lock().unwrap() {
+                    *connections += 1;
+                    break;
+                }
                 let stops = request[..bytes].ends_with(EXECUTE_AND_SYNC)
                     && cut.lock().unwrap().take_if(|cut| *cut == Cut::BeforeSync).is_some();
                 if stops {
@@ -448,6 +456,8 @@ async fn forwarded(mut client: UnixStream, mut server: UnixStream, cut: Arc<Mute
             return;
         }
     }
+    // It is held until the client ends it.
+    let _ = client.read_to_end(&mut request).await;
 }
 
 async fn opened(url: &str) -> (Arc<dyn Store>, Epoch) {
@@ -568,6 +578,111 @@ async fn stops_in_the_middle_of_a_commit(direct: &str, directory: &Path) {
     assert_eq!((contents.epoch, contents.last_revision), (second, Revision(2)));
     assert_eq!(committing.await.unwrap().unwrap_err(), StoreError::Fenced { by: second });
     commit(&*other, recorded(3..=4, second)).await;
+}
+
+#[tokio::test]
+async fn a_transaction_of_any_earlier_term_that_goes_on_no_more_does_not_keep_the_lead() {
+    let Some(server) = shared() else { return };
+    let store_url = server.url();
+    let (store, first) = led(&store_url, "a").await;
+    let stalled = connector(&store_url).await.connect("orchestrator/7").await.unwrap();
+    let schema = url(&store_url).schema().to_owned();
+    stalled.batch_execute(&format!("BEGIN; UPDATE {schema}.leader SET beat = beat")).await.unwrap();
+    let leadership = store.leadership().unwrap();
+    let seen = leadership.observe().await.unwrap();
+    leadership.claim(&seen, &claim_of("b")).await.unwrap_err();
+    let claimed = leadership.claim(&seen, &claim_of("b")).await.unwrap();
+    assert!(matches!(claimed, Claimed::Won(epoch) if epoch > first), "{claimed:?}");
+}
+
+#[tokio::test]
+async fn a_row_that_is_not_shown_in_time_is_looked_at_again() {
+    let Some(server) = shared() else { return };
+    let store_url = server.url();
+    let (store, epoch) = led(&store_url, "a").await;
+    let (other, schema) = (connect(&store_url).await.unwrap(), url(&store_url).schema().to_owned());
+    other.batch_execute(&format!("BEGIN; LOCK TABLE {schema}.leader IN ACCESS EXCLUSIVE MODE")).await.unwrap();
+    let leadership = store.leadership().unwrap();
+    let error = leadership.observe().await.unwrap_err();
+    assert!(!error.is_final() && error.to_string().contains("has not answered within 2s"), "{error}");
+    other.batch_execute("ROLLBACK").await.unwrap();
+    assert_eq!(leadership.observe().await.unwrap().epoch, epoch);
+}
+
+#[tokio::test]
+async fn a_row_with_an_address_and_a_lease_of_no_replica_says_who_leads_all_the_same() {
+    let Some(server) = shared() else { return };
+    let store_url = server.url();
+    let (store, epoch) = led(&store_url, "a").await;
+    for (lease_ms, lease_ttl) in [("-5", Duration::ZERO), ("9000000000000000", LONGEST_LEASE)] {
+        let set = format!("UPDATE leader SET address = 'gopher://x', lease_ms = {lease_ms}");
+        server.change(&store_url, &set).await;
+        let observed = store.leadership().unwrap().observe().await.unwrap();
+        let replica = Replica { name: "a".into(), address: None };
+        assert_eq!((observed.leader, observed.lease_ttl), (Some(Leader { replica, epoch }), lease_ttl));
+    }
+}
+
+/// What will be known of a statement.
+type Outcome<T> = tokio::task::JoinHandle<Result<T, StoreError>>;
+
+/// Begins a commit and a renewal at a server that does not answer them any more, behind a proxy.
+async fn stopped(proxy: &Proxy, store: &Arc<dyn Store>, epoch: Epoch) -> (Outcome<()>, Outcome<Renewed>) {
+    // The connection of a term begins with its first renewal.
+    assert_eq!(store.leadership().unwrap().renew(epoch).await.unwrap(), Renewed::Acknowledged);
+    *proxy.cut.lock().unwrap() = Some(Cut::Held(0));
+    let renewing = tokio::spawn({
+        let leadership = store.leadership().unwrap();
+        async move { leadership.renew(epoch).await }
+    });
+    let committing = tokio::spawn({
+        let (store, write) = (store.clone(), recorded(3..=4, epoch));
+        async move { store.commit(Arc::new(write)).await }
+    });
+    while *proxy.cut.lock().unwrap() != Some(Cut::Held(2)) {
+        tokio::task::yield_now().await;
+    }
+    (committing, renewing)
+}
+
+#[tokio::test]
+async fn a_leader_whose_sessions_stopped_finds_that_another_replica_has_claimed_to_lead() {
+    let Some(server) = shared() else { return };
+    let proxy = Proxy::before(server.directory().to_owned());
+    let direct = server.url();
+    let schema = url(&direct).schema().to_owned();
+    let (store, first) = led(&format!("postgres://owner@{}/postgres?schema={schema}", proxy.host()), "a").await;
+    commit(&*store, recorded(1..=2, first)).await;
+    let (committing, renewing) = stopped(&proxy, &store, first).await;
+    *proxy.cut.lock().unwrap() = None;
+    let (other, second) = led(&direct, "b").await;
+    let error = renewing.await.unwrap().unwrap_err().to_string();
+    assert!(error.contains(&format!("epoch {second} has taken over")), "{error}");
+    assert_eq!(store.leadership().unwrap().renew(first).await.unwrap(), Renewed::Superseded);
+    assert_eq!(committing.await.unwrap().unwrap_err(), StoreError::Fenced { by: second });
+    commit(&*other, recorded(3..=4, second)).await;
+}
+
+#[tokio::test]
+async fn a_leader_whose_server_stopped_goes_on_with_the_standby_that_was_promoted() {
+    let Some(server) = Server::start("", None) else { return };
+    let (proxy, standby) = (Proxy::before(server.directory().to_owned()), server.standby());
+    server.wait_for_standby().await;
+    let schema = url(&server.url()).schema().to_owned();
+    let both = format!("postgres://owner@{},{}/postgres?schema={schema}", proxy.host(), standby.host());
+    let (store, epoch) = led(&both, "a").await;
+    commit(&*store, recorded(1..=2, epoch)).await;
+    let (committing, renewing) = stopped(&proxy, &store, epoch).await;
+    standby.promote().await;
+    let error = renewing.await.unwrap().unwrap_err().to_string();
+    assert!(error.contains("a standby was promoted"), "{error}");
+    assert_eq!(store.leadership().unwrap().renew(epoch).await.unwrap(), Renewed::Acknowledged);
+    // It did not arrive, so it was not kept, and the next one goes on from what was.
+    let error = committing.await.unwrap().unwrap_err();
+    assert!(!error.is_final(), "{error}");
+    commit(&*store, recorded(3..=4, epoch)).await;
+    // Also over the connection that its reads had to the first server.
+    assert_eq!(revisions(&store.cycles_after(Revision(0), ALL).await.unwrap()), [1, 2, 3, 4]);
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, mem, sync::Arc};
 
 use jiff::Timestamp;
-use tokio::sync::mpsc;
+use tokio::{select, sync::mpsc};
 
 use super::{
     commit::{Attempt, Before, Line, RANDOM_TOKEN, Renewed, Statement},
@@ -97,7 +97,7 @@ impl Writer {
             self.line = Line::new(application_of(epoch));
         }
         let how = (self.checks, self.clock);
-        let taken = read(&self.connector, &mut self.line, how, seals, (true, self.even_moved)).await?;
+        let taken = read(&self.connector, &mut self.line, how, seals, (true, self.even_moved), claim).await?;
         let Taken { mut contents, mut term, claimed, last, given } = taken;
         contents.epoch = match claim {
             Some(epoch) if epoch != claimed || epoch <= term.current => {
@@ -142,8 +142,8 @@ impl Writer {
         let schema = self.connector.url().schema();
         let statement = Statement::of(schema, term, write, (&appended, &next), (&removed, before));
         let statement = statement.map_err(|error| StoreError::Defect { problem: error.to_string() })?;
-        let (connector, line) = (&*self.connector, &mut self.line);
-        let mut attempt = Attempt { connector, line, statement: &statement, is_lost: false };
+        let (connector, line, epoch) = (&*self.connector, &mut self.line, term.epoch);
+        let mut attempt = Attempt { connector, line, epoch, statement: &statement, is_lost: false };
         let committed = chain.commit(&mut attempt).await;
         if attempt.is_lost {
             connector.figures().found_out(committed.is_ok());
@@ -196,12 +196,17 @@ impl Writer {
     ) -> Result<T, StoreError> {
         let connection = self.line.take(&self.connector).await?;
         let (term, chain) = self.term.take().ok_or_else(not_taken_over)?;
+        let (used, epoch) = (connection.used(), Some(term.epoch));
         let given = (term, mem::take(&mut self.searches));
-        let (back, read) =
-            at_once(connection, self.connector.url().schema(), false, given, move |snapshot, (term, searches)| {
-                read(snapshot, term, searches)
-            })
-            .await;
+        let read = at_once(connection, self.connector.url().schema(), false, given, move |snapshot, given| {
+            let (term, searches) = given;
+            read(snapshot, term, searches)
+        });
+        let (back, read) = select! {
+            biased;
+            read = read => read,
+            never = self.connector.end_once_passed(used, epoch) => match never {},
+        };
         if let Some((connection, (term, searches))) = back {
             self.line.give(connection);
             (self.term, self.searches) = (Some((term, chain)), searches);
@@ -211,13 +216,14 @@ impl Writer {
 }
 
 /// Reads the state that a process would take over. With `lock`, after commits that are under way. One that was moved is
-/// read only if `even_moved` is true.
+/// read only if `even_moved` is true. For a term of this `epoch`, it fails once nothing can come of that.
 pub(super) async fn read(
     connector: &Connector,
     line: &mut Line,
     (checks, clock): (Checks, Clock),
     seals: Seals,
     (lock, even_moved): (bool, bool),
+    epoch: Option<Epoch>,
 ) -> Result<Taken, StoreError> {
     let store = connector.url().to_string();
     let mut attempts = 0;
@@ -225,7 +231,8 @@ pub(super) async fn read(
         attempts += 1;
         let connection = line.take(connector).await?;
         let seals = seals.clone();
-        let (back, read) = at_once(connection, connector.url().schema(), lock, (), move |snapshot, ()| {
+        let passed = connector.end_once_passed(connection.used(), epoch);
+        let read = at_once(connection, connector.url().schema(), lock, (), move |snapshot, ()| {
             let row = snapshot.one("SELECT not_served FROM SCHEMA.meta", &[])?;
             match optional_text(&row, "not_served").map_err(Failed::from)?.map(|text| NotServed::parse(&text)) {
                 Some(not_served) if even_moved && not_served.is_acceptable() => {}
@@ -240,13 +247,18 @@ pub(super) async fn read(
             let row = snapshot.one(&beside, &[])?;
             let claimed = Epoch(number(&row, "claimed").map_err(Failed::from)?);
             if !even_moved {
-                check_unsealed_epoch(claimed).map_err(|problem| Wrong::new("leader", problem)).map_err(Failed::from)?;
+                let checked = check_unsealed_epoch(claimed);
+                checked.map_err(|problem| Failed::Wrong(Wrong::new("claimed epoch", problem)))?;
             }
             contents.checkpoint = optional_text(&row, "note").map_err(Failed::from)?;
             let token = |column| Ok::<_, Failed>(Token(integer_of(&row, column)?));
             Ok(Ok((contents, term, claimed, token("token")?, token("given")?)))
-        })
-        .await;
+        });
+        let (back, read) = select! {
+            biased;
+            read = read => read,
+            never = passed => match never {},
+        };
         if let Some((connection, ())) = back {
             line.give(connection);
         }

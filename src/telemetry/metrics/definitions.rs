@@ -53,6 +53,8 @@ definitions! {
         "1 if this replica leads and runs cycles, else 0.";
     LEASE_REMAINING: Gauge "orchestrator_lease_remaining_seconds" []
         "How long this leader may still call subsystems if its lease is not renewed. Missing unless it leads.";
+    CAN_LEAD: Gauge "orchestrator_can_lead" []
+        "1 if this replica would take over, else 0: the log says why. Missing if no other process can share the store.";
     LEADER_CHANGES: Counter "orchestrator_leader_changes_total" []
         "Terms of leaders that this replica has seen begin, its own included.";
     CLOCK_OFFSET: Gauge "orchestrator_clock_offset_seconds" []
