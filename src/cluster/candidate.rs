@@ -18,7 +18,7 @@ use crate::{
 const LOOKS: u32 = 10;
 const LONGEST_PAUSE: Duration = Duration::from_millis(250);
 /// Largest difference between the clock of a leader and that of the database. Each leader dates ticks by its own clock,
-/// and a loop waits for a clock that was set back by up to a minute: so far may those of two leaders be apart.
+/// and a loop waits for a clock that was set back by up to a minute: so far may the clocks of two leaders be apart.
 const MAX_OFFSET: SignedDuration = SignedDuration::from_secs(30);
 
 /// Observes the row, and claims it once no replica leads.

@@ -415,12 +415,15 @@ impl History {
 
     /// Notifies watchers of the records that were added.
     pub fn show(&self) {
-        let newest = self.newest().revision;
         #[cfg(feature = "simulation")]
-        if Fault::LostNotification.is_planted() && newest.0.is_multiple_of(3) {
+        if Fault::LostNotification.is_planted() && self.newest().revision.0.is_multiple_of(3) {
             return;
         }
-        self.0.shown.send_if_modified(|shown| mem::replace(shown, newest) != newest);
+        // Read under the lock: of two records that are shown at once, the earlier one must not be the last.
+        self.0.shown.send_if_modified(|shown| {
+            let newest = self.newest().revision;
+            mem::replace(shown, newest) != newest
+        });
     }
 
     /// There will be no further records: watchers end after the last one.

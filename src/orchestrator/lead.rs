@@ -38,6 +38,7 @@ impl Orchestrator {
 
     /// Another replica leads, for this term: nothing is written any more.
     pub fn fence(&self, by: Epoch) {
+        self.0.history.set_unconfirmed(false);
         self.0.store_ends(&StoreError::Fenced { by });
     }
 }

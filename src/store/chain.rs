@@ -211,19 +211,15 @@ impl Chain {
                     self.stored.token = barrier.token;
                     return Err(lost);
                 }
-                Answer::Superseded => {
-                    if let Ok(now) = database.read().await
-                        && !barrier.accepts(now.token)
-                    {
-                        if self.is_unchanged(now) {
-                            barrier.before.push(now.token);
-                        } else if self.has_next(now) {
-                            barrier.after.push(now.token);
-                        } else {
-                            return Err(self.superseded(now));
-                        }
-                    }
-                }
+                Answer::Superseded => match database.read().await {
+                    Ok(now) if barrier.accepts(now.token) => {}
+                    Ok(now) if self.is_unchanged(now) => barrier.before.push(now.token),
+                    Ok(now) if self.has_next(now) => barrier.after.push(now.token),
+                    Ok(now) => return Err(self.superseded(now)),
+                    // Such as that the store was moved.
+                    Err(error) if error.is_final() => return Err(error),
+                    Err(_) => {}
+                },
                 // The same one again.
                 Answer::Refused(_) => {}
                 Answer::Lost(_) => {

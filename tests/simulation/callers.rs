@@ -344,8 +344,7 @@ impl Client {
                 let revision = decode(&record).revision;
                 if next.is_some_and(|next| next != revision) || (next.is_none() && revision < at_least) {
                     let problem = format!("{} lists revision {revision} after {next:?}, known {at_least}", self.name);
-                    // An earlier process, which does not know yet that it was replaced, answers from what it knows.
-                    if next.is_some() || !self.world.had_rivals() {
+                    if next.is_some() || !self.world.may_lag() {
                         self.world.history().violated(problem);
                     }
                 }

@@ -65,6 +65,7 @@ pub(crate) struct World {
     /// The hosts of the service, the one that was started last at the end.
     hosts: Mutex<Vec<String>>,
     over: AtomicBool,
+    of: Service,
     rivals: AtomicBool,
 }
 
@@ -83,6 +84,11 @@ impl World {
     /// True once nothing more happens, and clients end.
     pub(crate) fn is_over(&self) -> bool {
         self.over.load(Ordering::Relaxed)
+    }
+
+    /// True if the process that answers may not have heard of the newest records: it follows, or was replaced.
+    pub(crate) fn may_lag(&self) -> bool {
+        self.of == Service::Replicas || self.had_rivals()
     }
 
     /// True if two processes have served at one time.
@@ -206,6 +212,7 @@ async fn run(of: Service, seed: u64, key: &Path) -> Outcome {
         history: Mutex::new(History::new()),
         hosts: Mutex::default(),
         over: AtomicBool::new(false),
+        of,
         rivals: AtomicBool::new(false),
     });
     let mut simulation = Simulation {

@@ -285,7 +285,7 @@ async fn a_process_that_took_the_source_over_before_it_was_copied_can_write_noth
     copied(&there, &sqlite(directory.path(), "o.db")).await.unwrap();
     let write = Write { epoch: contents.epoch, last_cycle_id: contents.last_cycle_id, ..Write::default() };
     let refused = early.commit(Arc::new(write)).await.unwrap_err();
-    assert!(matches!(refused, StoreError::Fenced { .. }), "{refused}");
+    assert!(matches!(refused, StoreError::NotServed { .. }), "{refused}");
 }
 
 #[tokio::test]

@@ -23,7 +23,8 @@ use crate::{
         frontier::Appended,
         pruning::needless_hashes,
         row::{
-            Value, integer, integer_of, kind_number, nanoseconds, number, stage_columns, state_number, trigger_number,
+            Value, integer, integer_of, kind_number, nanoseconds, number, optional_text, stage_columns, state_number,
+            trigger_number,
         },
         seal::{LOOPS, OPEN_CYCLES, OUTPUTS, SUBSYSTEMS, meta_columns},
         term::{Next, Term},
@@ -669,12 +670,16 @@ impl Database for Attempt<'_, '_> {
         let store = self.connector.url().to_string();
         let schema = self.connector.url().schema();
         let text = format!(
-            "SELECT m.epoch, commits, token, l.epoch AS claimed FROM {schema}.meta m, {schema}.leader l
+            "SELECT m.epoch, commits, token, not_served, l.epoch AS claimed FROM {schema}.meta m, {schema}.leader l
              WHERE m.id = 0 AND l.id = 0"
         );
         let corrupt = |problem| StoreError::Corrupt { store: store.clone(), problem };
         let row = self.line.execute(self.connector, &text, &[], Patience::Short).await.returned()?;
         let row = row.ok_or_else(|| corrupt("its table meta or leader has no row".into()))?;
+        let not_served = optional_text(&row, "not_served").map_err(|wrong| corrupt(wrong.to_string()))?;
+        if let Some(not_served) = not_served {
+            return Err(NotServed::parse(&not_served).refusal(store.clone()));
+        }
         let number = |column| number(&row, column).map_err(|wrong| corrupt(wrong.to_string()));
         Ok(Stored {
             epoch: Epoch(number("epoch")?),

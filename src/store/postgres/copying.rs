@@ -124,7 +124,7 @@ impl Database for Copying {
 
     fn mark(&mut self, not_served: Option<&NotServed>) -> Result<(), CopyError> {
         let _ = self.connection.take_warning();
-        // A process that has taken it over, and written nothing yet, can't write any more by its token.
+        // A process that has taken it over, and written nothing yet, finds another token, and then this mark.
         let update = format!(
             "WITH {DURABLE} UPDATE {}.meta SET not_served = $1, token = {RANDOM_TOKEN} FROM durable WHERE id = 0",
             self.schema()

@@ -110,7 +110,10 @@ pub(in crate::store) fn accept(
     let extent = check_extent(&mut Snapshot(&connection)).map_err(|refused| refusal(&place.path, refused));
     extent.map_err(OpenError::from)?;
     let store = place.path.display().to_string();
-    check_unsealed_epoch(epoch).map_err(|problem| OpenError::from(StoreError::Corrupt { store, problem }))?;
+    check_unsealed_epoch(epoch).map_err(|problem| {
+        let problem = format!("epoch in its table meta {problem}");
+        OpenError::from(StoreError::Corrupt { store, problem })
+    })?;
     new.save()?;
     let accepted = (|| {
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
