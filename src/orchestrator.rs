@@ -102,7 +102,7 @@ struct Shared {
     /// True if the store is only looked at.
     is_read_only: bool,
     store: Arc<dyn Store>,
-    /// What is shown of it.
+    /// The history, as far as it is shown.
     history: History,
     /// The part of its memory for readers of the log, since they may stall.
     reading_log: Memory,
@@ -152,7 +152,7 @@ struct State {
     /// The last record, and the highest revision.
     last: Option<Arc<Record>>,
     last_revision: Revision,
-    /// What is shown of the history, which changes together with this.
+    /// The history, as far as it is shown, which changes together with this.
     history: History,
     /// Why the store can't be written now. Cycles are put off only while there is a reason.
     store_error: latest::Sender<Option<StoreError>>,

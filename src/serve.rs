@@ -300,9 +300,8 @@ impl Service {
         let api = api.forwarding(forwarder.clone());
         api.serve_as(config.serves.clone());
         // The last step that may fail. It begins the new epoch: until then nothing is taken over.
-        let (memory_of_terms, dialer_of_terms) = (memory.clone(), dialer.clone());
-        let of_process = history.clone();
-        let parts = Parts { memory: memory_of_terms, host, dialer: dialer_of_terms, spans, sums, history: of_process };
+        let parts =
+            Parts { memory: memory.clone(), host, dialer: dialer.clone(), spans, sums, history: history.clone() };
         let terms = match source {
             Source::Alone(taken_over) => Box::pin(Terms::alone(config, parts, *taken_over, api.clone())).await?,
             Source::Shared(store, leadership) => {

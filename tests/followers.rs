@@ -165,7 +165,7 @@ async fn a_follower_reads_the_history_itself_and_goes_on_without_a_leader() {
     patiently("the stream of the leader", listed).await;
     assert_eq!(client.cycle(4).await.unwrap(), direct);
     assert_eq!(replicas.metric("a", &answered("GetCycle")).await, None, "the leader was not asked");
-    // What is not there may be at the leader.
+    // A cycle that is not there may be at the leader.
     let refused = client.cycle(7).await.unwrap_err();
     assert_eq!(reason(&refused), because(Code::NotFound, "CYCLE_NOT_FOUND", [("cycle_id", "7")]));
 

@@ -364,18 +364,22 @@ enum Failed {
 /// Waits until another replica than this leader has led for some time, in which its last answers can come. Returns why
 /// no more of them are awaited.
 async fn superseded(mut roles: watch::Receiver<Role>, leader: &Leader) -> &'static str {
-    let is_other = |role: &Role| match role {
-        Role::Leader { .. } => true,
-        Role::Follower { leader: Some(other) } => other != leader,
-        // It may be the same again.
-        Role::Follower { leader: None } => false,
-    };
-    if roles.wait_for(is_other).await.is_err() {
+    if roles.wait_for(|role| is_other(role, leader)).await.is_err() {
         // The role does not change any more.
         pending::<()>().await;
     }
     sleep(Forwarder::LAST_ANSWERS).await;
     "another replica leads"
+}
+
+/// True if a replica of this role knows that another one than `leader` leads.
+fn is_other(role: &Role, leader: &Leader) -> bool {
+    match role {
+        Role::Leader { .. } => true,
+        Role::Follower { leader: Some(other) } => other != leader,
+        // It may be the same again.
+        Role::Follower { leader: None } => false,
+    }
 }
 
 /// Puts the caller into the headers of a request, and removes what belongs to its connection.

@@ -398,7 +398,7 @@ impl Store for PostgresStore {
         Box::pin(self.readers.read(|snapshot| {
             let rows = snapshot
                 .query("SELECT name, former_names FROM SCHEMA.subsystems WHERE former_names IS NOT NULL", &[])?;
-            // What can't be read was logged when the store was taken over.
+            // Unreadable rows were logged when the store was taken over.
             let names = |row| Some((name(row, "name").ok()?, json(row, "former_names").ok()??));
             Ok(rows.iter().filter_map(|row| names(row)).collect())
         }))

@@ -120,7 +120,7 @@ impl Network {
         wires.each(|wire| wire.state().weather = weather);
     }
 
-    /// Nothing passes between these hosts any more. What was sent waits.
+    /// Nothing passes between these hosts any more. Sent bytes wait.
     pub(crate) fn cut(&self, one: &str, other: &str) {
         let mut wires = self.wires();
         let hosts = pair(one, other);

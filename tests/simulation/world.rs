@@ -48,7 +48,7 @@ const CLIENTS: [&str; 5] = ["runner-0", "runner-1", "registrar", "looper", "walk
 const SETTLES: Duration = Duration::from_mins(2);
 const SEES: Duration = Duration::from_secs(2);
 
-/// What is simulated.
+/// The simulated service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Service {
     /// One process at a time.

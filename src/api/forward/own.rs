@@ -12,7 +12,7 @@ use tokio::{
 };
 use tonic::Status;
 
-use super::{Forwarder, connections::Place, headers_of_grpc, messages::Messages};
+use super::{Forwarder, connections::Place, headers_of_grpc, is_other, messages::Messages};
 use crate::{
     api::{
         error,
@@ -73,15 +73,9 @@ impl Forwarder {
                 Ok(Role::Follower { leader: Some(leader) }) => leader.clone(),
                 _ => return,
             };
-            // While none is known, it may be the same again.
-            let is_other = |role: &Role| match role {
-                Role::Leader { .. } => true,
-                Role::Follower { leader: Some(other) } => *other != leader,
-                Role::Follower { leader: None } => false,
-            };
             let ended = select! {
                 biased;
-                _ = roles.wait_for(is_other) => None,
+                _ = roles.wait_for(|role| is_other(role, &leader)) => None,
                 ended = self.follow_now() => Some(ended),
             };
             if let Some(Ok(OtherProgress)) = ended {

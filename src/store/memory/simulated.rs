@@ -190,7 +190,7 @@ impl Machine {
 }
 
 impl Rows {
-    /// Writes. What was before may come back.
+    /// Writes. The earlier content may come back.
     fn write(&mut self, change: impl FnOnce(&mut Version)) {
         self.earlier.push_back((self.number, self.now.clone()));
         self.number += 1;

@@ -5,9 +5,10 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::timeout;
-
-use tokio::{select, time::sleep};
+use tokio::{
+    select,
+    time::{sleep, timeout},
+};
 
 use super::{
     connect::{ANSWER, Connection, Connector},
@@ -620,7 +621,7 @@ pub(super) struct Attempt<'a, 'w> {
 }
 
 impl Attempt<'_, '_> {
-    /// Longest time for a mark. The process ends without it then.
+    /// Longest time for a mark, the connection included. The process ends without it then.
     const MARK: Duration = Duration::from_secs(2);
 
     /// Marks a database in this state, so that no process serves it: also none that does not know what it lacks.
