@@ -16,6 +16,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use futures_util::future::join_all;
 
 use common::{
     command::orchestrator,
@@ -699,6 +700,58 @@ async fn a_leader_that_is_alone_with_the_old_primary_makes_no_call_after_its_lea
     let states: Vec<_> = history(&mut other).await.iter().map(|cycle| (cycle.cycle_id, cycle.state())).collect();
     let succeeded = |id| (id, CycleState::Succeeded);
     assert_eq!(states, [(cut, CycleState::Interrupted), succeeded(cut + 1), succeeded(cut + 2)]);
+}
+
+#[tokio::test]
+async fn an_old_primary_that_goes_on_beside_the_new_one_is_not_read_any_more() {
+    let Some(mut paired) = Paired::start(LONG).await else { return };
+    let leader = paired.leader;
+    let request = |id: &str| RunCycleRequest { request_id: id.into(), ..RunCycleRequest::default() };
+    let first = paired.replicas.client(leader).await.run_with(request("first")).await.unwrap();
+    // Several reads at once, so that each replica has several connections for them.
+    let all_read = async |replicas: &Replicas, expected: &[&CycleTelemetry]| {
+        for name in NAMES.into_iter().filter(|name| replicas.services[replicas.index(name)].is_some()) {
+            // From the answer on, a follower shows what the leader has acknowledged.
+            replicas.client(name).await.status().await.unwrap();
+            let client = replicas.client(name).await;
+            let reads = (0..8).map(|_| {
+                let mut client = Client::clone(&client);
+                async move { history(&mut client).await }
+            });
+            for read in join_all(reads).await {
+                assert_eq!(read.iter().collect::<Vec<_>>(), expected, "{name}: {}", replicas.logs());
+            }
+        }
+    };
+    all_read(&paired.replicas, &[&first]).await;
+    let stopped = paired.primary.stop().await;
+    paired.standby.promote().await;
+    let goes_on = async {
+        let mut client = paired.replicas.client(leader).await;
+        loop {
+            if let Ok(second) = client.run_with(request("second")).await {
+                return second;
+            }
+        }
+    };
+    let second = patiently("the leader to go on", goes_on).await;
+    let candidates = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'orchestrator/candidate'";
+    patiently("the followers to go on", paired.standby.shows(candidates, "2")).await;
+    drop(stopped);
+    all_read(&paired.replicas, &[&first, &second]).await;
+    let mut records = Vec::new();
+    for name in NAMES {
+        let mut client = paired.replicas.client(name).await;
+        records = client.history().await.unwrap();
+        Watcher::of(client).await.saw(&records).await;
+    }
+    assert_eq!(records.len(), 2);
+    // The next leader reads the outcome of a request in the store.
+    assert!(paired.replicas.take(leader).stop().await.success(), "{}", paired.replicas.logs());
+    let mut client = paired.replicas.client(paired.replicas.leader().await).await;
+    assert_eq!(client.run_with(request("second")).await.unwrap(), second, "{}", paired.replicas.logs());
+    all_read(&paired.replicas, &[&first, &second]).await;
+    paired.check(&[first, second]).await;
 }
 
 #[tokio::test]

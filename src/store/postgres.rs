@@ -223,16 +223,20 @@ impl Readers {
     async fn take(self: &Arc<Self>, anew: bool) -> Result<Reader, StoreError> {
         let permit = self.permits.clone().acquire_owned().await;
         let permit = permit.map_err(|error| StoreError::Defect { problem: error.to_string() })?;
-        let pooled = self.idle().pop();
-        let connection = match pooled.filter(|connection| !connection.is_closed() && !anew) {
+        let idle = {
+            let mut idle = self.idle();
+            idle.retain(|connection| self.connector.has_use_for(connection));
+            idle.pop()
+        };
+        let connection = match idle.filter(|_| !anew) {
             Some(connection) => connection,
             None => Arc::new(self.connector.connect(APPLICATION).await?),
         };
         Ok(Reader { readers: self.clone(), connection, is_busy: false, _permit: permit })
     }
 
-    /// Reads as of one moment. A connection that has ended meanwhile, or has statements for other tables, is replaced
-    /// once. If this is dropped, the reading goes on to its end, and counts until then.
+    /// Reads as of one moment. A connection that has ended meanwhile, has statements for other tables, or leads to an
+    /// earlier primary, is replaced once. If this is dropped, the reading goes on to its end, and counts until then.
     async fn read<T: Send + 'static>(
         self: &Arc<Self>,
         read: impl Fn(&mut Snapshot<'_>) -> Result<T, Failed> + Clone + Send + 'static,
@@ -241,7 +245,7 @@ impl Readers {
             let reader = self.take(is_last).await?;
             let schema = self.connector.url().schema();
             let read = read.clone();
-            let used = reader.as_ref().used();
+            let (timeline, used) = (reader.as_ref().timeline(), reader.as_ref().used());
             let (_, result) = select! {
                 biased;
                 read = at_once(reader, schema, false, (), move |snapshot, ()| read(snapshot)) => read,
@@ -249,6 +253,12 @@ impl Readers {
             };
             match result {
                 Err(Failed::Statement(error)) if goes_elsewhere(&error) && !is_last => {}
+                // A standby was promoted meanwhile, and may have more by now.
+                Ok(_) if let Some(problem) = self.connector.outdated(timeline) => {
+                    if is_last {
+                        return Err(StoreError::Unavailable { store: self.connector.url().to_string(), problem });
+                    }
+                }
                 result => return result.map_err(|failed| failure(&self.connector, &failed)),
             }
         }

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    env,
+    env, fs,
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -11,6 +11,8 @@ use std::{
         atomic::{AtomicU32, Ordering},
     },
 };
+
+use rustix::process::{Pid, Signal, geteuid, kill_process};
 
 /// Starts a server in a new directory, writes the path of that, and ends the server once its input ends: when the test
 /// ends in any way. `$1` has further options of the server, `$2` is a directory whose files are copied there first, and
@@ -161,6 +163,20 @@ impl Server {
         self.control(&["stop", "--mode", "immediate"]).await;
     }
 
+    /// Stops the server as when its machine hangs: connections stay open, and nothing answers. It goes on once what is
+    /// returned is dropped.
+    pub async fn stop(&self) -> Stopped {
+        let own = fs::read_to_string(self.directory.join("data/postmaster.pid")).unwrap();
+        let all = self.execute("SELECT pid FROM pg_stat_activity WHERE pid <> pg_backend_pid()").await;
+        let all = own.lines().take(1).chain(all.lines()).map(|pid| Pid::from_raw(pid.trim().parse().unwrap()).unwrap());
+        let stopped = Stopped(all.collect());
+        // The first one starts the others. Any other one may have ended meanwhile.
+        for pid in &stopped.0 {
+            let _ = kill_process(*pid, Signal::STOP);
+        }
+        stopped
+    }
+
     /// Starts the server after it has crashed.
     pub async fn start_again(&self) {
         self.control(&["start"]).await;
@@ -246,6 +262,17 @@ impl Server {
     }
 }
 
+/// The processes of a server that has stopped.
+pub struct Stopped(Vec<Pid>);
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        for pid in &self.0 {
+            let _ = kill_process(*pid, Signal::CONT);
+        }
+    }
+}
+
 impl Drop for Server {
     fn drop(&mut self) {
         drop(self.process.stdin.take());
@@ -308,7 +335,7 @@ pub fn host(directory: &Path) -> String {
 
 /// A script, as another user than root, which is no user for a server.
 fn as_user(script: &str) -> Command {
-    let mut command = if rustix::process::geteuid().is_root() {
+    let mut command = if geteuid().is_root() {
         let mut command = Command::new("runuser");
         command.args(["-u", "postgres", "--", "sh", "-c"]);
         command

@@ -532,7 +532,7 @@ impl Line {
 
     /// Takes the connection for other use; it is given back by [`Line::give`].
     pub(super) async fn take(&mut self, connector: &Connector) -> Result<Connection, StoreError> {
-        if let Some(connection) = self.connection.take().filter(|connection| !connection.is_closed()) {
+        if let Some(connection) = self.connection.take().filter(|connection| connector.has_use_for(connection)) {
             return Ok(connection);
         }
         connector.connect(&self.application).await
@@ -578,6 +578,10 @@ impl Line {
             match executed {
                 Ok(_) if warning.is_some() => {
                     let problem = format!("the server has warned of a commit: {}", warning.unwrap_or_default());
+                    return Answer::Lost(StoreError::Unavailable { store, problem });
+                }
+                // A standby was promoted meanwhile, which may not have it.
+                Ok(_) if let Some(problem) = connector.outdated(timeline) => {
                     return Answer::Lost(StoreError::Unavailable { store, problem });
                 }
                 Ok(mut rows) => {

@@ -5,10 +5,14 @@ use std::{
     convert::Infallible,
     future::{pending, poll_fn},
     path::Path,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicI32, Ordering},
+    },
     time::Duration,
 };
 
+use futures_util::future::join_all;
 use tokio::{
     task::AbortHandle,
     time::{Instant, sleep, timeout},
@@ -53,6 +57,11 @@ pub(super) struct Connector {
     url: PostgresUrl,
     figures: Arc<Figures>,
     tls: MakeRustlsConnect,
+    /// The highest timeline that a server had; 0 before one is known. A server with a lower one is an earlier primary:
+    /// it lacks what was acknowledged since, so nothing is read there or written.
+    newest: AtomicI32,
+    /// The newest timeline for which it was logged that there is such a server.
+    told: AtomicI32,
 }
 
 /// A connection. Once it is dropped, the server rolls back what it has begun.
@@ -171,7 +180,8 @@ impl Connector {
         let made = tokio::task::spawn_blocking(move || tls(&verification, own.as_ref(), clock)).await;
         let made = made.unwrap_or_else(|error| Err(error.to_string()));
         let tls = made.map_err(|problem| StoreError::Unavailable { store, problem })?;
-        Ok(Self { url, figures: Arc::default(), tls: MakeRustlsConnect::new(tls) })
+        let (figures, newest, told) = Default::default();
+        Ok(Self { url, figures, tls: MakeRustlsConnect::new(tls), newest, told })
     }
 
     /// What is counted of its connections.
@@ -184,50 +194,79 @@ impl Connector {
         &self.url
     }
 
-    /// Connects to the first of the hosts that takes writes. Their names are resolved each time, since a failover may
-    /// change where they lead. The server shows the session under the name `application`.
+    /// Connects to the first of the hosts that takes writes and is no earlier primary. Their names are resolved each
+    /// time, since a failover may change where they lead. The server shows the session under the name `application`.
     ///
     /// # Errors
-    /// None of them does; the message says why of each.
+    /// There is none; the message says why of each.
     pub(super) async fn connect(&self, application: &str) -> Result<Connection, StoreError> {
-        let store = self.url.to_string();
         let password = self.password().await?;
         let mut problems = Vec::new();
-        for (host, mut config) in self.url.of_hosts() {
-            config.application_name(application);
-            if let Some(password) = &password {
-                config.password(password);
-            }
-            match timeout(CONNECT, self.connect_to(&config)).await {
-                Ok(Ok(connection)) => return Ok(connection),
-                Ok(Err(StoreError::Unavailable { problem, .. })) => {
-                    problems.push(format!("{}: {problem}", shown(host)));
-                }
+        for (host, config) in self.of_hosts(application, password.as_deref()) {
+            match self.connect_to(&config).await {
+                Ok(connection) => return Ok(connection),
+                Err(StoreError::Unavailable { problem, .. }) => problems.push(format!("{}: {problem}", shown(host))),
                 // What the server refuses, so would another one.
-                Ok(Err(error)) => return Err(error),
-                Err(_) => problems.push(format!("{}: no answer within {CONNECT:?}", shown(host))),
+                Err(error) => return Err(error),
             }
         }
-        Err(StoreError::Unavailable { store, problem: format!("can't connect to {}", problems.join("; and to ")) })
+        Err(self.unavailable(format!("can't connect to {}", problems.join("; and to "))))
+    }
+
+    /// Connects to all hosts that take writes and are no earlier primaries: while an earlier one goes on, there can be
+    /// two that do.
+    async fn connect_to_all(&self) -> Vec<Connection> {
+        let Ok(password) = self.password().await else { return Vec::new() };
+        let hosts = self.of_hosts(APPLICATION, password.as_deref());
+        let connected = join_all(hosts.map(|(_, config)| async move { self.connect_to(&config).await })).await;
+        connected.into_iter().flatten().filter(|connection| self.outdated(connection.timeline).is_none()).collect()
+    }
+
+    /// The settings of a connection to each host.
+    fn of_hosts(&self, application: &str, password: Option<&[u8]>) -> impl Iterator<Item = (&Host, Config)> {
+        self.url.of_hosts().map(move |(host, mut config)| {
+            config.application_name(application);
+            if let Some(password) = password {
+                config.password(password);
+            }
+            (host, config)
+        })
+    }
+
+    /// True if a connection that is kept can be used again.
+    pub(super) fn has_use_for(&self, connection: &Connection) -> bool {
+        !connection.is_closed() && self.outdated(connection.timeline).is_none()
+    }
+
+    /// What is wrong with a server that has this timeline, if a later one is known.
+    pub(super) fn outdated(&self, timeline: Option<i32>) -> Option<String> {
+        let newest = self.newest.load(Ordering::Acquire);
+        let timeline = timeline.filter(|timeline| *timeline < newest)?;
+        Some(format!(
+            "it has timeline {timeline}, and a standby with timeline {newest} was promoted in its place: rebuild it as \
+             a standby of that one. If you have restored an older backup on purpose, restart all replicas"
+        ))
     }
 
     /// Waits until it is certain that a statement has no future at a server with this timeline, which does not answer
     /// it: a standby was promoted in place of that server, or another replica has claimed a later term than that of the
-    /// statement, if it has one. Returns what was found. Asks over a new connection each time.
+    /// statement, if it has one. Returns what was found. Asks all hosts over new connections each time.
     pub(super) async fn has_passed(&self, timeline: Option<i32>, epoch: Option<Epoch>) -> String {
         let leader = format!("SELECT epoch FROM {}.leader WHERE id = 0", self.url.schema());
         loop {
             sleep(ANSWER).await;
-            let Ok(connection) = self.connect(APPLICATION).await else { continue };
-            // Only of two that are known.
-            if timeline.zip(connection.timeline()).is_some_and(|(earlier, now)| earlier < now) {
+            let connections = self.connect_to_all().await;
+            if self.outdated(timeline).is_some() {
                 return "the server does not answer, and a standby was promoted in its place".into();
             }
             let Some(epoch) = epoch else { continue };
-            let claimed = timeout(ANSWER, connection.query(&leader, &[])).await;
-            let claimed = claimed.ok().and_then(Result::ok).and_then(|rows| rows.first()?.try_get::<_, i64>(0).ok());
-            if let Some(claimed) = claimed.filter(|claimed| *claimed > integer(epoch.0)) {
-                return format!("the server does not answer, and epoch {claimed} has taken over");
+            for connection in connections {
+                let claimed = timeout(ANSWER, connection.query(&leader, &[])).await;
+                let claimed = claimed.ok().and_then(Result::ok);
+                let claimed = claimed.and_then(|rows| rows.first()?.try_get::<_, i64>(0).ok());
+                if let Some(claimed) = claimed.filter(|claimed| *claimed > integer(epoch.0)) {
+                    return format!("the server does not answer, and epoch {claimed} has taken over");
+                }
             }
         }
     }
@@ -241,7 +280,31 @@ impl Connector {
         pending().await
     }
 
+    fn unavailable(&self, problem: String) -> StoreError {
+        StoreError::Unavailable { store: self.url.to_string(), problem }
+    }
+
+    /// Connects to one host.
+    ///
+    /// # Errors
+    /// It does not answer in time, does not take writes, or is an earlier primary.
     async fn connect_to(&self, config: &Config) -> Result<Connection, StoreError> {
+        let connected = timeout(CONNECT, self.session(config)).await;
+        let connection = connected.unwrap_or_else(|_| {
+            let problem = format!("no answer within {CONNECT:?}");
+            Err(self.unavailable(problem))
+        })?;
+        let timeline = connection.timeline.unwrap_or_default();
+        let newest = self.newest.fetch_max(timeline, Ordering::AcqRel).max(timeline);
+        let Some(problem) = self.outdated(connection.timeline) else { return Ok(connection) };
+        if self.told.swap(newest, Ordering::Relaxed) != newest {
+            tracing::warn!(store = %self.url, "an earlier primary takes writes, and is not used: {problem}");
+        }
+        Err(self.unavailable(problem))
+    }
+
+    /// A session on one host.
+    async fn session(&self, config: &Config) -> Result<Connection, StoreError> {
         let connected = config.connect(self.tls.clone()).await;
         let (client, mut connection) = connected.map_err(|error| explain(&self.url.to_string(), &error))?;
         let warning = Arc::new(Mutex::new(None));

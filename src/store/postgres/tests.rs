@@ -686,6 +686,41 @@ async fn a_leader_whose_server_stopped_goes_on_with_the_standby_that_was_promote
 }
 
 #[tokio::test]
+async fn an_earlier_primary_that_goes_on_beside_the_one_that_was_promoted_is_not_used_any_more() {
+    let Some(primary) = Server::start("", None) else { return };
+    let standby = primary.standby();
+    primary.wait_for_standby().await;
+    let schema = url(&primary.url()).schema().to_owned();
+    let both = format!("postgres://owner@{},{}/postgres?schema={schema}", primary.host(), standby.host());
+    let (store, epoch) = led(&both, "a").await;
+    commit(&*store, recorded(1..=2, epoch)).await;
+    let all_read = async || {
+        let reads = (0..2 * READERS).map(|_| store.cycles_after(Revision(0), ALL));
+        let all = futures_util::future::join_all(reads).await;
+        all.into_iter().map(|read| revisions(&read.unwrap())).collect::<Vec<_>>()
+    };
+    assert_eq!(all_read().await, [[1, 2]; 2 * READERS]);
+    let stopped = primary.stop().await;
+    standby.promote().await;
+    while let Err(error) = store.commit(Arc::new(recorded(3..=4, epoch))).await {
+        assert!(!error.is_final(), "{error}");
+    }
+    drop(stopped);
+    // Connections that were idle lead there, and its host comes first.
+    assert_eq!(all_read().await, [[1, 2, 3, 4]; 2 * READERS]);
+    let leadership = store.leadership().unwrap();
+    assert_eq!(leadership.observe().await.unwrap().epoch, epoch);
+    assert_eq!(primary.execute(&format!("SELECT count(*) FROM {schema}.cycles")).await.trim_end(), "2");
+    standby.crash().await;
+    leadership.observe().await.unwrap_err();
+    let refused = leadership.observe().await.unwrap_err();
+    assert!(!refused.is_final());
+    for said in [&primary.directory().display().to_string(), "timeline 1", "timeline 2", "rebuild it as a standby"] {
+        assert!(refused.to_string().contains(said), "{said} is not in {refused}");
+    }
+}
+
+#[tokio::test]
 async fn an_output_that_was_changed_without_the_key_is_not_sealed_under_a_new_name() {
     let Some(server) = shared() else { return };
     let store_url = server.url();
