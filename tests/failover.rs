@@ -361,6 +361,33 @@ async fn a_replica_that_cannot_lead_with_its_configuration_leaves_the_lead_to_ot
 }
 
 #[tokio::test]
+async fn while_another_program_has_set_the_epoch_of_the_leader_replicas_name_it_and_read_on_until_the_store_is_accepted()
+{
+    let Some(server) = shared() else { return };
+    let url = server.url();
+    let replicas = three(&url, TTL).await;
+    let first = replicas.client(replicas.leader().await).await.run().await.unwrap();
+    server.change(&url, "UPDATE leader SET epoch = 9223372036854775806").await;
+    for name in NAMES {
+        let named = "the epoch in its table leader is 9223372036854775806, which no clock gives";
+        let log = replicas.home(name).logged(named, 1).await;
+        assert!(log.contains(&format!("`orchestrator store accept {url}`")), "{log}");
+    }
+    // For longer than the lease of the leader that they know.
+    sleep(TTL * 2).await;
+    for name in NAMES {
+        assert_eq!(history(&mut replicas.client(name).await).await, std::slice::from_ref(&first), "{name}");
+        assert_eq!(http::get(replicas.service(name).admin(), "/leader").await.status, 503);
+    }
+    let key = replicas.shared.path().join("log.key").display().to_string();
+    let (code, said) = orchestrator(None, &["store", "accept", &url, "--key-file", &key]).await;
+    assert_eq!(code, 0, "{said}");
+    // Also of those that have seen later epochs than an empty row has.
+    let (mut client, last) = last_cycle(&replicas).await;
+    check_history(&client.history().await.unwrap(), &last, [&first], &replicas);
+}
+
+#[tokio::test]
 async fn a_follower_says_within_a_second_that_no_replica_leads() {
     let Some(server) = shared() else { return };
     let mut replicas = Replicas::start(server, &["a", "b"], &format!("{TTL:?}")).await;

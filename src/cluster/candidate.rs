@@ -29,6 +29,8 @@ pub struct Candidate {
     host: Host,
     /// The row, and when the first answer arrived that showed it so.
     seen: Option<(Observed, Instant)>,
+    /// The latest epoch that the row ever had, as far as this replica knows.
+    latest: Epoch,
     /// Until when the leader that was seen last counts as the leader while the row can't be read.
     known_until: Instant,
     /// The last claim of this replica, and whether its outcome is known.
@@ -64,6 +66,7 @@ impl Candidate {
             lease_ttl,
             host,
             seen: None,
+            latest: Epoch::default(),
             known_until: Instant::now(),
             claimed: None,
             is_off: false,
@@ -96,18 +99,20 @@ impl Candidate {
     /// Observes the row once, and claims it if no replica leads and this one can.
     ///
     /// # Errors
-    /// The row can't be read, or the outcome of a claim is not known.
+    /// The row can't be read, or is not the latest one, or the outcome of a claim is not known.
     pub async fn look(&mut self) -> Result<Option<Won>, StoreError> {
         let asked = Instant::now();
-        let observed = match self.leadership.observe().await {
+        let observed = match self.observe().await {
             Ok(observed) => observed,
             Err(error) => {
                 // The row may have changed since it was seen.
                 self.seen = None;
-                if Instant::now() >= self.known_until {
+                // What no replica has written says nothing of the leader, and the database can be read.
+                let is_damaged = matches!(error, StoreError::Corrupt { .. } | StoreError::Tampered { .. });
+                if !is_damaged && Instant::now() >= self.known_until {
                     self.membership.set(Role::Follower { leader: None });
                 }
-                self.membership.set_sees(false);
+                self.membership.set_sees(is_damaged);
                 return Err(error);
             }
         };
@@ -138,6 +143,18 @@ impl Candidate {
             return Ok(None);
         }
         self.claim(&observed).await
+    }
+
+    /// Reads the row. One of an earlier term than another one that it had is that of an earlier primary, where nothing
+    /// that follows from it holds.
+    async fn observe(&mut self) -> Result<Observed, StoreError> {
+        let observed = self.leadership.observe().await?;
+        let (found, known) = (observed.epoch, self.latest);
+        if found < known {
+            return Err(StoreError::Outdated { found, known });
+        }
+        self.latest = found;
+        Ok(observed)
     }
 
     async fn claim(&mut self, seen: &Observed) -> Result<Option<Won>, StoreError> {
@@ -172,6 +189,7 @@ impl Candidate {
 
     fn won(&mut self, epoch: Epoch, lease: Lease) -> Won {
         self.seen = None;
+        self.latest = self.latest.max(epoch);
         tracing::info!(epoch = epoch.0, replica = self.membership.replica().name, "this replica has claimed to lead");
         Won { epoch, lease }
     }

@@ -805,6 +805,18 @@ pub enum StoreError {
         /// The problem and its remedy.
         problem: String,
     },
+    /// It shows an earlier term than one that was seen before.
+    #[error(
+        "the database has the leader of epoch {found}, and one of epoch {known} was seen: an earlier primary answers, or \
+         an older copy has replaced the database. Rebuild an earlier primary as a standby; if you have restored an older \
+         backup on purpose, restart all replicas"
+    )]
+    Outdated {
+        /// The epoch of its last term.
+        found: Epoch,
+        /// The one that was seen.
+        known: Epoch,
+    },
     /// A commit has not returned yet, and is awaited. Reported only by [`Store::trouble`].
     #[error("a commit to {store} has not returned within {waited:?}, and is still awaited: {problem}")]
     Late {
@@ -835,7 +847,11 @@ impl StoreError {
             | Self::NotServed { .. }
             | Self::Unusable { .. }
             | Self::Defect { .. } => true,
-            Self::Full { .. } | Self::ReadOnly { .. } | Self::Unavailable { .. } | Self::Late { .. } => false,
+            Self::Full { .. }
+            | Self::ReadOnly { .. }
+            | Self::Unavailable { .. }
+            | Self::Outdated { .. }
+            | Self::Late { .. } => false,
         }
     }
 

@@ -44,7 +44,7 @@ use self::{
     commit::{DURABLE, Line},
     connect::{APPLICATION, Connection, Connector},
     error::{ends_connection, explain, is_worth_repeating},
-    leader::{LastClaim, LeaderRow},
+    leader::{LastClaim, LeaderRow, epoch_of_leader},
     parameter::Parameter,
     rows::{Failed, Snapshot, at_once},
     writer::{Writer, failure, read},
@@ -321,13 +321,14 @@ pub(super) async fn accept(
     let schema = url.schema();
     let served = format!("WITH {DURABLE} UPDATE {schema}.meta SET not_served = NULL FROM durable WHERE id = 0");
     store.write_beside(&served, &[]).await.map_err(OpenError::from)?;
-    // Another program has changed it: nothing seals that row.
+    // Another program may have changed that row, which nothing seals, or an older copy has replaced it: replicas that
+    // have seen a later term go on from this one.
     let led = format!(
-        "WITH {DURABLE} UPDATE {schema}.leader SET epoch = 0, beat = 0, released = true FROM durable
-         WHERE id = 0 AND NOT epoch BETWEEN 0 AND $1"
+        "WITH {DURABLE} UPDATE {schema}.leader SET epoch = $1, beat = 0, released = true FROM durable
+         WHERE id = 0 AND NOT epoch BETWEEN $1 AND $2"
     );
     let latest = integer(Epoch::by_clock(Timestamp::MAX).0);
-    store.write_beside(&led, &[&latest]).await.map_err(OpenError::from)?;
+    store.write_beside(&led, &[&integer(epoch.0), &latest]).await.map_err(OpenError::from)?;
     let (store, noted_cycle_id) = (url.to_string(), last_cycle_id);
     Ok(Accepted { store, earlier: None, last_cycle_id, noted_cycle_id, missing: lacks })
 }
@@ -469,8 +470,7 @@ impl Store for PostgresStore {
             // If this fails, it is published again with the next one.
             let other = self.write_beside(&put, &[&checkpoint, &claim.map(|epoch| integer(epoch.0))]).await?;
             let Some(row) = other.first() else { return Ok(()) };
-            let by = number(row, "epoch").map_err(|wrong| failure(&self.readers.connector, &wrong.into()))?;
-            Err(StoreError::Fenced { by: Epoch(by) })
+            Err(StoreError::Fenced { by: epoch_of_leader(&self.readers.connector, row, "epoch")? })
         })
     }
 

@@ -23,8 +23,8 @@ struct Row(Arc<Mutex<State>>);
 struct State {
     row: Observed,
     clock: Clock,
-    /// True while nothing can be read or written.
-    is_away: bool,
+    /// While nothing can be read or written.
+    trouble: Option<StoreError>,
     /// What happens to the next claim.
     next_claim: NextClaim,
 }
@@ -50,7 +50,7 @@ impl Row {
             lease_ttl: Duration::ZERO,
             time: clock.now(),
         };
-        Self(Arc::new(Mutex::new(State { row, clock, is_away: false, next_claim: NextClaim::Answered })))
+        Self(Arc::new(Mutex::new(State { row, clock, trouble: None, next_claim: NextClaim::Answered })))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -58,7 +58,7 @@ impl Row {
     }
 
     fn set_away(&self, is_away: bool) {
-        self.state().is_away = is_away;
+        self.state().trouble = is_away.then(away);
     }
 
     /// Does this, unless the row is away.
@@ -67,7 +67,10 @@ impl Row {
         ask: impl FnOnce(&mut State) -> Result<T, StoreError>,
     ) -> BoxFuture<'static, Result<T, StoreError>> {
         let mut state = self.state();
-        let answer = if state.is_away { Err(away()) } else { ask(&mut state) };
+        let answer = match &state.trouble {
+            Some(error) => Err(error.clone()),
+            None => ask(&mut state),
+        };
         Box::pin(async { answer })
     }
 }
@@ -326,6 +329,59 @@ async fn a_follower_keeps_the_leader_that_it_knows_for_a_ttl_while_the_row_is_aw
     assert!(timeout(PAUSE * 4, wins(&mut other)).await.is_err());
     assert_eq!(followed.role(), Role::Follower { leader: None });
     renewing.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_follower_keeps_the_leader_that_it_knows_while_the_row_is_that_of_no_replica() {
+    let clock = clock();
+    let row = Row::new(clock);
+    let (epoch, renewing) = leading(&row, "one", clock).await;
+    let (mut other, followed) = candidate(&row, "other", clock);
+    assert!(other.look().await.unwrap().is_none());
+    let (store, url) = ("s".to_owned(), "s".to_owned());
+    row.state().trouble = Some(StoreError::Tampered { store, url, problem: "an epoch that no clock gives".into() });
+    assert!(timeout(TTL * 3, wins(&mut other)).await.is_err());
+    let leader = Leader { replica: replica("one"), epoch };
+    assert_eq!(followed.role(), Role::Follower { leader: Some(leader) });
+    assert!(*followed.sees().borrow(), "it can be read");
+    renewing.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_row_of_an_earlier_term_gives_no_leader_and_is_not_claimed() {
+    let clock = clock();
+    let row = Row::new(clock);
+    let (first, renewing) = leading(&row, "one", clock).await;
+    // As an earlier primary has it.
+    let earlier = row.state().row.clone();
+    row.release(first).await.unwrap();
+    renewing.await.unwrap();
+    let (second, renewing) = leading(&row, "two", clock).await;
+    let (mut other, followed) = candidate(&row, "other", clock);
+    assert!(other.look().await.unwrap().is_none());
+    let later = mem::replace(&mut row.state().row, earlier);
+    assert_eq!(other.look().await.unwrap_err(), StoreError::Outdated { found: first, known: second });
+    let leader = Leader { replica: replica("two"), epoch: second };
+    assert_eq!(followed.role(), Role::Follower { leader: Some(leader.clone()) });
+    assert!(timeout(TTL * 3, wins(&mut other)).await.is_err());
+    assert_eq!((followed.role(), row.state().row.epoch), (Role::Follower { leader: None }, first));
+    row.state().row = later;
+    assert!(other.look().await.unwrap().is_none());
+    assert_eq!(followed.role(), Role::Follower { leader: Some(leader) });
+    renewing.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_replica_that_has_led_does_not_claim_the_row_of_an_earlier_term() {
+    let clock = clock();
+    let row = Row::new(clock);
+    let (mut one, _) = candidate(&row, "one", clock);
+    let first = wins(&mut one).await.epoch;
+    let earlier = row.state().row.clone();
+    row.release(first).await.unwrap();
+    let second = wins(&mut one).await.epoch;
+    row.state().row = earlier;
+    assert_eq!(one.look().await.unwrap_err(), StoreError::Outdated { found: first, known: second });
 }
 
 #[tokio::test(start_paused = true)]

@@ -13,6 +13,7 @@ use tokio::{
 use super::{
     connect::{ANSWER, Connection, Connector},
     error::{ends_connection, explain, is_ambiguous, is_worth_repeating},
+    leader::epoch_of_leader,
     parameter::Parameter,
 };
 use crate::{
@@ -689,7 +690,7 @@ impl Database for Attempt<'_, '_> {
         Ok(Stored {
             epoch: Epoch(number("epoch")?),
             commits: number("commits")?,
-            claimed: Epoch(number("claimed")?),
+            claimed: epoch_of_leader(self.connector, &row, "claimed")?,
             token: Token(integer_of(&row, "token").map_err(|wrong| corrupt(wrong.to_string()))?),
         })
     }

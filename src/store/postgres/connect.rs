@@ -30,10 +30,11 @@ use tokio_util::task::AbortOnDropHandle;
 use super::{
     error::explain,
     figures::Figures,
+    leader::epoch_of_leader,
     parameter::Parameter,
     url::{CONNECT, OwnCertificate, PostgresUrl, Verification},
 };
-use crate::{clock::Clock, file, model::Epoch, pem::Pem, ports::StoreError, store::row::integer};
+use crate::{clock::Clock, file, model::Epoch, pem::Pem, ports::StoreError};
 
 /// The name of sessions that only read, or that write outside of a term.
 pub(super) const APPLICATION: &str = "orchestrator";
@@ -263,8 +264,8 @@ impl Connector {
             for connection in connections {
                 let claimed = timeout(ANSWER, connection.query(&leader, &[])).await;
                 let claimed = claimed.ok().and_then(Result::ok);
-                let claimed = claimed.and_then(|rows| rows.first()?.try_get::<_, i64>(0).ok());
-                if let Some(claimed) = claimed.filter(|claimed| *claimed > integer(epoch.0)) {
+                let claimed = claimed.and_then(|rows| epoch_of_leader(self, rows.first()?, "epoch").ok());
+                if let Some(claimed) = claimed.filter(|claimed| *claimed > epoch) {
                     return format!("the server does not answer, and epoch {claimed} has taken over");
                 }
             }

@@ -81,6 +81,10 @@ impl LeaderRow {
         self.line.lock().await.execute(&self.connector, text, parameters, patience).await.returned()
     }
 
+    fn epoch(&self, row: &tokio_postgres::Row) -> Result<Epoch, StoreError> {
+        epoch_of_leader(&self.connector, row, "epoch")
+    }
+
     fn corrupt(&self, wrong: &Wrong) -> StoreError {
         StoreError::Corrupt { store: self.connector.url().to_string(), problem: format!("its table leader: {wrong}") }
     }
@@ -109,6 +113,25 @@ impl LeaderRow {
     }
 }
 
+/// The epoch of the row, in this column of the answer to a statement.
+///
+/// # Errors
+/// Nothing seals the row, and another program has written one that no clock can have given: terms can't go on from it.
+pub(super) fn epoch_of_leader(
+    connector: &Connector,
+    row: &tokio_postgres::Row,
+    column: &str,
+) -> Result<Epoch, StoreError> {
+    let (store, url) = (connector.url().to_string(), connector.url().to_string());
+    let epoch = number(row, column).map_err(|wrong| wrong.to_string());
+    let checked = epoch.map(Epoch).and_then(|epoch| check_unsealed_epoch(epoch).map(|()| epoch));
+    checked.map_err(|problem| StoreError::Tampered {
+        store,
+        url,
+        problem: format!("the epoch in its table leader {problem}"),
+    })
+}
+
 /// The name of sessions that may claim the row.
 fn candidates() -> String {
     format!("{APPLICATION}/candidate")
@@ -125,7 +148,8 @@ impl Leadership for LeaderRow {
             );
             let row = self.execute(&text, &[], Patience::Short).await?;
             let row = row.ok_or_else(|| self.corrupt(&Wrong::new("row", "is not there")))?;
-            observed(&row).map_err(|wrong| self.corrupt(&wrong))
+            let epoch = self.epoch(&row)?;
+            observed(&row, epoch).map_err(|wrong| self.corrupt(&wrong))
         })
     }
 
@@ -162,7 +186,7 @@ impl Leadership for LeaderRow {
                 }
             };
             let Some(row) = row else { return Ok(Claimed::Lost) };
-            let epoch = Epoch(number(&row, "epoch").map_err(|wrong| self.corrupt(&wrong))?);
+            let epoch = self.epoch(&row)?;
             self.claim.set(epoch);
             // So that a later candidate recognizes the session.
             *self.line.lock().await = Line::new(application_of(epoch));
@@ -204,10 +228,7 @@ impl Leadership for LeaderRow {
     }
 }
 
-fn observed(row: &tokio_postgres::Row) -> Result<Observed, Wrong> {
-    let epoch = Epoch(number(row, "epoch")?);
-    // Nothing seals the row.
-    check_unsealed_epoch(epoch).map_err(|problem| Wrong::new("epoch", problem))?;
+fn observed(row: &tokio_postgres::Row, epoch: Epoch) -> Result<Observed, Wrong> {
     // What a replica of a valid configuration has not written must not keep others from leading.
     let leader = if flag(row, "released")? || epoch == Epoch::default() {
         None

@@ -623,6 +623,30 @@ async fn a_row_with_an_address_and_a_lease_of_no_replica_says_who_leads_all_the_
     }
 }
 
+#[tokio::test]
+async fn a_row_with_an_epoch_that_no_clock_gives_is_named_wherever_it_is_read() {
+    let Some(server) = shared() else { return };
+    let store_url = server.url();
+    let (store, epoch) = led(&store_url, "a").await;
+    server.change(&store_url, "UPDATE leader SET epoch = 9223372036854775806").await;
+    let leadership = store.leadership().unwrap();
+    assert_eq!(leadership.renew(epoch).await.unwrap(), Renewed::Superseded);
+    let observed = leadership.observe().await.map(drop).unwrap_err();
+    let published = store.publish_checkpoint("note".into()).await.unwrap_err();
+    let taken = store.take_over(Seals::Checked(keys())).await.map(drop).unwrap_err();
+    let looked = store.look().unwrap().take_over(Seals::Checked(keys())).await.map(drop).unwrap_err();
+    for error in [observed, published, taken, looked] {
+        assert!(matches!(error, StoreError::Tampered { .. }), "{error}");
+        assert!(error.to_string().contains("the epoch in its table leader is 9223372036854775806"), "{error}");
+    }
+    // Another token, by which a commit finds the row.
+    let store_url = server.url();
+    let (store, epoch) = opened(&store_url).await;
+    server.change(&store_url, "UPDATE leader SET epoch = 9223372036854775806; UPDATE meta SET token = 1").await;
+    let committed = store.commit(Arc::new(recorded(1..=2, epoch))).await.unwrap_err();
+    assert!(committed.to_string().contains("the epoch in its table leader"), "{committed}");
+}
+
 /// What will be known of a statement.
 type Outcome<T> = tokio::task::JoinHandle<Result<T, StoreError>>;
 

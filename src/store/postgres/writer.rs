@@ -247,8 +247,8 @@ pub(super) async fn read(
             let row = snapshot.one(&beside, &[])?;
             let claimed = Epoch(number(&row, "claimed").map_err(Failed::from)?);
             if !even_moved {
-                let checked = check_unsealed_epoch(claimed);
-                checked.map_err(|problem| Failed::Wrong(Wrong::new("claimed epoch", problem)))?;
+                let named = |problem| Refused::Tampered(format!("the epoch in its table leader {problem}"));
+                check_unsealed_epoch(claimed).map_err(named)?;
             }
             contents.checkpoint = optional_text(&row, "note").map_err(Failed::from)?;
             let token = |column| Ok::<_, Failed>(Token(integer_of(&row, column)?));
