@@ -362,7 +362,7 @@ async fn a_replica_that_cannot_lead_with_its_configuration_leaves_the_lead_to_ot
 
 #[tokio::test]
 async fn while_another_program_has_set_the_epoch_of_the_leader_replicas_name_it_and_read_on_until_the_store_is_accepted()
-{
+ {
     let Some(server) = shared() else { return };
     let url = server.url();
     let replicas = three(&url, TTL).await;

@@ -29,6 +29,7 @@ use std::{
     ops::Range,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
+    time::Duration,
 };
 
 use futures_util::{future::BoxFuture, stream::BoxStream};
@@ -46,7 +47,7 @@ use self::{
     error::{ends_connection, explain, is_worth_repeating},
     leader::{LastClaim, LeaderRow, epoch_of_leader},
     parameter::Parameter,
-    rows::{Failed, Snapshot, at_once},
+    rows::{Access, Failed, Snapshot, at_once},
     writer::{Writer, failure, read},
 };
 pub use self::{schema::Migrated, url::PostgresUrl};
@@ -72,6 +73,9 @@ use crate::{
 
 /// Number of reading connections: pages of the history are short, and the server does the work.
 const READERS: usize = 4;
+/// Longest time for one statement of a read, which takes milliseconds. Reads whose callers have gone count until they
+/// end, so those that stopped would keep all others waiting.
+const STATEMENT: Duration = Duration::from_secs(10);
 
 /// A PostgreSQL database.
 pub(super) struct PostgresStore {
@@ -248,7 +252,7 @@ impl Readers {
             let (timeline, used) = (reader.as_ref().timeline(), reader.as_ref().used());
             let (_, result) = select! {
                 biased;
-                read = at_once(reader, schema, false, (), move |snapshot, ()| read(snapshot)) => read,
+                read = at_once(reader, schema, Access::Within(STATEMENT), (), move |snapshot, ()| read(snapshot)) => read,
                 never = self.connector.end_once_passed(used, None) => match never {},
             };
             match result {

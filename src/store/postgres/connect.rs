@@ -109,6 +109,11 @@ impl Connection {
         Used { timeline: self.timeline, end: self.task.abort_handle() }
     }
 
+    /// Ends it, while its server does not answer. What waits for an answer over it then fails.
+    pub(super) fn give_up(&self) {
+        self.task.abort();
+    }
+
     /// True once it has ended.
     pub(super) fn is_closed(&self) -> bool {
         self.client.is_closed()
@@ -146,11 +151,16 @@ impl Connection {
         queried
     }
 
-    /// Begins a transaction that reads as of one moment, and that may write if `writes` is true.
-    pub(super) async fn begin(&self, writes: bool) -> Result<(), Error> {
+    /// Begins a transaction that reads as of one moment, and that may write if `writes` is true. The server ends each
+    /// statement of it that takes longer than `limit`.
+    pub(super) async fn begin(&self, writes: bool, limit: Option<Duration>) -> Result<(), Error> {
         let access = if writes { "READ WRITE" } else { "READ ONLY" };
+        let mut begin = format!("BEGIN ISOLATION LEVEL REPEATABLE READ {access}");
+        if let Some(limit) = limit {
+            begin += &format!("; SET LOCAL statement_timeout = {}", limit.as_millis());
+        }
         let sent = Instant::now();
-        self.client.batch_execute(&format!("BEGIN ISOLATION LEVEL REPEATABLE READ {access}")).await?;
+        self.client.batch_execute(&begin).await?;
         self.figures.went_and_came(sent.elapsed());
         Ok(())
     }

@@ -50,7 +50,7 @@ impl Copying {
                     schema::check(&connector, &connection).await?;
                     let lock = format!("SELECT 1 FROM {}.meta WHERE id = 0 FOR UPDATE", url.schema());
                     let locked = async {
-                        connection.begin(true).await?;
+                        connection.begin(true, None).await?;
                         connection.query(&lock, &[]).await
                     };
                     locked.await.map_err(|error| explain(&url.to_string(), &error))?;

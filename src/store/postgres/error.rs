@@ -67,7 +67,10 @@ fn of_server(store: String, error: &DbError) -> StoreError {
             store,
             problem: format!("{problem}; if a pooler is before the server, add pooled=true to store.url"),
         },
-        "57014" => StoreError::Unavailable { store, problem: format!("{problem}; somebody has cancelled it") },
+        "57014" => StoreError::Unavailable {
+            store,
+            problem: format!("{problem}; it took too long, or somebody has cancelled it"),
+        },
         "3D000" => StoreError::Unavailable { store, problem: format!("{problem}; create it: CREATE DATABASE") },
         "XX001" | "XX002" => StoreError::Corrupt { store, problem },
         // A value or a row that it does not take, a limit of it, or a table that is not there: so it will be again.

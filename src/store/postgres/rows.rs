@@ -1,11 +1,14 @@
 //! Rows of PostgreSQL's tables, as of one moment.
 
-use std::{collections::BTreeMap, fmt, ops::ControlFlow};
+use std::{collections::BTreeMap, fmt, future::Future, ops::ControlFlow, time::Duration};
 
-use tokio::runtime::Handle;
+use tokio::{runtime::Handle, time::timeout};
 use tokio_postgres::{Error, types::Type};
 
-use super::{connect::Connection, parameter::Parameter};
+use super::{
+    connect::{ANSWER, Connection},
+    parameter::Parameter,
+};
 use crate::{
     ledger::{Hash, Node},
     model::Revision,
@@ -33,6 +36,8 @@ const KEPT_HASHES: usize = 10_000;
 #[derive(Debug)]
 pub(super) enum Failed {
     Statement(Error),
+    /// The server has not answered within this time.
+    Late(Duration),
     /// It is not what this software has written.
     Wrong(Wrong),
 }
@@ -53,6 +58,7 @@ impl fmt::Display for Failed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Statement(error) => error.fmt(f),
+            Self::Late(limit) => write!(f, "the server has not answered within {limit:?}"),
             Self::Wrong(wrong) => wrong.fmt(f),
         }
     }
@@ -83,22 +89,34 @@ impl Row for tokio_postgres::Row {
     }
 }
 
+/// How a database is read as of one moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Access {
+    /// Each statement within this time. The server ends one that takes longer; if that does not answer, the connection
+    /// is given up.
+    Within(Duration),
+    /// For as long as it takes.
+    Patient,
+    /// For as long as it takes, after writes that are under way, and before others. It may write.
+    Locked,
+}
+
 /// A database within one transaction, on a blocking thread.
 pub(super) struct Snapshot<'c> {
     connection: &'c Connection,
     runtime: Handle,
     schema: String,
+    access: Access,
     /// By the numbers of their nodes; `None` for one that is not there.
     hashes: BTreeMap<u64, Option<Hash>>,
 }
 
-/// Reads as of one moment, on a blocking thread, with what the reading needs of the caller. With `lock`, after writes
-/// that are under way, and before others. Also returns the connection for further use, and what was given: both are
+/// Reads as of one moment, on a blocking thread, with what the reading needs of the caller. Also returns the connection for further use, and what was given: both are
 /// lost if the thread panics. If this is dropped, the reading goes on to its end, and drops both then.
 pub(super) async fn at_once<C, S, T, E>(
     connection: C,
     schema: &str,
-    lock: bool,
+    access: Access,
     mut given: S,
     read: impl FnOnce(&mut Snapshot<'_>, &mut S) -> Result<T, E> + Send + 'static,
 ) -> (Option<(C, S)>, Result<T, E>)
@@ -111,12 +129,12 @@ where
     let (runtime, schema) = (Handle::current(), schema.to_owned());
     let task = tokio::task::spawn_blocking(move || {
         let read = (|| {
-            let mut snapshot = Snapshot::begin(connection.as_ref(), runtime, schema, lock)?;
+            let mut snapshot = Snapshot::begin(connection.as_ref(), runtime, schema, access)?;
             let read = read(&mut snapshot, &mut given);
             // Also if it has failed: the connection is used again.
             let ended = snapshot.end("ROLLBACK");
             let read = read?;
-            ended.map_err(Failed::from)?;
+            ended?;
             Ok(read)
         })();
         ((connection, given), read)
@@ -131,32 +149,49 @@ where
 }
 
 impl<'c> Snapshot<'c> {
-    /// Begins a transaction that reads as of one moment. With `lock`, it waits for commits that are under way, makes
-    /// others wait, and may write.
+    /// Begins a transaction that reads as of one moment.
     pub(super) fn begin(
         connection: &'c Connection,
         runtime: Handle,
         schema: String,
-        lock: bool,
+        access: Access,
     ) -> Result<Self, Failed> {
-        runtime.block_on(connection.begin(lock))?;
-        let snapshot = Self { connection, runtime, schema, hashes: BTreeMap::new() };
-        if lock && let Err(error) = snapshot.query("SELECT 1 FROM SCHEMA.meta WHERE id = 0 FOR UPDATE", &[]) {
+        let snapshot = Self { connection, runtime, schema, access, hashes: BTreeMap::new() };
+        let is_locked = access == Access::Locked;
+        let limit = if let Access::Within(limit) = access { Some(limit) } else { None };
+        let mut begun = snapshot.answer(connection.begin(is_locked, limit));
+        if begun.is_ok() && is_locked {
+            begun = snapshot.query("SELECT 1 FROM SCHEMA.meta WHERE id = 0 FOR UPDATE", &[]).map(drop);
+        }
+        if let Err(error) = begun {
             let _ = snapshot.end("ROLLBACK");
-            return Err(error.into());
+            return Err(error);
         }
         Ok(snapshot)
     }
 
     /// Ends the transaction: by `COMMIT`, or by `ROLLBACK`.
-    pub(super) fn end(self, how: &str) -> Result<(), Error> {
-        self.runtime.block_on(self.connection.batch_execute(how))
+    pub(super) fn end(self, how: &str) -> Result<(), Failed> {
+        self.answer(self.connection.batch_execute(how))
     }
 
     /// The rows of a query, in which `SCHEMA.` stands for the schema.
-    pub(super) fn query(&self, query: &str, parameters: &[&dyn Parameter]) -> Result<Vec<tokio_postgres::Row>, Error> {
+    pub(super) fn query(&self, query: &str, parameters: &[&dyn Parameter]) -> Result<Vec<tokio_postgres::Row>, Failed> {
         let query = query.replace("SCHEMA.", &format!("{}.", self.schema));
-        self.runtime.block_on(self.connection.query(&query, parameters))
+        self.answer(self.connection.query(&query, parameters))
+    }
+
+    /// Waits for the answer to a statement. The limit is kept here, since the reading goes on if nobody awaits it.
+    fn answer<T>(&self, statement: impl Future<Output = Result<T, Error>>) -> Result<T, Failed> {
+        let Access::Within(limit) = self.access else { return Ok(self.runtime.block_on(statement)?) };
+        // The server is the first to end it, if it can.
+        let limit = limit + ANSWER;
+        let answered = self.runtime.block_on(async { timeout(limit, statement).await });
+        let answered = answered.map_err(|_| {
+            self.connection.give_up();
+            Failed::Late(limit)
+        });
+        Ok(answered??)
     }
 
     /// The only row of a query.
@@ -180,7 +215,7 @@ impl<'c> Snapshot<'c> {
         before: u64,
         place: &str,
         each: Each<'_>,
-        batch: impl Fn(&Self, i64) -> Result<Vec<tokio_postgres::Row>, Error>,
+        batch: impl Fn(&Self, i64) -> Result<Vec<tokio_postgres::Row>, Failed>,
     ) -> Result<(), Failed> {
         let mut before = integer(before);
         loop {

@@ -798,6 +798,50 @@ async fn reads_that_are_not_awaited_any_more_count_until_they_end() {
     assert_eq!(store.readers.idle().len(), READERS);
 }
 
+#[tokio::test]
+async fn reads_that_stopped_and_are_not_awaited_any_more_do_not_keep_others_from_reading() {
+    let Some(server) = shared() else { return };
+    let (store_url, proxy) = (server.url(), Proxy::before(server.directory().to_owned()));
+    let through = server::through(proxy.directory.path(), &store_url);
+    let store = Arc::new(PostgresStore::open(&url(&through), CHECKS, Clock::system()).await.unwrap());
+    let read = || {
+        let store = store.clone();
+        tokio::spawn(async move { store.cycle(CycleId(1)).await })
+    };
+    while store.readers.idle().len() < READERS {
+        for read in futures_util::future::join_all((0..READERS).map(|_| read())).await {
+            assert_eq!(read.unwrap().unwrap(), None);
+        }
+    }
+    *proxy.cut.lock().unwrap() = Some(Cut::Held(0));
+    let reads: Vec<_> = (0..READERS).map(|_| read()).collect();
+    while *proxy.cut.lock().unwrap() != Some(Cut::Held(READERS)) {
+        tokio::task::yield_now().await;
+    }
+    for read in reads {
+        read.abort();
+        assert!(read.await.unwrap_err().is_cancelled());
+    }
+    *proxy.cut.lock().unwrap() = None;
+    assert_eq!(store.readers.permits.available_permits(), 0);
+    assert_eq!(tokio::time::timeout(STATEMENT * 3, read()).await.unwrap().unwrap().unwrap(), None);
+}
+
+#[tokio::test]
+async fn a_read_that_takes_too_long_is_ended_by_the_server_as_well() {
+    let Some(server) = shared() else { return };
+    let store_url = server.url();
+    let store = PostgresStore::open(&url(&store_url), CHECKS, Clock::system()).await.unwrap();
+    let other = connect(&store_url).await.unwrap();
+    let schema = url(&store_url).schema().to_owned();
+    other.batch_execute(&format!("BEGIN; LOCK TABLE {schema}.cycles IN ACCESS EXCLUSIVE MODE")).await.unwrap();
+    let error = store.cycle(CycleId(1)).await.unwrap_err();
+    assert!(!error.is_final() && error.to_string().contains("it took too long"), "{error}");
+    assert_eq!(store.readers.idle().len(), 1, "the connection is of further use");
+    other.batch_execute("ROLLBACK").await.unwrap();
+    assert_eq!(store.cycle(CycleId(1)).await.unwrap(), None);
+}
+
 /// Cuts connections to what listens in this directory, at places all over a commit and its answer: with
 /// `ORCHESTRATOR_TEST_EVERY_BYTE` in the environment, after each byte.
 async fn cut_everywhere(server: &Server, directory: &Path, parameters: &str) {

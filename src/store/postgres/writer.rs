@@ -10,7 +10,7 @@ use super::{
     connect::{APPLICATION, Connector, application_of},
     error::{explain, is_worth_repeating},
     leader::LastClaim,
-    rows::{Failed, Snapshot, at_once},
+    rows::{Access, Failed, Snapshot, at_once},
 };
 use crate::{
     clock::Clock,
@@ -198,10 +198,11 @@ impl Writer {
         let (term, chain) = self.term.take().ok_or_else(not_taken_over)?;
         let (used, epoch) = (connection.used(), Some(term.epoch));
         let given = (term, mem::take(&mut self.searches));
-        let read = at_once(connection, self.connector.url().schema(), false, given, move |snapshot, given| {
-            let (term, searches) = given;
-            read(snapshot, term, searches)
-        });
+        let read =
+            at_once(connection, self.connector.url().schema(), Access::Patient, given, move |snapshot, given| {
+                let (term, searches) = given;
+                read(snapshot, term, searches)
+            });
         let (back, read) = select! {
             biased;
             read = read => read,
@@ -232,7 +233,8 @@ pub(super) async fn read(
         let connection = line.take(connector).await?;
         let seals = seals.clone();
         let passed = connector.end_once_passed(connection.used(), epoch);
-        let read = at_once(connection, connector.url().schema(), lock, (), move |snapshot, ()| {
+        let access = if lock { Access::Locked } else { Access::Patient };
+        let read = at_once(connection, connector.url().schema(), access, (), move |snapshot, ()| {
             let row = snapshot.one("SELECT not_served FROM SCHEMA.meta", &[])?;
             match optional_text(&row, "not_served").map_err(Failed::from)?.map(|text| NotServed::parse(&text)) {
                 Some(not_served) if even_moved && not_served.is_acceptable() => {}
@@ -320,6 +322,9 @@ pub(super) fn failure(connector: &Connector, failed: &Failed) -> StoreError {
     let store = connector.url().to_string();
     match failed {
         Failed::Statement(error) => explain(&store, error),
+        Failed::Late(_) => {
+            StoreError::Unavailable { store, problem: format!("{failed}; see whether the server and the network work") }
+        }
         Failed::Wrong(wrong) => StoreError::Corrupt { store, problem: wrong.to_string() },
     }
 }
