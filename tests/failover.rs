@@ -739,8 +739,8 @@ async fn an_old_primary_that_goes_on_beside_the_new_one_is_not_read_any_more() {
     let all_read = async |replicas: &Replicas, expected: &[&CycleTelemetry]| {
         for name in NAMES.into_iter().filter(|name| replicas.services[replicas.index(name)].is_some()) {
             // From the answer on, a follower shows what the leader has acknowledged.
-            replicas.client(name).await.status().await.unwrap();
-            let client = replicas.client(name).await;
+            let mut client = replicas.client(name).await;
+            patiently("the leader to answer", async { while client.status().await.is_err() {} }).await;
             let reads = (0..8).map(|_| {
                 let mut client = Client::clone(&client);
                 async move { history(&mut client).await }

@@ -42,7 +42,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 pub(super) use self::copying::Copying;
 use self::{
-    commit::{DURABLE, Line},
+    commit::{DURABLE_BESIDE, Line},
     connect::{APPLICATION, Connection, Connector},
     error::{ends_connection, explain, is_worth_repeating},
     leader::{LastClaim, LeaderRow, epoch_of_leader},
@@ -153,7 +153,7 @@ impl PostgresStore {
         Self { readers, checks, clock, writing, log, trouble }
     }
 
-    /// Executes a statement that no commit depends on.
+    /// Executes a statement that no commit depends on. It begins with [`DURABLE_BESIDE`].
     async fn write_beside(
         &self,
         statement: &str,
@@ -323,12 +323,12 @@ pub(super) async fn accept(
     let log = store.log().frontier;
     store.publish_checkpoint(signer.sign(log.size(), log.root())).await.map_err(OpenError::from)?;
     let schema = url.schema();
-    let served = format!("WITH {DURABLE} UPDATE {schema}.meta SET not_served = NULL FROM durable WHERE id = 0");
+    let served = format!("WITH {DURABLE_BESIDE} UPDATE {schema}.meta SET not_served = NULL FROM durable WHERE id = 0");
     store.write_beside(&served, &[]).await.map_err(OpenError::from)?;
     // Another program may have changed that row, which nothing seals, or an older copy has replaced it: replicas that
     // have seen a later term go on from this one.
     let led = format!(
-        "WITH {DURABLE} UPDATE {schema}.leader SET epoch = $1, beat = 0, released = true FROM durable
+        "WITH {DURABLE_BESIDE} UPDATE {schema}.leader SET epoch = $1, beat = 0, released = true FROM durable
          WHERE id = 0 AND NOT epoch BETWEEN $1 AND $2"
     );
     let latest = integer(Epoch::by_clock(Timestamp::MAX).0);
@@ -463,7 +463,7 @@ impl Store for PostgresStore {
             let schema = self.readers.connector.url().schema();
             // A later leader may have published a newer one, so the row of the leader stays until this is written.
             let put = format!(
-                "WITH {DURABLE},
+                "WITH {DURABLE_BESIDE},
                  leads AS (SELECT 1 FROM {schema}.leader l, durable WHERE id = 0 AND epoch = coalesce($2, epoch)
                            FOR SHARE OF l),
                  put AS (INSERT INTO {schema}.checkpoint SELECT 0, $1 FROM leads

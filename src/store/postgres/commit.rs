@@ -33,12 +33,25 @@ use crate::{
     },
 };
 
-/// Raises the durability of the transaction to what the server is set up for, and never lowers it.
-pub(super) const DURABLE: &str = "durable AS (
+/// The start of a statement that raises the durability of its transaction, with further settings of that.
+macro_rules! durable {
+    ($further:literal) => {
+        concat!(
+            "durable AS (
     SELECT set_config('synchronous_commit',
                       CASE current_setting('synchronous_commit') WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END,
-                      true)
-)";
+                      true)",
+            $further,
+            ")"
+        )
+    };
+}
+
+/// Raises the durability of the transaction to what the server is set up for, and never lowers it.
+pub(super) const DURABLE: &str = durable!("");
+/// The same outside of a term. A session that locks a row so has the name of one that writes until the statement ends:
+/// if it stops meanwhile, a candidate ends it.
+pub(super) const DURABLE_BESIDE: &str = durable!(", set_config('application_name', 'orchestrator/beside', true)");
 /// A token that no other process has: the first bits of a random id.
 pub(super) const RANDOM_TOKEN: &str = "('x' || left(replace(gen_random_uuid()::text, '-', ''), 15))::bit(60)::bigint";
 /// Most times that a statement is executed that another transaction has met.

@@ -36,7 +36,7 @@ use super::{
 };
 use crate::{clock::Clock, file, model::Epoch, pem::Pem, ports::StoreError};
 
-/// The name of sessions that only read, or that write outside of a term.
+/// The name of sessions that only read, or whose locks no candidate may end: what an operator does takes its time.
 pub(super) const APPLICATION: &str = "orchestrator";
 
 /// The name of the sessions that write in the term of this epoch.
@@ -155,10 +155,8 @@ impl Connection {
     /// statement of it that takes longer than `limit`.
     pub(super) async fn begin(&self, writes: bool, limit: Option<Duration>) -> Result<(), Error> {
         let access = if writes { "READ WRITE" } else { "READ ONLY" };
-        let mut begin = format!("BEGIN ISOLATION LEVEL REPEATABLE READ {access}");
-        if let Some(limit) = limit {
-            begin += &format!("; SET LOCAL statement_timeout = {}", limit.as_millis());
-        }
+        let limit = limit.map(|limit| format!("; SET LOCAL statement_timeout = {}", limit.as_millis()));
+        let begin = format!("BEGIN ISOLATION LEVEL REPEATABLE READ {access}{}", limit.unwrap_or_default());
         let sent = Instant::now();
         self.client.batch_execute(&begin).await?;
         self.figures.went_and_came(sent.elapsed());

@@ -91,7 +91,8 @@ impl LeaderRow {
 
     /// Ends a session of a replica that has locked a row and does not go on: its process has stopped between two
     /// messages of a commit, or within a transaction, and no timeout of the server would free the row. Never one that
-    /// waits for a standby: its commit may be kept. Its name does not matter: it may be that of any earlier term.
+    /// waits for a standby: its commit may be kept. Its name may be that of any earlier term, or of a statement outside
+    /// of one.
     async fn end_stalled(&self) -> Result<(), StoreError> {
         let schema = self.schema();
         let text = format!(

@@ -111,8 +111,9 @@ pub(super) struct Snapshot<'c> {
     hashes: BTreeMap<u64, Option<Hash>>,
 }
 
-/// Reads as of one moment, on a blocking thread, with what the reading needs of the caller. Also returns the connection for further use, and what was given: both are
-/// lost if the thread panics. If this is dropped, the reading goes on to its end, and drops both then.
+/// Reads as of one moment, on a blocking thread, with what the reading needs of the caller. Also returns the connection
+/// for further use, and what was given: both are lost if the thread panics. If this is dropped, the reading goes on to
+/// its end, and drops both then.
 pub(super) async fn at_once<C, S, T, E>(
     connection: C,
     schema: &str,
