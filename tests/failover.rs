@@ -995,8 +995,22 @@ async fn promises_hold(mut replicas: Replicas, (primary, standby): (&Server, Opt
         assert!(!runner.is_finished() && !watcher.is_finished(), "round {round}: {}", replicas.logs());
     }
     if let Some(standby) = standby {
-        primary.crash().await;
+        // It is gone, or goes on beside the new one.
+        let stopped = if rng.bool() {
+            Some(primary.stop().await)
+        } else {
+            primary.crash().await;
+            None
+        };
         standby.promote().await;
+        last_cycle(&replicas).await;
+        drop(stopped);
+        // One that starts now has not seen it.
+        let it = NAMES[rng.usize(..NAMES.len())];
+        replicas.take(it).kill().await;
+        replicas.serve(it).await;
+        addresses.send_replace(of(&replicas));
+        last_cycle(&replicas).await;
     }
     runner.abort();
     let (mut client, last) = last_cycle(&replicas).await;

@@ -7,7 +7,7 @@ use std::{
     path::Path,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicI32, Ordering},
+        atomic::{AtomicBool, AtomicI32, Ordering},
     },
     time::Duration,
 };
@@ -61,6 +61,9 @@ pub(super) struct Connector {
     /// The highest timeline that a server had; 0 before one is known. A server with a lower one is an earlier primary:
     /// it lacks what was acknowledged since, so nothing is read there or written.
     newest: AtomicI32,
+    /// True once all hosts were asked for their timelines: an earlier primary may be the first of them when a process
+    /// starts.
+    has_asked: AtomicBool,
     /// The newest timeline for which it was logged that there is such a server.
     told: AtomicI32,
 }
@@ -189,8 +192,8 @@ impl Connector {
         let made = tokio::task::spawn_blocking(move || tls(&verification, own.as_ref(), clock)).await;
         let made = made.unwrap_or_else(|error| Err(error.to_string()));
         let tls = made.map_err(|problem| StoreError::Unavailable { store, problem })?;
-        let (figures, newest, told) = Default::default();
-        Ok(Self { url, figures, tls: MakeRustlsConnect::new(tls), newest, told })
+        let (figures, newest, has_asked, told) = Default::default();
+        Ok(Self { url, figures, tls: MakeRustlsConnect::new(tls), newest, has_asked, told })
     }
 
     /// What is counted of its connections.
@@ -210,6 +213,9 @@ impl Connector {
     /// There is none; the message says why of each.
     pub(super) async fn connect(&self, application: &str) -> Result<Connection, StoreError> {
         let password = self.password().await?;
+        if self.url.of_hosts().nth(1).is_some() && !self.has_asked.swap(true, Ordering::AcqRel) {
+            drop(self.connect_to_all().await);
+        }
         let mut problems = Vec::new();
         for (host, config) in self.of_hosts(application, password.as_deref()) {
             match self.connect_to(&config).await {

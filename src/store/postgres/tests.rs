@@ -791,6 +791,7 @@ async fn an_earlier_primary_that_goes_on_beside_the_one_that_was_promoted_is_not
     let leadership = store.leadership().unwrap();
     assert_eq!(leadership.observe().await.unwrap().epoch, epoch);
     assert_eq!(primary.execute(&format!("SELECT count(*) FROM {schema}.cycles")).await.trim_end(), "2");
+    assert_eq!(connect(&both).await.unwrap().timeline(), Some(2), "a process that starts looks at both");
     standby.crash().await;
     leadership.observe().await.unwrap_err();
     let refused = leadership.observe().await.unwrap_err();
