@@ -46,6 +46,7 @@ use std::{
 use tokio::{
     select,
     sync::{Notify, OwnedMutexGuard, mpsc, oneshot, watch as latest},
+    time::Instant,
 };
 use tokio_util::{
     sync::CancellationToken,
@@ -159,6 +160,8 @@ struct State {
     draining: bool,
     /// True while this replica can't confirm that it leads.
     has_lapsed: bool,
+    /// Since when no lease of a subsystem expires, while no change can be written.
+    leases_held: Option<Instant>,
     counts: Counts,
 }
 

@@ -322,6 +322,19 @@ async fn started_and_stopped_loops_stay_so_after_a_restart() {
     std::fs::write(stage.home.path("orchestrator.toml"), "").unwrap();
     let mut stage = stage.restarted().await;
     assert_eq!(list(&mut stage.client).await.len(), 1);
+    assert!(stage.home.log().contains("the configuration does not declare them any more"), "{}", stage.home.log());
+    let removals = audited(&stage, "serve").await;
+    assert_eq!(removals.len(), 1, "{removals:?}");
+    assert_eq!(removals[0].targets, ["declared"]);
+}
+
+/// The audit events of this action of the service.
+async fn audited(stage: &Stage, action: &str) -> Vec<pb::AuditEvent> {
+    let request = pb::ListAuditEventsRequest::default();
+    let mut ledger = LedgerClient::connect(format!("http://{}", stage.service.address())).await.unwrap();
+    let events = ledger.list_audit_events(request).await.unwrap().into_inner().events;
+    let events = events.into_iter().map(|event| pb::AuditEvent::decode(event.event).unwrap());
+    events.filter(|event| event.rpc == action).collect()
 }
 
 #[tokio::test]
@@ -476,12 +489,8 @@ async fn a_service_that_begins_paused_starts_no_cycle_by_itself_until_its_loops_
     assert!(still.ticks.unwrap().due >= before.ticks.unwrap().due, "the ticks while it was down are accounted for");
     stage = stage.restarted().await;
     assert_eq!(get(&mut stage.client, "declared").await, still);
-    let request = pb::ListAuditEventsRequest::default();
-    let mut ledger = LedgerClient::connect(format!("http://{}", stage.service.address())).await.unwrap();
-    let events = ledger.list_audit_events(request).await.unwrap().into_inner().events;
-    let rpc_of = |event: &pb::LoggedAuditEvent| pb::AuditEvent::decode(event.event.clone()).unwrap().rpc;
-    let pauses = events.iter().filter(|event| rpc_of(event) == "serve --paused").count();
-    assert_eq!(pauses, 1, "the second start changed nothing: {events:?}");
+    let pauses = audited(&stage, "serve --paused").await;
+    assert_eq!(pauses.len(), 1, "the second start changed nothing: {pauses:?}");
 
     resume(&mut stage.client, "", true).await.unwrap();
     let ran = still.ticks.unwrap().ran;

@@ -11,6 +11,7 @@ impl Orchestrator {
     pub fn lapse(&self) {
         let mut state = self.0.state();
         state.has_lapsed = true;
+        state.hold_leases();
         self.0.history.set_unconfirmed(true);
         let running: Vec<_> = state.live.keys().copied().filter(|cycle_id| state.line.runs(*cycle_id)).collect();
         tracing::error!(
@@ -23,15 +24,17 @@ impl Orchestrator {
     }
 
     /// The lease was renewed before another replica has claimed to lead: cycles go on. Ticks that were due meanwhile
-    /// count as those of a time in which no process ran.
+    /// count as those of a time in which no process ran, and the leases of subsystems begin anew, as after one.
     pub fn confirm(&self) {
         let now = self.0.clock.now();
         let mut state = self.0.state();
         state.has_lapsed = false;
+        state.release_leases();
         self.0.history.set_unconfirmed(false);
         state.loops.catch_up(now);
         drop(state);
         tracing::info!("this replica leads on: its lease was renewed");
+        self.0.leases_changed.notify_one();
         self.0.loops_changed.notify_one();
         self.0.queue_changed.notify_one();
     }

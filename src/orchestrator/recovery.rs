@@ -31,8 +31,8 @@ use crate::{
     ledger::Signer,
     memory::{Memory, Shares},
     model::{
-        AuditEvent, Begin, Cause, Code, CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, IntervalLoop,
-        LoopChoice, Name, SkipReason, Subsystem, SubsystemState, Trigger,
+        AuditEvent, AuditTargets, Begin, Cause, Code, CycleId, CycleRequest, CycleState, Epoch, FinishedCycle,
+        IntervalLoop, LoopChoice, Name, SkipReason, Subsystem, SubsystemState, Trigger,
     },
     ports::{
         Contents, Filter, Lost, OpenCycle, PageLimits, Record, Spans, Stage, Store, StoreError, StoredOutput,
@@ -115,6 +115,7 @@ impl Orchestrator {
             store_error: latest::Sender::new(None),
             draining: false,
             has_lapsed: false,
+            leases_held: None,
             counts: Counts::default(),
         };
         match contents.last_record.take() {
@@ -242,6 +243,20 @@ impl Orchestrator {
                     write.loops.insert(name, None);
                 }
             }
+        }
+
+        let of_subsystems = write.subsystems.iter().filter(|(_, row)| row.is_none()).map(|(name, _)| name);
+        let of_loops = write.loops.iter().filter(|(_, row)| row.is_none()).map(|(name, _)| name);
+        let undeclared: AuditTargets = of_subsystems.chain(of_loops).map(Name::as_str).collect();
+        if !is_read_only && !undeclared.named.is_empty() {
+            tracing::warn!(
+                names = undeclared.named.join(", "),
+                others = undeclared.left_out,
+                "the configuration does not declare them any more: these subsystems are unregistered, and these loops \
+                 removed, with their outputs and ticks"
+            );
+            let cause = Cause { targets: undeclared, ..Cause::of_service("serve") };
+            write.audit.push(record::encode_event(&cause.event(now)));
         }
 
         // Ticks that were due before count as missed or dropped.

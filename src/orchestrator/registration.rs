@@ -202,7 +202,11 @@ impl Orchestrator {
     /// It is not registered, has no lease, or another caller owns it.
     pub fn renew_lease(&self, name: &Name, by: &Registrar) -> Result<Timestamp, NotRenewed> {
         let _open = self.open_change();
-        let lease = self.0.state().registry.renew(name, by)?;
+        let lease = {
+            let mut state = self.0.state();
+            let held = state.leases_held;
+            state.registry.renew(name, by, held)?
+        };
         Ok(self.lease_ends_at(&lease))
     }
 
@@ -232,6 +236,33 @@ impl State {
         self.registry.put(entry).inspect(|_| {
             standing.close_breaker();
         })
+    }
+
+    /// When the next lease ends; `None` also while none does.
+    fn next_expiry(&self) -> Option<Instant> {
+        self.registry.next_expiry().filter(|_| self.leases_held.is_none())
+    }
+
+    /// At most `max` subsystems whose lease has expired.
+    fn expired(&self, max: usize) -> Vec<Name> {
+        if self.leases_held.is_some() { Vec::new() } else { self.registry.expired(Instant::now(), max) }
+    }
+
+    /// From now on no lease expires: those who should renew them may be refused.
+    pub(super) fn hold_leases(&mut self) {
+        self.leases_held.get_or_insert_with(Instant::now);
+    }
+
+    /// Once changes can be written again, the leases that had not expired before begin anew. Returns true if they do.
+    pub(super) fn release_leases(&mut self) -> bool {
+        if self.has_lapsed || self.store_error.borrow().is_some() {
+            return false;
+        }
+        let held = self.leases_held.take();
+        if let Some(held) = held {
+            self.registry.begin_leases_anew(held);
+        }
+        held.is_some()
     }
 }
 
@@ -549,12 +580,12 @@ impl Shared {
         Ok(())
     }
 
-    /// Unregisters subsystems whose lease has expired.
+    /// Unregisters subsystems whose lease has expired. While no change can be written, none expires.
     pub(super) async fn expire_leases(self: Arc<Self>) {
         /// Pause after a failed write.
         const RETRY: Duration = Duration::from_secs(1);
         loop {
-            let next = self.state().registry.next_expiry();
+            let next = self.state().next_expiry();
             select! {
                 biased;
                 () = self.leases_changed.notified() => continue,
@@ -573,7 +604,7 @@ impl Shared {
         /// Most subsystems in one commit, which then hardly delays the start of a cycle.
         const MAX: usize = 1000;
         let order = self.order.clone().lock_owned().await;
-        let expired = self.state().registry.expired(Instant::now(), MAX);
+        let expired = self.state().expired(MAX);
         let targets = expired.iter().map(Name::as_str).collect();
         let mut turn = Turn { order, cause: Cause { targets, ..Cause::of_service("lease_end") }, late: None };
         if !expired.is_empty() {

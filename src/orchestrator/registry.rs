@@ -504,20 +504,31 @@ impl Registry {
         Some(Left { endpoint, name: name.clone(), was_last: others == 0 })
     }
 
-    /// Renews the lease of an entry for a caller that may change it, if it has one and it has not expired: its end may
-    /// already be being written.
-    pub(super) fn renew(&mut self, name: &Name, by: &Registrar) -> Result<Lease, NotRenewed> {
+    /// Renews the lease of an entry for a caller that may change it, if it has one that has not expired by `held`, or by
+    /// now: its end may already be being written.
+    pub(super) fn renew(&mut self, name: &Name, by: &Registrar, held: Option<Instant>) -> Result<Lease, NotRenewed> {
         let not_found = || NotRenewed::SubsystemNotFound(self.not_registered(name.clone()));
         let entry = self.get(name).ok_or_else(not_found)?;
         by.check(entry)?;
         let lease = entry.lease().ok_or_else(|| NotRenewed::NoLease(name.clone()))?;
         let now = Instant::now();
-        if lease.expires <= now {
+        if lease.expires <= held.unwrap_or(now) {
             return Err(not_found());
         }
         let lease = Lease::new(lease.length, now);
         self.set_lease(name, lease);
         Ok(lease)
+    }
+
+    /// Has all leases that had not expired by `held` begin now.
+    pub(super) fn begin_leases_anew(&mut self, held: Instant) {
+        let now = Instant::now();
+        let of_held: Vec<_> = self.expiries.iter().filter(|(expires, _)| *expires > held).cloned().collect();
+        for (_, name) in of_held {
+            if let Some(lease) = self.get(&name).and_then(Registered::lease) {
+                self.set_lease(&name, Lease::new(lease.length, now));
+            }
+        }
     }
 
     /// Replaces the lease of an entry, if it has one.

@@ -170,13 +170,15 @@ impl Queue {
 }
 
 impl State {
-    /// The store no longer has this kind of error: new callers wait for records.
-    fn recovers_from(&self, kind: impl Fn(&StoreError) -> bool) {
-        if self.store_error.send_if_modified(|error| error.take_if(|error| kind(error)).is_some()) {
-            for admitted in self.live.values() {
-                admitted.resume();
-            }
+    /// The store no longer has this kind of error: new callers wait for records. Returns true if leases begin anew.
+    fn recovers_from(&mut self, kind: impl Fn(&StoreError) -> bool) -> bool {
+        if !self.store_error.send_if_modified(|error| error.take_if(|error| kind(error)).is_some()) {
+            return false;
         }
+        for admitted in self.live.values() {
+            admitted.resume();
+        }
+        self.release_leases()
     }
 
     /// The refusal for a cycle whose record can't be written now. It names the cycle if its id is noted.
@@ -279,7 +281,9 @@ impl Shared {
             let mut state = self.state();
             state.counts.commit_failed();
             // The commit has returned.
-            state.recovers_from(StoreError::is_late);
+            if state.recovers_from(StoreError::is_late) {
+                self.leases_changed.notify_one();
+            }
             drop(state);
             return Err((batch, error));
         }
@@ -290,7 +294,9 @@ impl Shared {
         {
             let mut state = self.state();
             state.counts.committed(durability, took);
-            state.recovers_from(|error| !error.is_final());
+            if state.recovers_from(|error| !error.is_final()) {
+                self.leases_changed.notify_one();
+            }
             state.loops.written(mark);
             state.noted = last_cycle_id;
             if durability == Durability::Durable {
@@ -337,8 +343,8 @@ impl Shared {
                         for change in &mut *batch {
                             change.late(error);
                         }
-                    } else {
-                        self.state().recovers_from(|error| !error.is_final());
+                    } else if self.state().recovers_from(|error| !error.is_final()) {
+                        self.leases_changed.notify_one();
                     }
                     late = reported;
                 }
@@ -403,7 +409,8 @@ impl Shared {
     /// Records why the store accepts no writes, until a commit returns. Notifies the callers of these cycles, and of
     /// those that wait for their turn, since none begins without a write.
     fn notify_of(&self, error: &StoreError, cycles: &[Arc<Admitted>]) {
-        let state = self.state();
+        let mut state = self.state();
+        state.hold_leases();
         state.store_error.send_if_modified(|now| {
             let is_final = now.as_ref().is_some_and(StoreError::is_final);
             !is_final && now.replace(error.clone()).as_ref() != Some(error)

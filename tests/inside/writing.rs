@@ -528,6 +528,45 @@ async fn a_repeated_request_waits_for_its_cycle_again_once_no_commit_is_late() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn no_lease_ends_while_nothing_can_be_written_and_all_begin_anew_afterwards() {
+    let stage = Stage::new().await;
+    stage.script.let_go();
+    let (lease, moment) = (Duration::from_secs(15), Duration::from_millis(10));
+    let by = Registrar::Anyone;
+    for name in ["d", "e"] {
+        stage.orchestrator.register(subsystem(name), Some(lease), &by, by_test()).await.unwrap();
+        stage.orchestrator.suspend(&Name::parse(name).unwrap(), true, by_test()).await.unwrap();
+    }
+    let left = || ["d", "e"].map(|name| stage.orchestrator.subsystem(&Name::parse(name).unwrap()).is_ok());
+    let renewed = |name: &str| stage.orchestrator.renew_lease(&Name::parse(name).unwrap(), &by);
+
+    // A commit waits.
+    stage.script.permits.forget_permits(1000);
+    stage.run("a").await;
+    sleep(moment).await;
+    stage.trouble.send_replace(Some(late()));
+    sleep(2 * lease).await;
+    renewed("d").unwrap();
+    stage.trouble.send_replace(None);
+    stage.script.let_go();
+    sleep(lease - moment).await;
+    assert_eq!(left(), [true, true]);
+    assert!(stage.orchestrator.subsystem(&Name::parse("e").unwrap()).unwrap().member.suspended);
+
+    // Another replica may lead.
+    stage.orchestrator.lapse();
+    sleep(2 * lease).await;
+    stage.orchestrator.confirm();
+    sleep(lease - moment).await;
+    assert_eq!(left(), [true, true]);
+    renewed("e").unwrap();
+    sleep(2 * moment).await;
+    assert_eq!(left(), [false, true]);
+    sleep(lease).await;
+    assert_eq!(left(), [false, false]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_change_that_waits_for_its_turn_is_refused_once_a_commit_is_late_and_not_made() {
     let stage = Stage::new().await;
     let register = |name| {
