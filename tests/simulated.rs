@@ -9,7 +9,10 @@ use std::{
     io,
     net::SocketAddr,
     path::Path,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -19,17 +22,20 @@ use hyper_util::rt::TokioIo;
 use orchestrator_core::{
     config::Config,
     host::Host,
-    model::Begin,
+    model::{Begin, Epoch, Replica},
+    ports::{Claim, ClaimId, Claimed},
     proto::orchestrator::v1::{CycleState, CycleTelemetry, RunCycleRequest, orchestrator_client::OrchestratorClient},
     serve::{Exit, Service},
+    store::{Fate, Fates, SimulatedDatabase, Statement},
     subsystem::{Answer, Code, Cycle, Failure, Server},
     transport::{Admit, Connected, Destination, Listener, Origin, Transport},
 };
 use prost::Message;
 use tokio::{
     io::{DuplexStream, duplex},
+    join,
     sync::{Mutex as AsyncMutex, mpsc, oneshot},
-    time::sleep,
+    time::{Instant, sleep},
 };
 use tonic::transport::Endpoint;
 use tower::service_fn;
@@ -135,6 +141,53 @@ async fn records(seed: u64) -> [Bytes; 2] {
     assert_eq!(running.await.unwrap(), Exit::Drained);
     fleet.stop(Duration::from_secs(1)).await;
     records.try_into().unwrap()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_replica_whose_term_is_over_before_it_has_begun_follows_at_once() {
+    const LOOKS: Duration = Duration::from_millis(100);
+    let config = r#"
+        server.listen = "127.0.0.1:1"
+        admin.listen = "off"
+        store.url = "memory:"
+        memory.max_bytes = 268435456
+        cluster.lease_ttl = "10s"
+    "#;
+    let config = Config::from_toml_str("simulated.toml", config).unwrap();
+    let (host, database) = (Host::simulated("2026-01-01T00:00:00Z".parse().unwrap(), 1), SimulatedDatabase::new(false));
+    let clock = host.clock;
+    // Once it has claimed to lead, its next read of the store takes very long.
+    let has_claimed = Arc::<AtomicBool>::default();
+    let is_next = has_claimed.clone();
+    let fates: Fates = Box::new(move |statement| {
+        if statement == Statement::Read && is_next.swap(false, Ordering::Relaxed) {
+            return Fate { travels: Duration::from_hours(1), ..Fate::default() };
+        }
+        Fate { returns: 3 * LOOKS, ..Fate::default() }
+    });
+    let store = database.share(clock, clock, fates);
+    let other = database.share(clock, clock, Box::new(|_| Fate::default())).leadership().unwrap();
+    let claims = async {
+        let seen = loop {
+            sleep(LOOKS).await;
+            let seen = other.observe().await.unwrap();
+            if seen.leader.is_some() {
+                break seen;
+            }
+        };
+        has_claimed.store(true, Ordering::Relaxed);
+        let replica = Replica { name: "other".into(), address: None };
+        let lease_ttl = Duration::from_secs(10);
+        let claim = Claim { id: ClaimId(1), replica, lease_ttl, at_least: Epoch::default() };
+        assert!(matches!(other.claim(&seen, &claim).await.unwrap(), Claimed::Won(_)));
+        Instant::now()
+    };
+    let starts = Service::start_over(&config, Begin::Again, host, Arc::new(Network::default()), async { Ok(store) });
+    let (service, claimed) = join!(starts, claims);
+    let took = claimed.elapsed();
+    assert!(took < Duration::from_secs(5), "{took:?}");
+    let stopped = ready(());
+    assert_eq!(service.unwrap().run(stopped, async || pending().await).await, Exit::Drained);
 }
 
 #[tokio::test(start_paused = true)]

@@ -9,9 +9,11 @@ use futures_util::{FutureExt, future::BoxFuture};
 use tokio::{
     select,
     sync::watch,
+    task::JoinError,
     time::{Instant, sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+use tracing::{Dispatch, instrument::WithSubscriber};
 
 use super::{StartError, declared, log, settings};
 use crate::{
@@ -83,12 +85,12 @@ struct Following {
     cancelled: CancellationToken,
 }
 
-/// What precedes the time in which a replica follows.
+/// Why a replica begins to follow.
 enum After {
     /// It has started, and does not know whether it can lead.
     Start,
-    /// It has led.
-    Term,
+    /// It has led, or has just found out that it can.
+    Able,
     /// It could not begin the term of this epoch.
     Failure(Epoch),
 }
@@ -99,11 +101,18 @@ struct Beginning {
     lease: Lease,
     /// Renews the lease meanwhile, and returns the epoch by which the term is over.
     keeping: AbortOnDropHandle<Epoch>,
-    begun: BoxFuture<'static, Result<Begun, StartError>>,
+    begun: BoxFuture<'static, Result<Started, StartError>>,
+}
+
+/// What has ended while a term began.
+enum Ended {
+    /// The term, by the claim of another replica for this epoch. Or what renews its lease, by a defect.
+    Term(Result<Epoch, JoinError>),
+    Beginning(Result<Started, StartError>),
 }
 
 /// An orchestrator that has started.
-type Begun = (Orchestrator, OrchestratorTasks);
+type Started = (Orchestrator, OrchestratorTasks);
 
 struct Leading {
     orchestrator: Arc<Orchestrator>,
@@ -129,7 +138,7 @@ impl Terms {
     ) -> Result<Self, StartError> {
         let subsystems = parts.dialer.clone();
         let taken_over = TakenOver { history: Some(parts.history.clone()), ..taken_over };
-        let (orchestrator, tasks) = begin(config, &parts, taken_over, subsystems).await?;
+        let (orchestrator, tasks) = start(config, &parts, taken_over, subsystems).await?;
         let orchestrator = Arc::new(orchestrator);
         api.lead(orchestrator.clone());
         let phase = Phase::Leading(Box::new(Leading { orchestrator, tasks, term: None }));
@@ -278,7 +287,7 @@ impl Terms {
         if let Phase::Leading(leading) = phase
             && let Leading { term: Some(Term { candidate, .. }), .. } = *leading
         {
-            self.follow(candidate, After::Term);
+            self.follow(candidate, After::Able);
         }
     }
 
@@ -293,7 +302,7 @@ impl Terms {
                     membership.set_unable(Some("it has not read the store yet"));
                     Duration::ZERO
                 }
-                After::Term => REHEARSALS,
+                After::Able => REHEARSALS,
                 After::Failure(epoch) => {
                     shared.release(epoch).await;
                     let _ = token.run_until_cancelled(sleep(AFTER_FAILURE)).await;
@@ -328,26 +337,41 @@ impl Terms {
             check_history(&config, parts, contents.last_revision)?;
             let (sums, history) = (Some(parts.sums.clone()), Some(parts.history.clone()));
             let taken_over = TakenOver { sums, history, ..taken_over };
-            begin(&config, parts, taken_over, Arc::new(leased)).await
+            start(&config, parts, taken_over, Arc::new(leased)).await
         };
         self.phase = Phase::Beginning(Box::new(Beginning { candidate, epoch, lease, keeping, begun: begun.boxed() }));
     }
 
-    /// Waits until the term that begins has begun, or can't. `None` if none begins. Cancel safe.
+    /// Waits until the term that begins has begun, or can't, or is over before that. `None` if none begins. Cancel
+    /// safe.
     async fn begun(&mut self) -> Option<Result<(), StartError>> {
         let Phase::Beginning(beginning) = &mut self.phase else { return None };
-        let begun = (&mut beginning.begun).await;
+        let ended = select! {
+            biased;
+            over = &mut beginning.keeping => Ended::Term(over),
+            begun = &mut beginning.begun => Ended::Beginning(begun),
+        };
         let phase = mem::replace(&mut self.phase, Phase::Over);
         let Phase::Beginning(beginning) = phase else { return None };
         let Beginning { candidate, epoch, lease, keeping, .. } = *beginning;
-        let (orchestrator, tasks) = match begun {
-            Ok((orchestrator, tasks)) => (Arc::new(orchestrator), tasks),
-            Err(error) if is_passing(&error) => {
+        let (orchestrator, tasks) = match ended {
+            Ended::Beginning(Ok((orchestrator, tasks))) => (Arc::new(orchestrator), tasks),
+            Ended::Term(Ok(by)) => {
+                tracing::warn!(%by, "another replica has claimed to lead before this term had begun: this one follows");
+                self.follow(candidate, After::Able);
+                return Some(Ok(()));
+            }
+            Ended::Term(Err(defect)) => {
+                tracing::error!(%defect, "the lease is not renewed any more, and this replica follows again");
+                self.follow(candidate, After::Failure(epoch));
+                return Some(Ok(()));
+            }
+            Ended::Beginning(Err(error)) if is_passing(&error) => {
                 tracing::warn!(%error, "this replica has claimed to lead, and follows again");
                 self.follow(candidate, After::Failure(epoch));
                 return Some(Ok(()));
             }
-            Err(error) => {
+            Ended::Beginning(Err(error)) => {
                 self.follow(candidate, After::Failure(epoch));
                 return Some(Err(error));
             }
@@ -393,7 +417,9 @@ impl Shared {
             }
             let (begun, config) = (Instant::now(), self.config.borrow().clone());
             let rehearsed = self.rehearse(&config).await;
-            pause = (begun.elapsed() * REHEARSED).max(REHEARSALS);
+            let took = begun.elapsed();
+            tracing::debug!(?took, can_lead = rehearsed.is_ok(), "rehearsed the beginning of a term");
+            pause = (took * REHEARSED).max(REHEARSALS);
             match rehearsed {
                 Ok(()) => {
                     if membership.set_unable(None) {
@@ -415,13 +441,17 @@ impl Shared {
     /// Does what begins a term, over a store that is only looked at.
     async fn rehearse(&self, config: &Config) -> Result<(), StartError> {
         let Self { parts, store, .. } = self;
-        let Some(taken_over) = log::rehearse(config, &parts.host, &**store).await? else { return Ok(()) };
-        check_history(config, parts, taken_over.contents.last_revision)?;
-        let (orchestrator, mut tasks) = begin(config, parts, taken_over, parts.dialer.clone()).await?;
-        orchestrator.drain();
-        // It has nothing to write.
-        let _ = tasks.finished().await;
-        Ok(())
+        let rehearsal = async {
+            let Some(taken_over) = log::rehearse(config, &parts.host, &**store).await? else { return Ok(()) };
+            check_history(config, parts, taken_over.contents.last_revision)?;
+            let (orchestrator, mut tasks) = start(config, parts, taken_over, parts.dialer.clone()).await?;
+            orchestrator.drain();
+            // It has nothing to write.
+            let _ = tasks.finished().await;
+            Ok(())
+        };
+        // Each one would log what a start does.
+        rehearsal.with_subscriber(Dispatch::none()).await
     }
 
     /// Ends the term of this epoch.
@@ -435,12 +465,12 @@ impl Shared {
 }
 
 /// Starts an orchestrator. The last step of it begins the new epoch: until then nothing is taken over.
-async fn begin(
+async fn start(
     config: &Config,
     Parts { memory, host, spans, .. }: &Parts,
     taken_over: TakenOver,
     subsystems: Arc<dyn Subsystems>,
-) -> Result<Begun, StartError> {
+) -> Result<Started, StartError> {
     let (settings, declared) = (settings(config), declared(config));
     let started =
         Orchestrator::start(settings, memory, host.clone(), subsystems, taken_over, declared, spans.clone()).await;
@@ -484,7 +514,7 @@ async fn keep_leading(lease: &Lease, mut keeping: AbortOnDropHandle<Epoch>, orch
 /// Notes that this replica can't lead, and logs the reason unless it is known.
 fn tell_unable(membership: &Membership, error: &StartError) {
     if membership.set_unable(Some(&error.to_string())) {
-        tracing::error!(%error, "this replica can't lead, and only follows until it can");
+        tracing::warn!(%error, "this replica can't lead, and only follows until it can");
     }
 }
 
