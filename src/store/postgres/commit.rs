@@ -1,19 +1,13 @@
 //! One commit: one statement, which writes only if no other process has written since the commit before.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    time::Duration,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
-use tokio::{
-    select,
-    time::{sleep, timeout},
-};
+use tokio::{select, time::sleep};
 
 use super::{
     connect::{ANSWER, Connection, Connector},
     error::{ends_connection, explain, is_ambiguous, is_worth_repeating},
-    leader::epoch_of_leader,
+    leader::{LOCK_TIMEOUT, LastClaim, end_stalled, epoch_of_leader},
     parameter::Parameter,
 };
 use crate::{
@@ -524,12 +518,15 @@ impl<'w> Builder<'w, '_> {
 /// How long the answer to a statement is awaited. A server, or a session of it, can stop for good without an end of the
 /// connection.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Patience {
+pub(super) enum Patience<'a> {
     /// For [`ANSWER`]: nothing depends on whether it is executed.
     Short,
     /// For as long as it takes, such as for a standby, unless it is certain that nothing of this term can be executed
     /// any more where it was sent: see [`Connector::has_passed`].
     UpTo(Epoch),
+    /// As [`Patience::UpTo`] the epoch of the term of this claim, and unless the lease of that goes on to be renewed
+    /// over another connection: see [`LastClaim::goes_on_without`].
+    WithClaim(Epoch, &'a LastClaim),
 }
 
 /// The connection of the writer, which is made anew after it was lost.
@@ -562,7 +559,7 @@ impl Line {
         connector: &Connector,
         text: &str,
         parameters: &[&dyn Parameter],
-        patience: Patience,
+        patience: Patience<'_>,
     ) -> Answer<tokio_postgres::Row> {
         let store = connector.url().to_string();
         let mut attempts = 0;
@@ -581,6 +578,11 @@ impl Line {
                         format!("the server has not answered within {ANSWER:?}")
                     }
                     Patience::UpTo(epoch) => connector.has_passed(timeline, Some(epoch)).await,
+                    Patience::WithClaim(epoch, claim) => select! {
+                        biased;
+                        problem = connector.has_passed(timeline, Some(epoch)) => problem,
+                        problem = claim.goes_on_without(epoch) => problem,
+                    },
                 }
             };
             let executed = select! {
@@ -633,16 +635,16 @@ pub(super) struct Attempt<'a, 'w> {
     pub(super) line: &'a mut Line,
     /// The epoch of the term that commits.
     pub(super) epoch: Epoch,
+    /// The claim by which it has begun, if it was claimed.
+    pub(super) claim: &'a LastClaim,
     pub(super) statement: &'a Statement<'w>,
     /// Set once the answer was lost.
     pub(super) is_lost: bool,
 }
 
 impl Attempt<'_, '_> {
-    /// Longest time for a mark, the connection included. The process ends without it then.
-    const MARK: Duration = Duration::from_secs(2);
-
-    /// Marks a database in this state, so that no process serves it: also none that does not know what it lacks.
+    /// Marks a database in this state, so that no process serves it: also none that does not know what it lacks. If it
+    /// does not answer, the process ends without that.
     pub(super) async fn refuse(&mut self, now: &Stored, why: &NotServed) {
         let schema = self.connector.url().schema();
         let text = format!(
@@ -652,9 +654,8 @@ impl Attempt<'_, '_> {
         );
         let (why, epoch, commits) = (why.text(), integer(now.epoch.0), integer(now.commits));
         let parameters: [&dyn Parameter; 3] = [&why, &epoch, &commits];
-        let marking = self.line.execute(self.connector, &text, &parameters, Patience::Short);
-        let marked = timeout(Self::MARK, marking).await;
-        if !matches!(marked, Ok(Answer::Executed(_))) {
+        let marked = self.line.execute(self.connector, &text, &parameters, Patience::Short).await;
+        if !matches!(marked, Answer::Executed(_)) {
             tracing::warn!("the store was not marked: another process may serve it, without what it lacks");
         }
     }
@@ -665,7 +666,7 @@ impl Database for Attempt<'_, '_> {
         let of_chain: [&dyn Parameter; OF_CHAIN] = [&after.0, &token.0];
         let others = self.statement.parameters.iter().map(|parameter| &**parameter as &dyn Parameter);
         let parameters: Vec<_> = of_chain.into_iter().chain(others).collect();
-        let patience = Patience::UpTo(self.epoch);
+        let patience = Patience::WithClaim(self.epoch, self.claim);
         let answer = self.line.execute(self.connector, &self.statement.text, &parameters, patience).await;
         self.is_lost |= matches!(answer, Answer::Lost(_));
         answer.map(drop)
@@ -674,14 +675,22 @@ impl Database for Attempt<'_, '_> {
     async fn bar(&mut self, barrier: &Barrier) -> Answer<Token> {
         let schema = self.connector.url().schema();
         let text = format!(
-            "WITH {DURABLE}
+            "WITH {DURABLE},
+             patience AS (SELECT set_config('lock_timeout', '{}ms', true) FROM durable)
              UPDATE {schema}.meta SET token = $1, found = CASE WHEN token = ANY($2) THEN found ELSE token END
-             FROM durable WHERE id = 0 AND (token = ANY($2) OR token = ANY($3)) RETURNING found"
+             FROM patience WHERE id = 0 AND (token = ANY($2) OR token = ANY($3)) RETURNING found",
+            LOCK_TIMEOUT.as_millis()
         );
         let earlier: Vec<_> = barrier.earlier.iter().map(|token| token.0).collect();
         let outcomes: Vec<_> = barrier.before.iter().chain(&barrier.after).map(|token| token.0).collect();
         let parameters: [&dyn Parameter; 3] = [&barrier.token.0, &earlier, &outcomes];
-        let answer = self.line.execute(self.connector, &text, &parameters, Patience::UpTo(self.epoch)).await;
+        let patience = Patience::WithClaim(self.epoch, self.claim);
+        let answer = self.line.execute(self.connector, &text, &parameters, patience).await;
+        if matches!(answer, Answer::Refused(_)) {
+            // The session of the commit, or of an earlier barrier, may have stopped with the row locked. If it can't be
+            // ended now, the next barrier finds it again.
+            let _ = end_stalled(self.connector, self.line).await;
+        }
         answer.map(|row| Token(row.get(0)))
     }
 

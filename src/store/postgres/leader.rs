@@ -1,17 +1,14 @@
 //! The row that says which replica leads. Its renewals are as durable as commits: otherwise a primary that has lost its
 //! standby would keep its leader, while another one leads on the standby that was promoted.
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
-};
+use std::{future::pending, sync::Arc, time::Duration};
 
 use futures_util::future::BoxFuture;
 use jiff::Timestamp;
-use tokio::sync::Mutex;
+use tokio::{
+    sync::{Mutex, watch},
+    time::Instant,
+};
 
 use super::{
     commit::{DURABLE, Line, Patience},
@@ -27,26 +24,56 @@ use crate::{
     },
 };
 
-/// Longest time that a claim waits for a commit or a renewal of the earlier leader that is under way. Longer than these
-/// take, and short beside the smallest TTL.
-const LOCK_TIMEOUT: Duration = Duration::from_millis(500);
+/// Longest time that a claim or a barrier waits for a commit or a renewal that is under way. Longer than these take,
+/// and short beside the smallest TTL.
+pub(super) const LOCK_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// The longest lease that a configuration can have.
 pub(super) const LONGEST_LEASE: Duration = Duration::from_mins(5);
 
 /// The term that this replica has claimed last, and whose claim was acknowledged. All clones are the same.
 #[derive(Clone, Debug, Default)]
-pub(super) struct LastClaim(Arc<AtomicU64>);
+pub(super) struct LastClaim(watch::Sender<Option<Renewal>>);
+
+/// The claim of a term, or a renewal of its lease, that was acknowledged.
+#[derive(Clone, Copy, Debug)]
+struct Renewal {
+    epoch: Epoch,
+    lease_ttl: Duration,
+    sent: Instant,
+}
 
 impl LastClaim {
     /// `None` if there is none.
     pub(super) fn get(&self) -> Option<Epoch> {
-        Some(Epoch(self.0.load(Ordering::Acquire))).filter(|epoch| *epoch != Epoch::default())
+        self.0.borrow().map(|renewal| renewal.epoch)
     }
 
     /// Epochs only rise.
-    fn set(&self, epoch: Epoch) {
-        self.0.fetch_max(epoch.0, Ordering::AcqRel);
+    fn set(&self, renewal: Renewal) {
+        self.0.send_if_modified(|last| {
+            let is_later = last.is_none_or(|last| last.epoch <= renewal.epoch);
+            if is_later {
+                *last = Some(renewal);
+            }
+            is_later
+        });
+    }
+
+    /// Waits until a statement in the term of this epoch, which was just sent, has waited too long for its answer, as if
+    /// its session had stopped: a renewal that was sent later was acknowledged, so the statement waits for no standby;
+    /// and it has no answer for a TTL more, while the lease goes on to be renewed. Returns what was found.
+    pub(super) async fn goes_on_without(&self, epoch: Epoch) -> String {
+        let mut last = self.0.subscribe();
+        let mut sent = Instant::now();
+        for _ in 0..2 {
+            let is_later = |last: &Option<Renewal>| last.is_some_and(|last| last.epoch == epoch && last.sent > sent);
+            let Ok(Some(Renewal { lease_ttl, .. })) = last.wait_for(is_later).await.map(|last| *last) else {
+                return pending().await;
+            };
+            sent = Instant::now() + lease_ttl;
+        }
+        "its session does not answer, although another one of this process does".into()
     }
 }
 
@@ -76,7 +103,7 @@ impl LeaderRow {
         &self,
         text: &str,
         parameters: &[&dyn Parameter],
-        patience: Patience,
+        patience: Patience<'_>,
     ) -> Result<Option<tokio_postgres::Row>, StoreError> {
         self.line.lock().await.execute(&self.connector, text, parameters, patience).await.returned()
     }
@@ -88,30 +115,30 @@ impl LeaderRow {
     fn corrupt(&self, wrong: &Wrong) -> StoreError {
         StoreError::Corrupt { store: self.connector.url().to_string(), problem: format!("its table leader: {wrong}") }
     }
+}
 
-    /// Ends a session of a replica that has locked a row and does not go on: its process has stopped between two
-    /// messages of a commit, or within a transaction, and no timeout of the server would free the row. Never one that
-    /// waits for a standby: its commit may be kept. Its name may be that of any earlier term, or of a statement outside
-    /// of one.
-    async fn end_stalled(&self) -> Result<(), StoreError> {
-        let schema = self.schema();
-        let text = format!(
-            "SELECT pid, pg_terminate_backend(pid) FROM pg_stat_activity a
-             WHERE datname = current_database() AND application_name LIKE '{APPLICATION}/%'
-                 AND wait_event = 'ClientRead' AND backend_xid IS NOT NULL
-                 AND state_change < clock_timestamp() - interval '{} ms'
-                 AND EXISTS (SELECT 1 FROM pg_locks k
-                             WHERE k.pid = a.pid AND k.mode IN ('RowExclusiveLock', 'RowShareLock')
-                                 AND k.relation IN ('{schema}.meta'::regclass, '{schema}.leader'::regclass))
-             LIMIT 1",
-            LOCK_TIMEOUT.as_millis()
-        );
-        if let Some(row) = self.execute(&text, &[], Patience::Short).await? {
-            let pid: i32 = row.get(0);
-            tracing::warn!(pid, "ended a session of another replica, which had stopped in the middle of a transaction");
-        }
-        Ok(())
+/// Ends a session of a replica that has locked a row and does not go on: its process, or its connection, has stopped
+/// between two messages of a commit, or within a transaction, and no timeout of the server would free the row. Never
+/// one that waits for a standby: its commit may be kept. Its name may be that of any earlier term, or of a
+/// statement outside of one.
+pub(super) async fn end_stalled(connector: &Connector, line: &mut Line) -> Result<(), StoreError> {
+    let schema = connector.url().schema();
+    let text = format!(
+        "SELECT pid, pg_terminate_backend(pid) FROM pg_stat_activity a
+         WHERE datname = current_database() AND application_name LIKE '{APPLICATION}/%'
+             AND wait_event = 'ClientRead' AND backend_xid IS NOT NULL
+             AND state_change < clock_timestamp() - interval '{} ms'
+             AND EXISTS (SELECT 1 FROM pg_locks k
+                         WHERE k.pid = a.pid AND k.mode IN ('RowExclusiveLock', 'RowShareLock')
+                             AND k.relation IN ('{schema}.meta'::regclass, '{schema}.leader'::regclass))
+         LIMIT 1",
+        LOCK_TIMEOUT.as_millis()
+    );
+    if let Some(row) = line.execute(connector, &text, &[], Patience::Short).await.returned()? {
+        let pid: i32 = row.get(0);
+        tracing::warn!(pid, "ended a session of a replica, which had stopped in the middle of a transaction");
     }
+    Ok(())
 }
 
 /// The epoch of the row, in this column of the answer to a statement.
@@ -179,16 +206,17 @@ impl Leadership for LeaderRow {
             let (epoch, beat, at_least) = (integer(seen.epoch.0), integer(seen.beat), integer(at_least.0));
             let parameters: [&dyn Parameter; 7] =
                 [&epoch, &beat, &at_least, &integer(id.0), &replica.name, &address, &lease_ms];
+            let sent = Instant::now();
             let row = match self.execute(&text, &parameters, Patience::UpTo(seen.epoch)).await {
                 Ok(row) => row,
                 Err(error) => {
-                    self.end_stalled().await?;
+                    end_stalled(&self.connector, &mut *self.line.lock().await).await?;
                     return Err(error);
                 }
             };
             let Some(row) = row else { return Ok(Claimed::Lost) };
             let epoch = self.epoch(&row)?;
-            self.claim.set(epoch);
+            self.claim.set(Renewal { epoch, lease_ttl: *lease_ttl, sent });
             // So that a later candidate recognizes the session.
             *self.line.lock().await = Line::new(application_of(epoch));
             Ok(Claimed::Won(epoch))
@@ -200,13 +228,15 @@ impl Leadership for LeaderRow {
             let text = format!(
                 "WITH {DURABLE}
                  UPDATE {}.leader SET beat = beat + 1 FROM durable WHERE id = 0 AND epoch = $1 AND NOT released
-                 RETURNING 1",
+                 RETURNING lease_ms",
                 self.schema()
             );
+            let sent = Instant::now();
             let row = self.execute(&text, &[&integer(epoch.0)], Patience::UpTo(epoch)).await?;
             Ok(match row {
-                Some(_) => {
-                    self.claim.set(epoch);
+                Some(row) => {
+                    let lease_ttl = lease_ttl(&row).map_err(|wrong| self.corrupt(&wrong))?;
+                    self.claim.set(Renewal { epoch, lease_ttl, sent });
                     Renewed::Acknowledged
                 }
                 None => Renewed::Superseded,
@@ -245,7 +275,45 @@ fn observed(row: &tokio_postgres::Row, epoch: Epoch) -> Result<Observed, Wrong> 
         beat: number(row, "beat")?,
         claim: ClaimId(number(row, "claim")?),
         leader,
-        lease_ttl: Duration::from_millis(integer_of(row, "lease_ms")?.try_into().unwrap_or(0)).min(LONGEST_LEASE),
+        lease_ttl: lease_ttl(row)?,
         time: time.map_err(|error| Wrong::new("time", error.to_string()))?,
     })
+}
+
+/// The TTL of the lease, bounded: nothing seals the row.
+fn lease_ttl(row: &tokio_postgres::Row) -> Result<Duration, Wrong> {
+    Ok(Duration::from_millis(integer_of(row, "lease_ms")?.try_into().unwrap_or(0)).min(LONGEST_LEASE))
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::timeout;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_session_has_stopped_only_if_later_renewals_of_its_term_are_acknowledged_for_a_ttl() {
+        const TTL: Duration = Duration::from_secs(10);
+        let (claim, epoch) = (LastClaim::default(), Epoch(2));
+        let acknowledged = |epoch, sent| claim.set(Renewal { epoch, lease_ttl: TTL, sent });
+        let sent_before = Instant::now();
+        acknowledged(epoch, sent_before);
+        let found = claim.goes_on_without(epoch);
+        tokio::pin!(found);
+        assert!(timeout(TTL, &mut found).await.is_err());
+        // What waits for a standby keeps later renewals waiting as well.
+        acknowledged(epoch, sent_before);
+        assert!(timeout(100 * TTL, &mut found).await.is_err());
+        acknowledged(epoch, Instant::now());
+        assert!(timeout(100 * TTL, &mut found).await.is_err(), "it may be away again");
+        acknowledged(epoch, Instant::now());
+        assert!(timeout(TTL, &mut found).await.is_ok());
+
+        let of_another_term = claim.goes_on_without(Epoch(1));
+        tokio::pin!(of_another_term);
+        for _ in 0..10 {
+            assert!(timeout(TTL, &mut of_another_term).await.is_err());
+            acknowledged(epoch, Instant::now());
+        }
+    }
 }

@@ -15,6 +15,7 @@ use std::{
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{UnixListener, UnixStream},
+    time::timeout,
 };
 
 use super::{
@@ -468,10 +469,15 @@ async fn opened(url: &str) -> (Arc<dyn Store>, Epoch) {
 
 /// A store that a replica with this name has claimed and taken over.
 async fn led(url: &str, name: &str) -> (Arc<dyn Store>, Epoch) {
+    led_by(url, &claim_of(name)).await
+}
+
+/// A store that was taken over by this claim.
+async fn led_by(url: &str, claim: &Claim) -> (Arc<dyn Store>, Epoch) {
     let store = crate::store::open(&StoreUrl::parse(url).unwrap(), CHECKS, Clock::system()).await.unwrap();
     let leadership = store.leadership().unwrap();
     let seen = leadership.observe().await.unwrap();
-    let Claimed::Won(epoch) = leadership.claim(&seen, &claim_of(name)).await.unwrap() else { panic!("{seen:?}") };
+    let Claimed::Won(epoch) = leadership.claim(&seen, claim).await.unwrap() else { panic!("{seen:?}") };
     assert_eq!(store.take_over(Seals::Checked(keys())).await.unwrap().epoch, epoch);
     (store, epoch)
 }
@@ -701,6 +707,40 @@ async fn a_row_with_an_epoch_that_no_clock_gives_is_named_wherever_it_is_read() 
     server.change(&store_url, "UPDATE leader SET epoch = 9223372036854775806; UPDATE meta SET token = 1").await;
     let committed = store.commit(Arc::new(recorded(1..=2, epoch))).await.unwrap_err();
     assert!(committed.to_string().contains("the epoch in its table leader"), "{committed}");
+}
+
+#[tokio::test]
+async fn a_session_that_stopped_in_a_commit_is_replaced_while_the_lease_goes_on_to_be_renewed() {
+    let Some(server) = shared() else { return };
+    // The commit does not arrive, or the end of it does not: then the session has locked the row.
+    for (cut, until) in [(Cut::Held(0), Some(Cut::Held(1))), (Cut::BeforeSync, None)] {
+        let proxy = Proxy::before(server.directory().to_owned());
+        let claim = Claim { lease_ttl: Duration::from_millis(500), ..claim_of("a") };
+        let (store, epoch) = led_by(&server::through(proxy.directory.path(), &server.url()), &claim).await;
+        let leadership = store.leadership().unwrap();
+        commit(&*store, recorded(1..=2, epoch)).await;
+        // The connection of a term begins with its first renewal.
+        assert_eq!(leadership.renew(epoch).await.unwrap(), Renewed::Acknowledged);
+        *proxy.cut.lock().unwrap() = Some(cut);
+        let committing = tokio::spawn({
+            let (store, write) = (store.clone(), recorded(3..=4, epoch));
+            async move { store.commit(Arc::new(write)).await }
+        });
+        while *proxy.cut.lock().unwrap() != until {
+            tokio::task::yield_now().await;
+        }
+        *proxy.cut.lock().unwrap() = None;
+        let renewed = async {
+            while !committing.is_finished() {
+                assert_eq!(leadership.renew(epoch).await.unwrap(), Renewed::Acknowledged);
+            }
+        };
+        timeout(Duration::from_secs(30), renewed).await.unwrap();
+        let error = committing.await.unwrap().unwrap_err();
+        assert!(!error.is_final() && error.to_string().contains("although another one"), "{error}");
+        commit(&*store, recorded(3..=4, epoch)).await;
+        assert_eq!(revisions(&store.cycles_after(Revision(0), ALL).await.unwrap()), [1, 2, 3, 4]);
+    }
 }
 
 /// What will be known of a statement.

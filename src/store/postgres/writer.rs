@@ -142,8 +142,8 @@ impl Writer {
         let schema = self.connector.url().schema();
         let statement = Statement::of(schema, term, write, (&appended, &next), (&removed, before));
         let statement = statement.map_err(|error| StoreError::Defect { problem: error.to_string() })?;
-        let (connector, line, epoch) = (&*self.connector, &mut self.line, term.epoch);
-        let mut attempt = Attempt { connector, line, epoch, statement: &statement, is_lost: false };
+        let (connector, line, epoch, claim) = (&*self.connector, &mut self.line, term.epoch, &self.claim);
+        let mut attempt = Attempt { connector, line, epoch, claim, statement: &statement, is_lost: false };
         let committed = chain.commit(&mut attempt).await;
         if attempt.is_lost {
             connector.figures().found_out(committed.is_ok());
