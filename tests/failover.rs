@@ -42,6 +42,7 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 use tonic::{Status, transport::Endpoint};
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 /// The TTL of leases.
 const TTL: Duration = Duration::from_secs(1);
@@ -59,6 +60,17 @@ async fn three(url: &str, ttl: Duration) -> Replicas {
 /// One replica, `a`, over the store at this URL.
 async fn one(url: &str) -> Replicas {
     Replicas::together([("a", url.to_owned())], &format!("{TTL:?}")).await
+}
+
+/// The name under which the health service says whether a replica leads.
+const LEADER: &str = "dreamnet.orchestrator.v1.Orchestrator/leader";
+
+/// What the health service of a replica says of the service with this name.
+async fn is_serving(replica: &Service, service: &str) -> bool {
+    let endpoint = Endpoint::from_shared(format!("http://{}", replica.address())).unwrap();
+    let mut health = HealthClient::new(endpoint.connect().await.unwrap());
+    let answer = health.check(HealthCheckRequest { service: service.into() }).await.unwrap().into_inner();
+    answer.status() == ServingStatus::Serving
 }
 
 async fn history(client: &mut Client) -> Vec<CycleTelemetry> {
@@ -593,6 +605,13 @@ async fn while_the_standby_is_away_no_replica_acknowledges_anything_and_reads_go
     paired.standby.crash().await;
     let is_synchronous = paired.replicas.metric(paired.leader, "orchestrator_store_synchronous").await;
     assert_eq!(is_synchronous, Some(1));
+    // It can't renew its lease, so it does not lead. Nor does it know yet that it can't write.
+    let service = paired.replicas.service(paired.leader);
+    let lapsed = async { while http::get(service.admin(), "/leader").await.status == 200 {} };
+    patiently("the end of the lease", lapsed).await;
+    assert_eq!(http::get(service.admin(), "/readyz").await.status, 200);
+    patiently("its health to say so", async { while is_serving(service, LEADER).await {} }).await;
+    assert!(is_serving(service, "").await);
     let refused = client.run().await.unwrap_err();
     assert_eq!(reason(&refused).why, "STORE_UNAVAILABLE", "{refused:?}");
     assert!(refused.message().contains("waits for a standby that is away"), "{refused:?}");

@@ -37,7 +37,7 @@ use prost::Message;
 use tokio::{
     select,
     sync::watch,
-    time::{Instant, sleep},
+    time::{self, Instant, sleep},
 };
 use tokio_util::sync::CancellationToken;
 use tonic::{
@@ -68,8 +68,8 @@ use super::{
 };
 use crate::{
     memory::{Held, Memory},
-    model::{Code, Leader, Role, excerpt},
-    orchestrator::{History, Refusal},
+    model::{Code, Epoch, Leader, Role, excerpt},
+    orchestrator::{History, Position, Refusal},
     proto::{framing, timeout},
 };
 
@@ -255,7 +255,7 @@ impl Forwarder {
                 Ok((mut response, place)) => {
                     let Said { acknowledged, declared } = Said::take(response.headers_mut());
                     if let Some(newest) = acknowledged {
-                        self.0.history.raise(newest);
+                        self.note(newest, leader.epoch).await;
                     }
                     if let Some(digest) = declared {
                         self.0.history.compare_declared(digest);
@@ -271,6 +271,17 @@ impl Forwarder {
             if !mem::take(&mut may_repeat) || !may_help {
                 return Err(error::not_answered(leader, &NotAnswered::Unreachable(&why)));
             }
+        }
+    }
+
+    /// Notes up to which record the leader of this epoch has acknowledged its history. If it can't be compared in time
+    /// with what is known, that is left to the stream.
+    async fn note(&self, newest: Position, by: Epoch) {
+        const TO_COMPARE: Duration = Duration::from_secs(2);
+        match time::timeout(TO_COMPARE, self.0.history.compare(newest, by)).await {
+            Ok(Ok(())) => self.0.history.raise(newest),
+            Ok(Err(refusal)) => tracing::debug!(%refusal, "what the leader has acknowledged is not noted"),
+            Err(_) => tracing::debug!("what the leader has acknowledged is not noted: the store does not answer"),
         }
     }
 

@@ -6,11 +6,12 @@
 
 use std::{
     borrow::Cow,
+    cmp::Ordering,
     collections::{BTreeMap, BTreeSet, VecDeque},
     iter, mem,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{self, AtomicUsize},
     },
     time::Duration,
 };
@@ -31,7 +32,7 @@ use super::{
 use crate::fault::Fault;
 use crate::{
     memory::{Full, Held, Memory},
-    model::{AuditEvent, CycleId, Name, RequestKey, Revision},
+    model::{AuditEvent, CycleId, Epoch, Name, RequestKey, Revision},
     ports::{
         EventFilter, EventPage, Filter, Found, LoggedEvent, Page, PageLimits, Record, ResumeError, SCAN_LIMIT, Store,
         StoreError, Unreadable,
@@ -70,6 +71,8 @@ struct Inner {
     watchers: Watchers,
     /// Number of these with a filter by subsystem.
     by_subsystem: AtomicUsize,
+    /// True while another replica may lead, and have added further records.
+    unconfirmed: latest::Sender<bool>,
     /// False once this replica has not followed a leader for some time.
     fed: latest::Sender<bool>,
     /// Cancelled once the last record of this process is added.
@@ -90,8 +93,6 @@ pub(super) struct Extent {
     pub(super) newest: Option<Position>,
     /// An acknowledged record that a later leader lacks, or has another one in place of.
     missing: Option<Position>,
-    /// True while another replica may lead, and have added further records.
-    pub(super) is_unconfirmed: bool,
     /// How often that was found.
     rewrites: u64,
     /// The highest revision that is known to be pruned.
@@ -250,6 +251,7 @@ impl History {
             checkpoint: latest::Sender::default(),
             watchers: Watchers::default(),
             by_subsystem: AtomicUsize::new(0),
+            unconfirmed: latest::Sender::new(false),
             fed: latest::Sender::new(true),
             closed: CancellationToken::new(),
         }))
@@ -311,9 +313,38 @@ impl History {
         self.show();
     }
 
+    /// Compares `newest`, up to which the leader of the term `by` has acknowledged its history, with the newest record
+    /// that is known, before [`History::raise`]: the history of a later term has all acknowledged records of earlier
+    /// ones. If it lacks one, that is logged, and what is shown is the history of the later term: see
+    /// [`History::goes_on`].
+    ///
+    /// # Errors
+    /// The store can't be read. Or the history of a later term is known, which lacks `newest`.
+    pub async fn compare(&self, newest: Position, by: Epoch) -> Result<(), Refusal> {
+        let Some(known) = self.known().filter(|known| *known != newest) else { return Ok(()) };
+        // A process that has answered in one term may have passed on what is of its next one.
+        let term = newest.epoch.max(Some(by));
+        let (earlier, later) = match known.epoch.cmp(&term) {
+            Ordering::Less => (known, newest),
+            Ordering::Equal => return Ok(()),
+            // A late answer.
+            Ordering::Greater => (newest, known),
+        };
+        if self.goes_on(Some(earlier), later).await? {
+            return Ok(());
+        }
+        tracing::error!(
+            known = earlier.revision.0,
+            leader = later.revision.0,
+            "the leader lacks acknowledged records: an older copy of the database, or a standby that had not got them, \
+             has replaced it. This replica does not lead any more"
+        );
+        if later == newest { Ok(()) } else { Err(Refusal::NotFollowing) }
+    }
+
     /// Compares a record that was `known` to be acknowledged with the later `end` of the history of a leader, or of a
     /// store that was taken over. Returns false if it is missing there, or is another one: then what is shown ends
-    /// where that history does, and [`History::missing`] has the record from then on.
+    /// where that history does, if it ended with that record, and [`History::missing`] has the record from then on.
     ///
     /// # Errors
     /// The store can't be read.
@@ -327,6 +358,9 @@ impl History {
         if !is_there {
             let mut extent = self.extent();
             extent.missing.get_or_insert(known);
+            if extent.newest != Some(known) {
+                return Ok(false);
+            }
             extent.rewrites += 1;
             extent.newest = Some(end);
             extent.forget_recent();
@@ -395,7 +429,7 @@ impl History {
 
     /// True if watchers filter by subsystem, so that its names have to be known.
     pub fn needs_names(&self) -> bool {
-        self.0.by_subsystem.load(Ordering::Relaxed) > 0
+        self.0.by_subsystem.load(atomic::Ordering::Relaxed) > 0
     }
 
     /// Sets whether this replica follows a leader, or leads. Watches end once it does not.
@@ -403,9 +437,18 @@ impl History {
         self.0.fed.send_if_modified(|fed| mem::replace(fed, is_fed) != is_fed);
     }
 
-    /// Sets whether another replica may lead, and have added further records.
-    pub(super) fn set_unconfirmed(&self, is_unconfirmed: bool) {
-        self.extent().is_unconfirmed = is_unconfirmed;
+    /// Sets whether another replica may lead, and have added further records: the lease of this one has ended.
+    pub fn set_unconfirmed(&self, is_unconfirmed: bool) {
+        self.0.unconfirmed.send_if_modified(|unconfirmed| mem::replace(unconfirmed, is_unconfirmed) != is_unconfirmed);
+    }
+
+    pub(super) fn is_unconfirmed(&self) -> bool {
+        *self.0.unconfirmed.borrow()
+    }
+
+    /// Whether another replica may lead, and have added further records, and each change of that.
+    pub fn unconfirmed(&self) -> latest::Receiver<bool> {
+        self.0.unconfirmed.subscribe()
     }
 
     /// Adds an acknowledged record, and with it all before it.
@@ -550,7 +593,7 @@ impl History {
 
     /// Counts a watcher with this filter.
     pub(super) fn enter(&self, filter: &WatchFilter, progress: bool) {
-        self.0.by_subsystem.fetch_add(usize::from(filter.is_by_subsystem()), Ordering::Relaxed);
+        self.0.by_subsystem.fetch_add(usize::from(filter.is_by_subsystem()), atomic::Ordering::Relaxed);
         if progress {
             self.0.live.wanted.send_modify(|wanted| *wanted += 1);
         }
@@ -558,7 +601,7 @@ impl History {
 
     /// The opposite of [`History::enter`].
     pub(super) fn leave(&self, filter: &WatchFilter, progress: bool) {
-        self.0.by_subsystem.fetch_sub(usize::from(filter.is_by_subsystem()), Ordering::Relaxed);
+        self.0.by_subsystem.fetch_sub(usize::from(filter.is_by_subsystem()), atomic::Ordering::Relaxed);
         if progress {
             self.0.live.wanted.send_modify(|wanted| *wanted -= 1);
         }

@@ -184,15 +184,17 @@ impl Watcher {
         // Before the cursor, which may be checked once too often.
         let rewrites = history.rewrites();
         let cursor = {
-            let Extent { newest, pruned_to, is_unconfirmed, .. } = &*history.extent();
+            let Extent { newest, pruned_to, .. } = &*history.extent();
             let (newest, pruned_to) = (newest.ok_or(Refusal::NotFollowing)?, *pruned_to);
             match from {
                 From::Now => newest,
                 From::Oldest => Position { revision: pruned_to, epoch: None },
                 From::After(Position { revision: after, .. }) if after < pruned_to || after > newest.revision => {
                     let (oldest, newest) = (pruned_to.next(), newest.revision);
-                    let refusal = Refusal::RevisionNotRetained { after, oldest, newest };
-                    return Err(if after > newest && *is_unconfirmed { Refusal::Unconfirmed } else { refusal });
+                    if after > newest && history.is_unconfirmed() {
+                        return Err(Refusal::Unconfirmed);
+                    }
+                    return Err(Refusal::RevisionNotRetained { after, oldest, newest });
                 }
                 From::After(after) => after,
             }

@@ -27,6 +27,8 @@ pub(super) struct Replicas {
     sums: Sums,
     /// Follow the leader, and report calls to it. `None` if it would not take the word of this replica.
     following: Option<[AbortOnDropHandle<()>; 2]>,
+    /// Ends the watches while there is no leader.
+    _watches: AbortOnDropHandle<()>,
 }
 
 /// Connects to other replicas as to subsystems: with the same certificate, and trusting the same authorities.
@@ -79,9 +81,11 @@ impl Replicas {
             let reports = tokio::spawn(async move { reports.report(&sums).await });
             [follows, reports].map(AbortOnDropHandle::new)
         };
+        let of_watches = forwarder.clone();
+        let watches = AbortOnDropHandle::new(tokio::spawn(async move { of_watches.end_watches().await }));
         let is_trusted = config.access.mode == Mode::Off || !config.cluster.peers.is_empty();
         let following = is_trusted.then(follow);
-        Self { connector, forwarder, sums, following }
+        Self { connector, forwarder, sums, following, _watches: watches }
     }
 
     /// Has the leader answer calls.

@@ -6,7 +6,7 @@ use std::{future::pending, mem, time::Duration};
 use bytes::Bytes;
 use prost::Message;
 use tokio::{
-    join, select,
+    select,
     sync::watch,
     time::{Instant, sleep, sleep_until, timeout},
 };
@@ -36,7 +36,8 @@ use crate::{
 /// doubled each time, and the longest one.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
-/// Longest time without an event: the leader sends a bookmark at least each 30 s.
+/// Longest time for the leader to begin its stream, and then without an event, since it sends a bookmark at least each
+/// 30 s; and for this replica to take one.
 const SILENCE: Duration = Duration::from_secs(45);
 /// Longest time for the leader to take a report.
 const REPORT: Duration = Duration::from_secs(2);
@@ -61,10 +62,6 @@ impl Forwarder {
     /// progress of its cycles while a watcher wants that. Returns only if the role of this replica does not change any
     /// more.
     pub async fn follow(&self) {
-        join!(self.follow_leaders(), self.end_watches());
-    }
-
-    async fn follow_leaders(&self) {
         let mut roles = self.0.roles.clone();
         let (mut told, mut pause) = (None, FIRST_PAUSE);
         loop {
@@ -76,7 +73,7 @@ impl Forwarder {
             let ended = select! {
                 biased;
                 _ = roles.wait_for(|role| is_other(role, &leader)) => None,
-                ended = self.follow_now() => Some(ended),
+                ended = self.follow_now(leader.epoch) => Some(ended),
             };
             if let Some(Ok(OtherProgress)) = ended {
                 continue;
@@ -99,40 +96,34 @@ impl Forwarder {
         }
     }
 
-    /// Follows the history of the present leader until its stream ends, or until progress is wanted of it, or no
+    /// Follows the history of the leader of this epoch until its stream ends, or until progress is wanted of it, or no
     /// longer.
-    async fn follow_now(&self) -> Result<OtherProgress, Status> {
+    async fn follow_now(&self, of: Epoch) -> Result<OtherProgress, Status> {
         let history = &self.0.history;
         let mut wanted = history.progress_wanted();
         let progress = *wanted.borrow_and_update() > 0;
         let request = pb::WatchCyclesRequest { progress, ..pb::WatchCyclesRequest::default() };
-        // Before the leader says how far its history goes: answers may come in between that go further.
-        let known = history.known();
-        let mut events: OwnAnswer<pb::WatchCyclesResponse> = self.ask_as_replica(Rpc::WatchCycles, &request).await?;
+        let events = self.ask_as_replica(Rpc::WatchCycles, &request);
+        let mut events: OwnAnswer<pb::WatchCyclesResponse> = in_time("it does not begin its stream", events).await?;
         history.told_anew();
-        let mut is_first = true;
         loop {
             let next = select! {
                 biased;
                 () = differs(&mut wanted, progress) => return Ok(OtherProgress),
-                next = timeout(SILENCE, events.messages.next()) => next,
+                next = in_time("its stream is silent", events.messages.next()) => next?,
             };
-            let event = next.map_err(|_| Status::unavailable("its stream is silent"))??;
             let event =
-                event.and_then(|event| event.event).ok_or_else(|| Status::unavailable("its stream has ended"))?;
+                next.and_then(|event| event.event).ok_or_else(|| Status::unavailable("its stream has ended"))?;
             let epoch = Some(Epoch(event.epoch)).filter(|epoch| *epoch != Epoch::default());
             let position = Position { revision: Revision(event.revision), epoch };
-            if mem::take(&mut is_first) && !history.goes_on(known, position).await.map_err(error::status)? {
-                tracing::error!(
-                    known = known.unwrap_or_default().revision.0,
-                    leader = position.revision.0,
-                    "the leader lacks acknowledged records: an older copy of the database, or a standby that had not \
-                     got them, has replaced it. This replica does not lead any more"
-                );
-            }
-            if let Some(event) = event.event {
-                self.take(event).await?;
-            }
+            in_time("the store does not answer", async {
+                history.compare(position, of).await.map_err(error::status)?;
+                match event.event {
+                    Some(event) => self.take(event).await,
+                    None => Ok(()),
+                }
+            })
+            .await?;
             history.raise(position);
             self.0.is_current.send_if_modified(|is_current| !mem::replace(is_current, true));
         }
@@ -170,13 +161,16 @@ impl Forwarder {
         Ok(())
     }
 
-    /// Ends the watches at this replica once it has not followed a leader for a while: their clients may find one that
-    /// does.
-    async fn end_watches(&self) {
+    /// Ends the watches at this replica once it has neither led, under a valid lease, nor followed a leader for a
+    /// while: their clients may find a replica that does. Returns only if the role of this replica does not change any
+    /// more.
+    pub async fn end_watches(&self) {
         let (mut roles, mut current) = (self.0.roles.clone(), self.0.is_current.subscribe());
+        let mut unconfirmed = self.0.history.unconfirmed();
         let mut until = None;
         loop {
-            let leads = roles.borrow_and_update().epoch().is_some();
+            let has_role = roles.borrow_and_update().epoch().is_some();
+            let leads = has_role && !*unconfirmed.borrow_and_update();
             let is_fed = *current.borrow_and_update() || leads;
             until = (!is_fed).then(|| until.unwrap_or_else(|| Instant::now() + PATIENCE));
             self.0.history.set_fed(until.is_none_or(|until| Instant::now() < until));
@@ -189,8 +183,9 @@ impl Forwarder {
             select! {
                 biased;
                 changed = roles.changed() => if changed.is_err() { return },
-                // The sender is in `self`.
+                // The senders are in `self`.
                 _ = current.changed() => {}
+                _ = unconfirmed.changed() => {}
                 () = is_over => {}
             }
         }
@@ -279,6 +274,11 @@ impl Forwarder {
         let messages = Messages::of(sent.response, self.0.answers.clone())?;
         Ok(OwnAnswer { messages, _place: sent.place, _room: sent.room })
     }
+}
+
+/// Waits for what is to be there within [`SILENCE`]; otherwise the status says this.
+async fn in_time<T>(otherwise: &str, awaited: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
+    timeout(SILENCE, awaited).await.unwrap_or_else(|_| Err(Status::unavailable(otherwise)))
 }
 
 /// Waits until progress is wanted, or, with `progress`, until it has not been wanted for a while.

@@ -11,6 +11,7 @@ use tokio::{
     sync::{Mutex, mpsc, watch},
     time::{Instant, timeout},
 };
+use tokio_util::task::AbortOnDropHandle;
 use tonic::{Code as GrpcCode, codegen::Service, server::NamedService};
 use tonic_types::StatusExt;
 
@@ -21,9 +22,10 @@ use crate::{
     config::Config,
     listen::{self, Entrance, Limits, Peer, Services},
     model::{Endpoint, Epoch, Replica, Revision},
-    orchestrator::Position,
+    orchestrator::{From, Position, WatchFilter},
+    proto::orchestrator::v1 as pb,
     record, serve,
-    store::{self, StoreUrl},
+    store::{self, Fate, SimulatedDatabase, StoreUrl},
     transport::{Connected, Listener, Origin, Stream},
 };
 
@@ -39,13 +41,15 @@ struct FakeLeader {
     cut_off: Arc<std::sync::Mutex<CancellationToken>>,
     /// A message for each call that was dropped before its end.
     dropped: mpsc::UnboundedReceiver<()>,
+    /// How it answers `WatchCycles` from now on.
+    watch: Arc<std::sync::Mutex<Watch>>,
 }
 
 impl FakeLeader {
     fn start() -> Self {
         let (connections, cut_off) =
             (Arc::<AtomicUsize>::default(), Arc::<std::sync::Mutex<CancellationToken>>::default());
-        let (tell, dropped) = mpsc::unbounded_channel();
+        let ((tell, dropped), watch) = (mpsc::unbounded_channel(), Arc::default());
         let memory = Memory::whole(64 << 20);
         let limits = Limits {
             max_concurrent_streams: 2,
@@ -56,7 +60,7 @@ impl FakeLeader {
             answers: memory,
             large_streams: &[],
         };
-        let services = Services::default().and(Echo { tell });
+        let services = Services::default().and(Echo { tell, watch: Arc::clone(&watch) });
         let server = listen::Server::new(services, limits);
         let (counted, of_connections) = (connections.clone(), cut_off.clone());
         let connect: Connect = Arc::new(move |_| {
@@ -74,11 +78,15 @@ impl FakeLeader {
             }
             .boxed()
         });
-        Self { connect, connections, cut_off, dropped }
+        Self { connect, connections, cut_off, dropped, watch }
     }
 
     fn connections(&self) -> usize {
         self.connections.load(Ordering::SeqCst)
+    }
+
+    fn watch(&self, watch: Watch) {
+        *self.watch.lock().unwrap() = watch;
     }
 
     /// Ends the connections so far.
@@ -102,12 +110,24 @@ impl Listener for Pipes {
     }
 }
 
-/// Answers `RunCycle` with its message and its headers, `WatchCycles` with its message and then nothing more, and
-/// `CancelCycle` never. To a call with the header `as-another-server` it answers as a server without gRPC, with this
-/// status.
+/// How `WatchCycles` is answered. Without an end.
+#[derive(Clone, Default)]
+enum Watch {
+    /// With its message.
+    #[default]
+    Echo,
+    /// With this event.
+    Event(pb::CycleEvent),
+    /// Not even by a beginning.
+    Never,
+}
+
+/// Answers `RunCycle` with its message and its headers, `WatchCycles` as it was told to, and `CancelCycle` never. To a
+/// call with the header `as-another-server` it answers as a server without gRPC, with this status.
 #[derive(Clone)]
 struct Echo {
     tell: mpsc::UnboundedSender<()>,
+    watch: Arc<std::sync::Mutex<Watch>>,
 }
 
 struct Tell(mpsc::UnboundedSender<()>);
@@ -132,7 +152,7 @@ impl Service<http::Request<Body>> for Echo {
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        let tell = Tell(self.tell.clone());
+        let (tell, watch) = (Tell(self.tell.clone()), self.watch.lock().unwrap().clone());
         async move {
             let (head, body) = request.into_parts();
             if let Some(status) = head.headers.get("as-another-server") {
@@ -144,13 +164,17 @@ impl Service<http::Request<Body>> for Echo {
                 response.headers_mut().append(name, value.clone());
             }
             let message = body.collect().await.unwrap().to_bytes();
-            let body: BoxBody<Bytes, Status> = match head.uri.path().rsplit('/').next().unwrap() {
-                "RunCycle" => {
+            let body: BoxBody<Bytes, Status> = match (head.uri.path().rsplit('/').next().unwrap(), watch) {
+                ("RunCycle", _) => {
                     let trailers = [("grpc-status".parse().unwrap(), HeaderValue::from_static("0"))];
                     let trailers = async move { Some(Ok(trailers.into_iter().collect())) };
                     Full::from(message).map_err(|never| match never {}).with_trailers(trailers).boxed()
                 }
-                "WatchCycles" => {
+                ("WatchCycles", watch @ (Watch::Echo | Watch::Event(_))) => {
+                    let message = match watch {
+                        Watch::Event(event) => framing::framed(&pb::WatchCyclesResponse { event: Some(event) }),
+                        _ => message,
+                    };
                     let forever = stream::pending().inspect(move |_: &Result<Frame<Bytes>, Status>| _ = &tell);
                     BodyExt::boxed(StreamBody::new(stream::iter([Ok(Frame::data(message))]).chain(forever)))
                 }
@@ -169,6 +193,16 @@ impl Service<http::Request<Body>> for Echo {
 fn leader(name: &str) -> Leader {
     let address = Some(Endpoint::parse("http://leader:7700").unwrap());
     Leader { replica: Replica { name: name.into(), address }, epoch: Epoch(1) }
+}
+
+/// An event of a leader whose history ends with the record of this revision and epoch.
+fn event(revision: u64, epoch: u64) -> Watch {
+    let bookmark = pb::cycle_event::Event::Bookmark(pb::Bookmark::default());
+    Watch::Event(pb::CycleEvent { revision, epoch, event: Some(bookmark) })
+}
+
+fn at(revision: u64, epoch: u64) -> Position {
+    Position { revision: Revision(revision), epoch: Some(Epoch(epoch)) }
 }
 
 /// A follower of this leader, with what changes its role.
@@ -402,6 +436,98 @@ async fn what_the_leader_acknowledges_is_noted_before_its_answer_is_passed_on() 
     let answer = forwarder.send(call(Rpc::RunCycle, &[("orchestrator-acknowledged", "5 3")], b"x")).await.unwrap();
     assert_eq!(history.known(), Some(Position { revision: Revision(5), epoch: Some(Epoch(3)) }));
     assert!(!answer.headers().contains_key("orchestrator-acknowledged"));
+}
+
+#[tokio::test]
+async fn an_answer_of_a_leader_without_an_acknowledged_record_is_no_later_end_of_the_history() {
+    let fake = FakeLeader::start();
+    let (_change, roles) = watch::channel(Role::Follower { leader: Some(leader("a")) });
+    let history = history();
+    let forwarder = Forwarder::new("follower", roles, history.clone(), (fake.connect.clone(), TIMEOUT), 2, memory());
+    let run = async |acknowledged| {
+        let answer = forwarder.send(call(Rpc::RunCycle, &[("orchestrator-acknowledged", acknowledged)], b"x")).await;
+        answer.unwrap();
+    };
+    run("5 1").await;
+    run("4 1").await;
+    assert_eq!((history.known(), history.missing()), (Some(at(5, 1)), None));
+    // It has recorded others in its own term, and not even as many.
+    run("4 2").await;
+    assert_eq!((history.known(), history.missing()), (Some(at(4, 2)), Some(at(5, 1))));
+    run("6 2").await;
+    assert_eq!(history.known(), Some(at(6, 2)));
+    // A late answer of the earlier leader.
+    run("7 1").await;
+    assert_eq!(history.known(), Some(at(6, 2)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_leader_whose_stream_does_not_begin_is_asked_again() {
+    let mut fake = FakeLeader::start();
+    fake.watch(Watch::Never);
+    let (forwarder, _change) = follower(fake.connect.clone(), Some(leader("a")), memory());
+    let following = AbortOnDropHandle::new(tokio::spawn(async move { forwarder.follow().await }));
+    for _ in 0..3 {
+        timeout(PATIENCE, fake.dropped.recv()).await.unwrap().unwrap();
+    }
+    assert!(!following.is_finished());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_event_that_the_store_keeps_a_follower_from_taking_is_asked_for_again() {
+    let mut fake = FakeLeader::start();
+    // The record that is known has to be compared with that of the later term.
+    fake.watch(event(6, 2));
+    let slow = |_| Fate { travels: Duration::from_hours(1), ..Fate::default() };
+    let store = SimulatedDatabase::new(false).share(Clock::system(), Clock::system(), Box::new(slow));
+    let history = History::new(store, &memory(), &serve::settings(&Config::default()));
+    history.raise(at(5, 1));
+    let (_change, roles) = watch::channel(Role::Follower { leader: Some(leader("a")) });
+    let forwarder = Forwarder::new("follower", roles, history.clone(), (fake.connect.clone(), TIMEOUT), 2, memory());
+    let of_stream = forwarder.clone();
+    let _following = AbortOnDropHandle::new(tokio::spawn(async move { of_stream.follow().await }));
+    for _ in 0..3 {
+        timeout(PATIENCE, fake.dropped.recv()).await.unwrap().unwrap();
+    }
+    assert!(!forwarder.is_current());
+    // The answer to a call does not wait for that.
+    let begun = Instant::now();
+    forwarder.send(call(Rpc::RunCycle, &[("orchestrator-acknowledged", "7 2")], b"x")).await.unwrap();
+    assert!(begun.elapsed() < TIMEOUT);
+    assert_eq!(history.known(), Some(at(5, 1)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn watches_end_when_there_is_no_leader_for_a_minute_or_one_without_a_lease() {
+    let fake = FakeLeader::start();
+    let (change, roles) = watch::channel(Role::Leader { epoch: Epoch(1) });
+    let history = history();
+    history.raise(Position::default());
+    let forwarder = Forwarder::new("a", roles, history.clone(), (fake.connect.clone(), TIMEOUT), 2, memory());
+    let _ends = AbortOnDropHandle::new(tokio::spawn(async move { forwarder.end_watches().await }));
+    let watched = || history.watch(From::Now, WatchFilter::default(), false);
+    // How long a watch goes on, up to some minutes.
+    let goes_on = async || {
+        let (begun, mut watcher) = (Instant::now(), watched().unwrap());
+        while begun.elapsed() < 3 * PATIENCE {
+            if let Err(refusal) = watcher.next().await {
+                assert!(matches!(refusal, Refusal::NotFollowing), "{refusal:?}");
+                return Some(begun.elapsed());
+            }
+        }
+        None
+    };
+    assert_eq!(goes_on().await, None);
+    history.set_unconfirmed(true);
+    assert_eq!(goes_on().await, Some(PATIENCE));
+    assert!(matches!(watched(), Err(Refusal::NotFollowing)));
+    history.set_unconfirmed(false);
+    while watched().is_err() {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(goes_on().await, None);
+    change.send_replace(Role::Follower { leader: None });
+    assert_eq!(goes_on().await, Some(PATIENCE));
 }
 
 #[tokio::test(start_paused = true)]
