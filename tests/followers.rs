@@ -629,6 +629,12 @@ async fn a_follower_judges_the_readers_of_the_history_and_the_leader_has_its_rea
         secure.replicas.metric("b", r#"orchestrator_forwarded_calls_total{code="PERMISSION_DENIED"}"#).await,
         None
     );
+    // Before the leader is asked for anything, such as whether it has that record.
+    let (door, of_leader) = (secure.replicas.doors[0].as_ref().unwrap(), secure.replicas.service("a"));
+    door.shut();
+    let refused = stranger.watch_after(1000).await.unwrap_err();
+    assert_eq!((refused.code(), reason(&refused).why.as_str()), (Code::PermissionDenied, "NOT_ALLOWED"));
+    door.lead_to(Some(of_leader));
     drop((operator, viewer, stranger));
     // It reports its last calls when it ends.
     let stopped = secure.replicas.services[1].take().unwrap().stop().await;
@@ -636,6 +642,7 @@ async fn a_follower_judges_the_readers_of_the_history_and_the_leader_has_its_rea
     for (rpc, caller, decision) in [
         ("GetCycle", "cert:spiffe://fleet/viewer/v", pb::Decision::Allowed),
         ("GetCycle", "cert:spiffe://fleet/stranger", pb::Decision::Denied),
+        ("WatchCycles", "cert:spiffe://fleet/stranger", pb::Decision::Denied),
     ] {
         let is_it = |event: &pb::AuditEvent| event.rpc == rpc && event.caller == caller;
         let event = secure.event("the read", is_it).await;

@@ -4,7 +4,6 @@
 //!
 //! The caller is judged here, by the same rules, and the leader is told for the audit (`forward`).
 
-use futures_util::StreamExt;
 use prost::Message;
 use tonic::{Request, Response, Status};
 
@@ -85,22 +84,24 @@ impl Api {
     }
 
     async fn watch_here(&self, request: Request<pb::WatchCyclesRequest>) -> Answer<Events> {
-        if let Some(forwarder) = self.follows() {
-            let history = self.gate.leading.history();
-            let pb::WatchCyclesRequest { after_revision, subsystems, .. } = request.get_ref();
-            // It may resume after a record that another replica has given it.
-            let is_unknown = || {
-                let known = history.known().map(|known| known.revision.0);
-                known.is_none() || known < *after_revision
-            };
-            if is_unknown() && !forwarder.refresh().await && is_unknown() {
-                return Err(status(Refusal::NotFollowing));
+        let read = |call: Reading<pb::WatchCyclesRequest>| async move {
+            if let Some(forwarder) = self.follows() {
+                let pb::WatchCyclesRequest { after_revision, subsystems, .. } = call.request();
+                // It may resume after a record that another replica has given it.
+                let is_unknown = || {
+                    let known = call.history().known().map(|known| known.revision.0);
+                    known.is_none() || known < *after_revision
+                };
+                if is_unknown() && !forwarder.refresh().await && is_unknown() {
+                    return Err(status(Refusal::NotFollowing));
+                }
+                if !subsystems.is_empty() {
+                    call.history().read_names().await.map_err(status)?;
+                }
             }
-            if !subsystems.is_empty() {
-                history.read_names().await.map_err(status)?;
-            }
-        }
-        self.gate.stream_reading(request, cycles::watch_cycles).map(|events| Response::new(events.boxed()))
+            cycles::watch_cycles(call)
+        };
+        self.gate.stream_reading(request, read).await.map(Response::new)
     }
 
     /// Has the leader answer a call that was let in here.

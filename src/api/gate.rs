@@ -4,7 +4,11 @@
 
 use std::{borrow::Borrow, collections::BTreeMap, future::pending, sync::Arc, task::Poll};
 
-use futures_util::{FutureExt, Stream, StreamExt, future::BoxFuture, stream};
+use futures_util::{
+    FutureExt, Stream, StreamExt,
+    future::BoxFuture,
+    stream::{self, BoxStream},
+};
 use jiff::Timestamp;
 use tonic::{Extensions, Request, Response, Status, codegen::http::HeaderMap};
 
@@ -420,56 +424,40 @@ impl Gate {
     where
         S: Stream<Item = Result<A, Status>>,
     {
-        let begun = self.begun_stream(&request);
-        self.stream_of(begun, self.enter(request), handle)
+        let (mut call, lapse) = self.begun_stream(&request);
+        let handled = self.enter(request).and_then(|entered| {
+            call.audit(self.audited(&entered));
+            handle(entered)
+        });
+        streamed(call, lapse, handled)
     }
 
     /// The same for a call that is answered from the history.
-    pub(super) fn stream_reading<Q: Asks, A, S>(
+    pub(super) async fn stream_reading<Q: Asks, A, S, F>(
         &self,
         request: Request<Q>,
-        handle: fn(Reading<Q>) -> Result<S, Status>,
-    ) -> Result<impl Stream<Item = Result<A, Status>> + use<Q, A, S>, Status>
+        handle: impl FnOnce(Reading<Q>) -> F,
+    ) -> Result<BoxStream<'static, Result<A, Status>>, Status>
     where
-        S: Stream<Item = Result<A, Status>>,
+        A: 'static,
+        S: Stream<Item = Result<A, Status>> + Send + 'static,
+        F: Future<Output = Result<S, Status>>,
     {
-        let begun = self.begun_stream(&request);
-        self.stream_of(begun, self.enter_reading(request), handle)
+        let (mut call, lapse) = self.begun_stream(&request);
+        let handled = match self.enter_reading(request) {
+            Ok(entered) => {
+                call.audit(self.audited(&entered));
+                handle(entered).await
+            }
+            Err(refused) => Err(refused),
+        };
+        streamed(call, lapse, handled).map(StreamExt::boxed)
     }
 
     /// What counts a call whose answer is a stream, and what ends it before its end.
     fn begun_stream<Q: Asks>(&self, request: &Request<Q>) -> (CountedCall, Option<BoxFuture<'static, Status>>) {
         let lapse = request.extensions().get().and_then(|caller| self.judge.lapse(caller, Q::RPC));
         (self.call(request), lapse)
-    }
-
-    fn stream_of<Q: Asks, O, A, S>(
-        &self,
-        (mut call, lapse): (CountedCall, Option<BoxFuture<'static, Status>>),
-        entered: Result<Entered<Q, O>, Status>,
-        handle: fn(Entered<Q, O>) -> Result<S, Status>,
-    ) -> Result<impl Stream<Item = Result<A, Status>> + use<Q, O, A, S>, Status>
-    where
-        S: Stream<Item = Result<A, Status>>,
-    {
-        let entered = entered.and_then(|entered| {
-            call.audit(self.audited(&entered));
-            handle(entered)
-        });
-        match entered {
-            Ok(stream) => {
-                call.streams();
-                Ok(until(lapse, stream).inspect(move |answer| {
-                    if let Err(status) = answer {
-                        call.answered(Some(status));
-                    }
-                }))
-            }
-            Err(refused) => {
-                call.answered(Some(&refused));
-                Err(refused)
-            }
-        }
     }
 
     /// What the audit sums up of a call that was let in. Nothing if callers are not told apart: then the sums would say
@@ -499,6 +487,31 @@ pub(super) fn named(targets: &Targets<'_>) -> AuditTargets {
     let names = subsystems.iter().copied().chain(registrations.iter().map(|registration| registration.name));
     let r#loop = r#loop.map(shown).or_else(|| all_loops.then_some("*")).map(|name| format!("loop:{name}"));
     all.into_iter().chain(r#loop).chain(names.map(|name| shown(name).to_owned())).collect()
+}
+
+/// The stream of a call, which is counted until its end, and ends with the status of `lapse` as soon as that is there.
+fn streamed<A, S>(
+    mut call: CountedCall,
+    lapse: Option<BoxFuture<'static, Status>>,
+    handled: Result<S, Status>,
+) -> Result<impl Stream<Item = Result<A, Status>> + use<A, S>, Status>
+where
+    S: Stream<Item = Result<A, Status>>,
+{
+    match handled {
+        Ok(stream) => {
+            call.streams();
+            Ok(until(lapse, stream).inspect(move |answer| {
+                if let Err(status) = answer {
+                    call.answered(Some(status));
+                }
+            }))
+        }
+        Err(refused) => {
+            call.answered(Some(&refused));
+            Err(refused)
+        }
+    }
 }
 
 /// The stream, which ends with the status of `lapse` as soon as that is there.
