@@ -300,7 +300,8 @@ pub(super) fn not_answered(Leader { replica, .. }: &Leader, why: &NotAnswered<'_
     with_retry(message, reason, metadata_of(replica))
 }
 
-/// True if a stream has ended with this status because of the replica that gave it: another one may go on with it.
+/// True if a stream has ended with this status since its replica could not go on with it: another replica may be able
+/// to.
 pub(super) fn is_of_replica(status: &Status) -> bool {
     let reason = status.get_details_error_info().map(|info| info.reason).unwrap_or_default();
     status.code() == Code::Unavailable

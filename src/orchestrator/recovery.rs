@@ -284,7 +284,7 @@ impl Orchestrator {
             state.loops.written(mark);
             write.records.clone()
         };
-        // What precedes the first commit is acknowledged with it.
+        // All earlier records are acknowledged together with the first commit.
         history.begin(end, contents.pruned_to);
         history.set_unconfirmed(false);
         for record in recovered {

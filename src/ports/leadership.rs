@@ -17,7 +17,8 @@ pub trait Leadership: Send + Sync + 'static {
     /// Reads the row.
     ///
     /// # Errors
-    /// It can't be read, or there was no answer for some seconds: whoever waited for longer would see no end of a term.
+    /// It can't be read, or there was no answer for some seconds: a follower that waited for longer would not see the
+    /// end of a term.
     fn observe(&self) -> BoxFuture<'_, Result<Observed, StoreError>>;
 
     /// Claims the row, if it is still as it was `seen`, for a new term, whose epoch is later than all earlier ones.

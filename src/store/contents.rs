@@ -243,9 +243,9 @@ pub(super) fn read_contents<D: Tables>(
     Ok((contents, term))
 }
 
-/// Refuses an epoch that no clock can have given, if nothing shows that this software wrote it: the next epochs would
-/// be used up soon, and subsystems would refuse those of another store. The error is the end of a sentence
-/// that begins with its name.
+/// Refuses an epoch that no clock can have given, in a place that no seal protects. Few epochs would be left after it,
+/// and subsystems that have heard of it would refuse those of another store. The error is the end of a sentence that
+/// begins with its name.
 pub(super) fn check_unsealed_epoch(epoch: Epoch) -> Result<(), String> {
     if epoch <= Epoch::by_clock(Timestamp::MAX) {
         return Ok(());

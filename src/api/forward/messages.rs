@@ -1,4 +1,5 @@
-//! The messages of an answer of the leader, for callers of the admin address, which get them as JSON.
+//! The messages in the body of an answer of the leader, for calls that read them here: those of the replica itself, and
+//! those of callers of the admin address, which get JSON.
 
 use std::{future::poll_fn, marker::PhantomData, pin::Pin};
 
