@@ -22,6 +22,12 @@ pub enum Fault {
     BegunTwice,
     /// A cycle overtakes one that waits for all subsystems.
     Overtaking,
+    /// Replicas that do not lead answer with records that no leader has acknowledged.
+    UncappedReads,
+    /// A renewal of a lease is acknowledged although the standby does not have it.
+    LocalRenewal,
+    /// A lease is counted from the arrival of the answer to its renewal.
+    ArrivalValidity,
 }
 
 thread_local! {
@@ -30,7 +36,7 @@ thread_local! {
 
 impl Fault {
     /// All faults.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 11] = [
         Self::SkippedFence,
         Self::EarlyAcknowledgement,
         Self::LostNotification,
@@ -39,6 +45,9 @@ impl Fault {
         Self::WideDelete,
         Self::BegunTwice,
         Self::Overtaking,
+        Self::UncappedReads,
+        Self::LocalRenewal,
+        Self::ArrivalValidity,
     ];
 
     /// Plants this fault on this thread, or none, in place of the earlier one.

@@ -8,6 +8,8 @@ use std::{
 
 use tokio::{select, sync::Notify, time::sleep};
 
+#[cfg(feature = "simulation")]
+use crate::fault::Fault;
 use crate::{
     clock::{Clock, Moment},
     model::Epoch,
@@ -132,6 +134,8 @@ pub async fn keep(leadership: &dyn Leadership, epoch: Epoch, lease: &Lease) -> E
         let sent = clock.moment();
         let over = match leadership.renew(epoch).await {
             Ok(Renewed::Acknowledged) => {
+                #[cfg(feature = "simulation")]
+                let sent = if Fault::ArrivalValidity.is_planted() { clock.moment() } else { sent };
                 lease.renewed(sent);
                 has_failed = false;
                 continue;

@@ -500,7 +500,7 @@ impl History {
         // Records that do not pass the filter are decoded as well.
         let mut room = self.room(2 * self.max_record().max(MAX_BYTES)).await?;
         let parts = self.with_all_names(&parts);
-        let end = self.newest().revision.next();
+        let end = self.readable().next();
         let mut before = before.map_or(end, |before| before.min(end));
         let mut page = Page::default();
         let (mut bytes, mut looked_into) = (0, 0);
@@ -589,6 +589,15 @@ impl History {
     /// The newest record.
     pub(super) fn newest(&self) -> Position {
         self.extent().newest.unwrap_or_default()
+    }
+
+    /// Readers get the records up to this revision.
+    fn readable(&self) -> Revision {
+        #[cfg(feature = "simulation")]
+        if Fault::UncappedReads.is_planted() {
+            return Revision(u64::MAX - 1);
+        }
+        self.newest().revision
     }
 
     /// Counts a watcher with this filter.
@@ -689,7 +698,7 @@ impl History {
         let mut room = self.room(self.max_record()).await?;
         match read.await?.transpose() {
             Ok(found) => {
-                let found = found.filter(|record| record.revision <= self.newest().revision);
+                let found = found.filter(|record| record.revision <= self.readable());
                 Ok(found.map(|record| with_room(record, &mut room)))
             }
             Err(unreadable) => {

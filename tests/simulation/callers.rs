@@ -323,10 +323,23 @@ impl Client {
             }
             let page_size = self.rng.u32(2..20);
             drop(self.history(page_size).await);
+            for _ in 0..5 {
+                self.read_one().await;
+            }
             if self.rng.u32(..3) == 0 {
                 let request = pb::PlanCycleRequest::default();
                 drop(self.call(async |stub| stub.plan_cycle(request).await).await);
             }
+        }
+    }
+
+    /// Reads one of the newest records, which may not be there yet.
+    async fn read_one(&mut self) {
+        let newest = self.world.history().highest_cycle();
+        let cycle_id = self.rng.u64(newest.saturating_sub(2)..newest + 4).max(1);
+        let request = pb::GetCycleRequest { cycle_id };
+        if let Outcome::Answer(found) = self.call(async |stub| stub.get_cycle(request).await).await {
+            self.world.history().read(self.name, &found.telemetry);
         }
     }
 
@@ -349,6 +362,7 @@ impl Client {
                     }
                 }
                 next = Some(revision - 1);
+                self.world.history().read(self.name, &record);
                 records.push(record);
             }
             page_token = page.next_page_token;

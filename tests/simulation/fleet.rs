@@ -19,15 +19,20 @@ use orchestrator_core::{
         self as pb,
         subsystem_server::{Subsystem, SubsystemServer},
     },
-    transport::Transport,
 };
 use tokio::{
     task::{JoinHandle, JoinSet},
-    time::sleep,
+    time::{Instant, sleep},
 };
 use tonic::{Request, Response, Status};
 
-use crate::{chance::Chance, network::Host};
+use crate::{
+    chance::Chance,
+    network::{Host, LastRead},
+};
+
+/// Of the choices from 0 to 99, the first one for no answer.
+const SILENT: u32 = 95;
 
 /// A call of `RunCycle`, as the fleet has seen it.
 #[derive(Clone, Debug)]
@@ -50,8 +55,10 @@ pub(crate) struct Log {
     events: usize,
     /// The highest epoch that has called each subsystem.
     epochs: BTreeMap<String, u64>,
-    /// Calls of older epochs, which were refused.
-    pub(crate) stale: usize,
+    /// The highest epoch that has called any, with the time when its first call came.
+    latest: Option<(u64, Instant)>,
+    /// Calls that were sent after a later epoch had called.
+    pub(crate) overlaps: Vec<String>,
 }
 
 /// The subsystems behind one endpoint.
@@ -59,13 +66,21 @@ pub(crate) struct Log {
 pub(crate) struct Fleet {
     log: Arc<Mutex<Log>>,
     chance: Chance,
+    /// Of a hundred calls, the number that certainly gets no answer.
+    silent: u32,
     /// False while all subsystems answer at once.
     is_wild: Arc<Mutex<bool>>,
 }
 
+/// A connection to it.
+struct Connection {
+    fleet: Fleet,
+    read: LastRead,
+}
+
 impl Fleet {
-    pub(crate) fn new(chance: Chance, log: Arc<Mutex<Log>>) -> Self {
-        Self { log, chance, is_wild: Arc::new(Mutex::new(true)) }
+    pub(crate) fn new(chance: Chance, log: Arc<Mutex<Log>>, silent: u32) -> Self {
+        Self { log, chance, silent, is_wild: Arc::new(Mutex::new(true)) }
     }
 
     pub(crate) fn tame(&self) {
@@ -77,35 +92,41 @@ impl Fleet {
     }
 
     /// Serves at this host, until the task is aborted.
-    pub(crate) async fn serve(&self, host: Host) -> JoinHandle<()> {
-        let (listener, _) = host.listen(([127, 0, 0, 1], 1).into()).await.unwrap();
-        let fleet = self.clone();
+    pub(crate) fn serve(&self, host: &Host) -> JoinHandle<()> {
+        let (fleet, incoming) = (self.clone(), host.incoming(1));
         tokio::spawn(async move {
             let mut connections = JoinSet::new();
-            while let Ok((stream, _)) = listener.accept().await {
-                let service = TowerToHyperService::new(SubsystemServer::new(fleet.clone()));
+            loop {
+                let stream = incoming.next().await;
+                let connection = Connection { fleet: fleet.clone(), read: stream.last_read() };
+                let service = TowerToHyperService::new(SubsystemServer::new(connection));
                 let connection =
                     http2::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(stream), service);
                 connections.spawn(async move { drop(connection.await) });
             }
         })
     }
+}
 
+impl Connection {
     /// Notes the epoch of a call.
     fn hear(&self, subsystem: &str, epoch: u64) -> Result<(), Status> {
-        let mut log = self.log();
+        let mut log = self.fleet.log();
+        match log.latest {
+            Some((latest, at)) if epoch < latest && self.read.sent() > at => {
+                log.overlaps.push(format!("epoch {epoch} calls {subsystem} after epoch {latest} has called"));
+            }
+            Some((latest, _)) if epoch <= latest => {}
+            _ => log.latest = Some((epoch, Instant::now())),
+        }
         let known = log.epochs.entry(subsystem.to_owned()).or_default();
         *known = epoch.max(*known);
-        if *known > epoch {
-            log.stale += 1;
-            return Err(Status::aborted("a later epoch has called"));
-        }
-        Ok(())
+        if *known > epoch { Err(Status::aborted("a later epoch has called")) } else { Ok(()) }
     }
 }
 
 #[tonic::async_trait]
-impl Subsystem for Fleet {
+impl Subsystem for Connection {
     async fn initialize(
         &self,
         request: Request<pb::InitializeRequest>,
@@ -118,12 +139,14 @@ impl Subsystem for Fleet {
     async fn run_cycle(&self, request: Request<pb::RunCycleRequest>) -> Result<Response<pb::RunCycleResponse>, Status> {
         let pb::RunCycleRequest { subsystem, cycle_id, epoch, attempt, .. } = request.into_inner();
         self.hear(&subsystem, epoch)?;
-        let mut rng = self.chance.on(&(&subsystem, cycle_id, epoch, attempt));
+        let fleet = &self.fleet;
+        let mut rng = fleet.chance.on(&(&subsystem, cycle_id, epoch, attempt));
         let (choice, slow) = (rng.u32(..100), Duration::from_millis(rng.u64(1..400)));
-        let choice = if *self.is_wild.lock().unwrap() { choice } else { 0 };
-        let at = self.chance.elapsed();
+        let choice = if rng.u32(..100) < fleet.silent { SILENT } else { choice };
+        let choice = if *fleet.is_wild.lock().unwrap() { choice } else { 0 };
+        let at = fleet.chance.elapsed();
         let call = {
-            let mut log = self.log();
+            let mut log = fleet.log();
             log.events += 1;
             let began = log.events;
             log.calls.push(Call { subsystem, cycle_id, epoch, attempt, began, answered: None, at });
@@ -138,10 +161,10 @@ impl Subsystem for Fleet {
             80..85 => Err(Status::internal("it has failed")),
             85..90 => Err(Status::unavailable("not now")),
             90..92 => Err(Status::failed_precondition("it has restarted")),
-            92..95 => Ok(Bytes::from_static(b"\xff\xff no struct")),
-            _ => pending().await,
+            92..SILENT => Ok(Bytes::from_static(b"\xff\xff no struct")),
+            SILENT.. => pending().await,
         };
-        let mut log = self.log();
+        let mut log = fleet.log();
         log.events += 1;
         let ended = log.events;
         log.calls[call].answered = Some(ended);

@@ -38,6 +38,8 @@ pub(crate) struct History {
     promised: BTreeSet<u64>,
     /// The highest revision that a client has received.
     highest_revision: u64,
+    /// The records that clients have read, by their revisions.
+    read: BTreeMap<u64, Bytes>,
     /// The deadlines of cycles, where they are known, in milliseconds.
     deadlines: BTreeMap<u64, i32>,
     /// The records that each watcher has seen, in their order.
@@ -60,6 +62,7 @@ impl History {
             requests: BTreeMap::new(),
             promised: BTreeSet::new(),
             highest_revision: 0,
+            read: BTreeMap::new(),
             deadlines: BTreeMap::new(),
             watched: BTreeMap::new(),
             registered: BTreeMap::new(),
@@ -127,6 +130,21 @@ impl History {
         self.highest_revision
     }
 
+    /// The highest id of a cycle that a client has received.
+    pub(crate) fn highest_cycle(&self) -> u64 {
+        self.acknowledged.last_key_value().map_or(0, |(cycle_id, _)| *cycle_id)
+    }
+
+    /// A client has read a record.
+    pub(crate) fn read(&mut self, client: &str, record: &Bytes) {
+        let CycleTelemetry { cycle_id, revision, .. } = decode(record);
+        if let Some(other) = self.read.insert(revision, record.clone())
+            && other != record
+        {
+            self.violated(format_args!("{client} reads another record of revision {revision}, of cycle {cycle_id}"));
+        }
+    }
+
     /// The revision of the last record that a watcher has seen.
     pub(crate) fn position(&self, watcher: &str) -> u64 {
         self.watched.get(watcher).map_or(0, |seen| seen.len() as u64)
@@ -168,6 +186,11 @@ impl History {
                     broken(format!("the record of cycle {cycle_id} was acknowledged, and is another one now"));
                 }
                 _ => {}
+            }
+        }
+        for (revision, record) in &self.read {
+            if records.get(*revision as usize - 1) != Some(record) {
+                broken(format!("the record of revision {revision} was read, and is lost"));
             }
         }
         for (request, cycle_id) in &self.requests {

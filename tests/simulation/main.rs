@@ -35,6 +35,14 @@ const TWICE: u64 = 5;
 /// A fault is found within this number of seeds.
 const TO_FIND: u64 = 100;
 
+/// The service in whose simulations a fault has to be found.
+fn shows(fault: Fault) -> Service {
+    match fault {
+        Fault::UncappedReads | Fault::LocalRenewal | Fault::ArrivalValidity => Service::Replicas,
+        _ => Service::Alone,
+    }
+}
+
 /// The file of the key of the log, for all simulations.
 struct Key(TempDir);
 
@@ -131,7 +139,7 @@ fn a_seed_gives_the_same_trace_twice() {
 fn each_planted_fault_is_found() {
     for fault in Fault::ALL {
         let found = Mutex::new(None);
-        each_seed(Service::Alone, TO_FIND, Some(fault), |seed, outcome| {
+        each_seed(shows(fault), TO_FIND, Some(fault), |seed, outcome| {
             let is_found = !outcome.violations.is_empty();
             if is_found {
                 found.lock().unwrap().get_or_insert((seed, outcome.violations));

@@ -78,12 +78,18 @@ struct State {
 
 #[derive(Default)]
 struct Way {
-    /// Each with the time of its arrival; the end has no bytes.
-    chunks: VecDeque<(Instant, Bytes)>,
+    chunks: VecDeque<Chunk>,
     bytes: usize,
     ended: bool,
     reader: Option<Waker>,
     writer: Option<Waker>,
+}
+
+/// Bytes on their way. The end of all has none.
+struct Chunk {
+    sent: Instant,
+    arrives: Instant,
+    bytes: Bytes,
 }
 
 /// One side of a connection.
@@ -91,6 +97,24 @@ pub(crate) struct End {
     wire: Arc<Wire>,
     side: usize,
     arrival: Option<Pin<Box<Sleep>>>,
+    read: LastRead,
+}
+
+/// When the bytes were sent that one side of a connection has read last.
+#[derive(Clone, Default)]
+pub(crate) struct LastRead(Arc<Mutex<Option<[Instant; 2]>>>);
+
+impl LastRead {
+    /// Of all bytes that were read now, those that were sent first were sent then.
+    pub(crate) fn sent(&self) -> Instant {
+        let now = Instant::now();
+        self.0.lock().unwrap().filter(|[read, _]| *read == now).map_or(now, |[_, sent]| sent)
+    }
+
+    fn note(&self, sent: Instant) {
+        let sent = sent.min(self.sent());
+        *self.0.lock().unwrap() = Some([Instant::now(), sent]);
+    }
 }
 
 fn pair(one: &str, other: &str) -> [String; 2] {
@@ -184,10 +208,11 @@ impl State {
         if rng.u32(..1000) < self.weather.resent {
             latency += rng.u64(200..1000);
         }
-        let way = &mut self.sent[side];
-        let last = way.chunks.back().map_or_else(Instant::now, |(last, _)| *last);
+        let (way, sent) = (&mut self.sent[side], Instant::now());
+        let last = way.chunks.back().map_or(sent, |last| last.arrives);
         way.bytes += bytes.len();
-        way.chunks.push_back((last.max(Instant::now() + Duration::from_millis(latency)), bytes));
+        let arrives = last.max(sent + Duration::from_millis(latency));
+        way.chunks.push_back(Chunk { sent, arrives, bytes });
         way.reader.take().into_iter().for_each(Waker::wake);
     }
 }
@@ -203,8 +228,8 @@ impl AsyncRead for End {
         let way = &mut state.sent[1 - this.side];
         way.reader = Some(cx.waker().clone());
         match way.chunks.front_mut() {
-            Some((at, _)) if *at > Instant::now() => {
-                let mut arrival = Box::pin(sleep_until(*at));
+            Some(Chunk { arrives, .. }) if *arrives > Instant::now() => {
+                let mut arrival = Box::pin(sleep_until(*arrives));
                 if arrival.as_mut().poll(cx).is_ready() {
                     cx.waker().wake_by_ref();
                 }
@@ -212,8 +237,9 @@ impl AsyncRead for End {
                 Poll::Pending
             }
             _ if is_cut => Poll::Pending,
-            Some((_, end)) if end.is_empty() => Poll::Ready(Ok(())),
-            Some((_, bytes)) => {
+            Some(Chunk { bytes, .. }) if bytes.is_empty() => Poll::Ready(Ok(())),
+            Some(Chunk { sent, bytes, .. }) => {
+                this.read.note(*sent);
                 let length = bytes.len().min(into.remaining());
                 into.put_slice(&bytes[..length]);
                 bytes.advance(length);
@@ -264,6 +290,11 @@ impl AsyncWrite for End {
 }
 
 impl End {
+    /// When the bytes were sent that are read from this.
+    pub(crate) fn last_read(&self) -> LastRead {
+        self.read.clone()
+    }
+
     fn end(&self) {
         let mut state = self.wire.state();
         if !state.sent[self.side].ended {
@@ -287,7 +318,8 @@ pub(crate) struct Host {
     pub(crate) name: String,
 }
 
-struct Incoming {
+/// The connections to a port of a host.
+pub(crate) struct Incoming {
     at: (Network, (String, u16)),
     ends: AsyncMutex<mpsc::Receiver<End>>,
 }
@@ -295,11 +327,7 @@ struct Incoming {
 impl Transport for Host {
     fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<(Box<dyn Listener>, SocketAddr)>> {
         Box::pin(async move {
-            let (sender, receiver) = mpsc::channel(64);
-            let at = (self.name.clone(), address.port());
-            self.network.wires().listening.insert(at.clone(), (sender, Instant::now()));
-            let incoming = Incoming { at: (self.network.clone(), at), ends: AsyncMutex::new(receiver) };
-            Ok((Box::new(incoming) as _, address))
+            Ok((Box::new(self.incoming(address.port())) as _, address))
         })
     }
 
@@ -323,6 +351,14 @@ impl Transport for Host {
 }
 
 impl Host {
+    /// Listens at this port.
+    pub(crate) fn incoming(&self, port: u16) -> Incoming {
+        let (sender, receiver) = mpsc::channel(64);
+        let at = (self.name.clone(), port);
+        self.network.wires().listening.insert(at.clone(), (sender, Instant::now()));
+        Incoming { at: (self.network.clone(), at), ends: AsyncMutex::new(receiver) }
+    }
+
     /// Connects to a port of a host, however long that takes.
     pub(crate) async fn connect_to(&self, host: &str, port: u16) -> io::Result<End> {
         let (chance, latency) = {
@@ -349,14 +385,15 @@ impl Host {
             (listener, wire)
         };
         let listener = listener.ok_or(io::ErrorKind::ConnectionRefused)?;
-        let far = End { wire: wire.clone(), side: 1, arrival: None };
+        let far = End { wire: wire.clone(), side: 1, arrival: None, read: LastRead::default() };
         listener.send(far).await.map_err(|_ended| io::ErrorKind::ConnectionRefused)?;
-        Ok(End { wire, side: 0, arrival: None })
+        Ok(End { wire, side: 0, arrival: None, read: LastRead::default() })
     }
 }
 
 impl Incoming {
-    async fn next(&self) -> End {
+    /// The next one.
+    pub(crate) async fn next(&self) -> End {
         match self.ends.lock().await.recv().await {
             Some(end) => end,
             None => pending().await,

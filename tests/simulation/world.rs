@@ -131,37 +131,56 @@ struct Treatment {
     /// Of a thousand statements, the numbers of those that are refused, and whose answers are lost.
     refused: u32,
     lost: u32,
-    /// The longest time of a statement, in milliseconds.
+    /// The longest time of each part of a statement, in milliseconds.
     slow: u64,
-    /// True if none arrives.
-    is_cut: bool,
+    /// The time that answers take beside that, likewise.
+    late: u64,
+    reaches: Reaches,
+}
+
+/// Where statements arrive.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Reaches {
+    Primary,
+    /// The primary that was replaced.
+    Replaced,
+    Nothing,
 }
 
 impl Treatment {
-    const CALM: Self = Self { refused: 0, lost: 0, slow: 2, is_cut: false };
+    const CALM: Self = Self { refused: 0, lost: 0, slow: 2, late: 0, reaches: Reaches::Primary };
 
     fn fate(self, mut rng: Rng, statement: Statement) -> Fate {
-        if self.is_cut {
+        if self.reaches == Reaches::Nothing {
             return Fate { refused: true, travels: Duration::from_millis(500), ..Fate::default() };
         }
         // A process that starts works on blocking threads, and sends statements at any moment of that time.
         let travels = Duration::from_millis(rng.u64(1..=self.slow));
-        let returns = Duration::from_millis(rng.u64(0..=self.slow));
-        let is_write = statement == Statement::Write;
-        let is_lost = is_write && rng.u32(..1000) < self.lost;
-        let refused = rng.u32(..1000) < if is_write { self.refused } else { self.refused / 4 };
+        let returns = Duration::from_millis(self.late + rng.u64(0..=self.slow));
+        let replicates = Duration::from_millis(rng.u64(0..=self.slow));
+        let is_read = statement == Statement::Read;
+        let is_lost = !is_read && rng.u32(..1000) < self.lost;
+        let refused = rng.u32(..1000) < if is_read { self.refused / 4 } else { self.refused };
         // Before or after it is executed.
         let after = Duration::from_millis(rng.u64(0..=2 * self.slow + 2));
-        Fate { refused, travels, returns, lost_after: is_lost.then_some(after), outlives: rng.bool() }
+        let (outlives, strays) = (rng.bool(), self.reaches == Reaches::Replaced);
+        Fate { refused, travels, replicates, returns, lost_after: is_lost.then_some(after), outlives, strays }
     }
+}
+
+/// How the database treats the statements of one process, if not as those of all.
+#[derive(Clone, Copy, Default)]
+struct Own {
+    all: Option<Treatment>,
+    /// Those about which replica leads, if not as its others.
+    lead: Option<Treatment>,
 }
 
 /// A process of the service.
 struct Process {
     host: String,
     clock: Clock,
-    /// How the database treats its statements, if not as those of all.
-    treatment: Arc<Mutex<Option<Treatment>>>,
+    own: Arc<Mutex<Own>>,
     task: JoinHandle<Result<Exit, String>>,
     stop: Option<oneshot::Sender<()>>,
 }
@@ -194,16 +213,18 @@ async fn run(of: Service, seed: u64, key: &Path) -> Outcome {
     let mut rng = Rng::with_seed(seed);
     let chance = Chance::new(seed);
     let buffers = rng.bool() && of == Service::Alone;
-    let usual = Treatment { refused: rng.u32(..40), lost: rng.u32(..60), slow: rng.u64(1..40), is_cut: false };
+    let usual = Treatment { refused: rng.u32(..40), lost: rng.u32(..60), slow: rng.u64(1..40), ..Treatment::CALM };
     let database = SimulatedDatabase::new(buffers);
     let network = Network::new(chance);
     let weather = Weather { latency: rng.u64(1..30), resent: rng.u32(..30), breaks: rng.u32(..8) };
     network.set_weather(weather);
     let log = Arc::new(Mutex::new(Log::default()));
+    // With many, cycles take seconds.
+    let silent = if rng.u32(..3) == 0 { 40 } else { 0 };
     let mut fleet = Vec::new();
     for host in FLEET {
-        let behind = Fleet::new(chance.of(&host), log.clone());
-        let serving = behind.serve(network.host(host)).await;
+        let behind = Fleet::new(chance.of(&host), log.clone(), silent);
+        let serving = behind.serve(&network.host(host));
         fleet.push((behind, serving));
     }
     let world = Arc::new(World {
@@ -255,6 +276,9 @@ async fn run(of: Service, seed: u64, key: &Path) -> Outcome {
     let mut history = world.history();
     let log = log.lock().unwrap();
     history.check(&records, &log);
+    if of == Service::Replicas {
+        log.overlaps.iter().for_each(|overlap| history.violated(overlap));
+    }
     let mut calls: Vec<_> = log.calls.iter().map(|call| (call.at, &call.subsystem, call)).collect();
     calls.sort_by_key(|(at, subsystem, call)| (*at, *subsystem, call.cycle_id));
     for (at, subsystem, Call { cycle_id, epoch, attempt, answered, .. }) in calls {
@@ -323,12 +347,12 @@ impl Simulation {
         let host = Host::simulated(now, self.rng.u64(..));
         let clock = host.clock;
         let (transport, config) = (Arc::new(self.world.network.host(&name)), config(&self.key, &name));
-        let treatment = Arc::new(Mutex::new(None));
-        let (own, of_all, chance) = (treatment.clone(), self.treatment.clone(), self.chance.of(&name));
+        let own = Arc::new(Mutex::new(Own::default()));
+        let (of_this, of_all, chance) = (own.clone(), self.treatment.clone(), self.chance.of(&name));
         let fates: Fates = Box::new(move |statement| {
-            let treatment: Option<Treatment> = *own.lock().unwrap();
-            let treatment = treatment.unwrap_or_else(|| *of_all.lock().unwrap());
-            treatment.fate(chance.now(&(statement == Statement::Write)), statement)
+            let Own { all, lead } = *of_this.lock().unwrap();
+            let treatment = lead.filter(|_| statement == Statement::Lead).or(all);
+            treatment.unwrap_or_else(|| *of_all.lock().unwrap()).fate(chance.now(&statement), statement)
         });
         let store = match self.of {
             Service::Alone => self.database.open(clock, fates),
@@ -340,7 +364,7 @@ impl Simulation {
             let service = service.map_err(|error| error.to_string())?;
             Ok(service.run(async { drop(stopped.await) }, async || std::future::pending().await).await)
         });
-        self.services.push(Process { host: name, clock, treatment, task, stop: Some(stop) });
+        self.services.push(Process { host: name, clock, own, task, stop: Some(stop) });
         self.tell_hosts();
         sleep(Duration::from_millis(1)).await;
     }
@@ -414,7 +438,8 @@ impl Simulation {
         self.supervise().await;
         let number = self.rng.usize(..self.services.len());
         let current = self.services[number].host.clone();
-        match self.rng.u32(..100) {
+        let last = if self.of == Service::Replicas { 140 } else { 100 };
+        match self.rng.u32(..last) {
             0..25 => {
                 if let Some(service) = self.take() {
                     self.kill(service).await;
@@ -488,11 +513,25 @@ impl Simulation {
             }
             80..87 if self.of == Service::Replicas => {
                 self.note(format_args!("cuts {current} from the database"));
-                let treatment = self.services[number].treatment.clone();
-                *treatment.lock().unwrap() = Some(Treatment { is_cut: true, ..self.usual });
+                let own = self.services[number].own.clone();
+                own.lock().unwrap().all = Some(Treatment { reaches: Reaches::Nothing, ..self.usual });
                 let pause = self.up_to(8000);
                 sleep(pause).await;
-                *treatment.lock().unwrap() = None;
+                *own.lock().unwrap() = Own::default();
+                self.note(format_args!("{current} reaches the database"));
+            }
+            100..125 => self.fail_over().await,
+            125.. => {
+                let late = self.rng.u64(500..2500);
+                self.note(format_args!("{current} learns {late} ms late that it leads, and then nothing"));
+                let own = self.services[number].own.clone();
+                own.lock().unwrap().lead = Some(Treatment { late, ..self.usual });
+                let pause = self.up_to(4000);
+                sleep(pause).await;
+                own.lock().unwrap().lead = Some(Treatment { reaches: Reaches::Nothing, ..self.usual });
+                let pause = self.up_to(5000);
+                sleep(pause).await;
+                *own.lock().unwrap() = Own::default();
                 self.note(format_args!("{current} reaches the database"));
             }
             87..93 if self.sets_clocks => {
@@ -510,7 +549,7 @@ impl Simulation {
                 let ended = (&mut *serving).await;
                 assert!(ended.is_err_and(|error| error.is_cancelled()));
                 self.world.network.reset(FLEET[number]);
-                *serving = fleet.serve(self.world.network.host(FLEET[number])).await;
+                *serving = fleet.serve(&self.world.network.host(FLEET[number]));
             }
         }
     }
@@ -529,6 +568,36 @@ impl Simulation {
         self.note(format_args!("the power is lost, and {kept} of {at_risk} statements are kept"));
         self.database.lose_power(kept);
         self.supervise().await;
+    }
+
+    /// The standby is promoted, while the primary goes on, and some replicas still reach that one.
+    async fn fail_over(&mut self) {
+        let at_risk = self.database.at_risk();
+        let kept = self.rng.usize(0..=at_risk);
+        self.note(format_args!("the standby is promoted with {kept} of {at_risk} statements"));
+        self.database.promote(kept);
+        let strays = Treatment { reaches: Reaches::Replaced, ..self.usual };
+        let is_cut = self.rng.bool();
+        let (mut behind, mut before) = (Vec::new(), Vec::new());
+        for service in &self.services {
+            // Its connections were not made at the same time.
+            let [all, lead] = [(); 2].map(|()| self.rng.bool().then_some(strays));
+            *service.own.lock().unwrap() = Own { all, lead: lead.or(Some(self.usual)) };
+            let side = if all.is_some() { &mut behind } else { &mut before };
+            side.push(service.host.clone());
+        }
+        self.note(format_args!("{behind:?} still reach the primary before, cut from the others: {is_cut}"));
+        for (one, other) in behind.iter().flat_map(|one| before.iter().map(move |other| (one, other))) {
+            if is_cut {
+                self.world.network.cut(one, other);
+            }
+        }
+        let pause = self.up_to(8000);
+        sleep(pause).await;
+        self.database.end_replaced();
+        self.services.iter().for_each(|service| *service.own.lock().unwrap() = Own::default());
+        self.world.network.heal();
+        self.note("the primary before has ended");
     }
 
     /// Lets everything settle, and returns the records of the history, in the order of their revisions.

@@ -1,9 +1,11 @@
-//! A database for simulations, on a machine of its own that processes share. It outlives them. For each statement, the
-//! simulation decides how long it takes, whether it is executed, and whether its answer arrives; and it decides when
-//! the machine loses its power. Processes commit through `chain`, as with a real database.
+//! A database for simulations, on machines of its own that processes share. It outlives them. For each statement, the
+//! simulation decides how long it takes, whether it is executed, and whether its answer arrives. It also decides when
+//! the power is lost, and when the standby is promoted while the earlier primary goes on. Processes commit through
+//! `chain`, as with a real database.
 
 use std::{
     collections::{BTreeMap, VecDeque},
+    mem,
     ops::Range,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::Duration,
@@ -38,12 +40,14 @@ use crate::{
 const STORE: &str = "the simulated store";
 
 /// The kind of a statement.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Statement {
     /// It only reads.
     Read,
     /// It writes.
     Write,
+    /// It reads or writes which replica leads. Those of a process have a connection of their own.
+    Lead,
 }
 
 /// What happens to a statement. By default it is executed and answered at once.
@@ -53,12 +57,16 @@ pub struct Fate {
     pub refused: bool,
     /// The time until it is executed.
     pub travels: Duration,
+    /// The time from then on until what it has written can't be lost any more, if it waits for that.
+    pub replicates: Duration,
     /// The time until its answer has come back.
     pub returns: Duration,
     /// Its answer is lost: its process learns this so long after it was sent, whether it was executed by then or not.
     pub lost_after: Option<Duration>,
     /// True if it is executed even if its process has ended meanwhile.
     pub outlives: bool,
+    /// True if it reaches the server that was the primary before the present one, while that still runs.
+    pub strays: bool,
 }
 
 /// The database.
@@ -68,7 +76,15 @@ pub struct SimulatedDatabase(Arc<Machine>);
 struct Machine {
     /// True if buffered writes don't survive the loss of power.
     buffers: bool,
-    rows: Mutex<Rows>,
+    servers: Mutex<Servers>,
+}
+
+struct Servers {
+    primary: Rows,
+    /// The primary before, while it still runs. It has no standby, so nothing that it writes is acknowledged.
+    replaced: Option<Rows>,
+    /// Number of processes that have read their token.
+    processes: i64,
 }
 
 /// Decides what happens to each statement of a process.
@@ -97,16 +113,15 @@ struct Meta {
     lead: Observed,
 }
 
+/// The rows of one server.
 struct Rows {
     now: Version,
     /// The versions before, from the newest one that survives the loss of power for sure, with their numbers.
     earlier: VecDeque<(u64, Version)>,
     /// The number of `now`.
     number: u64,
-    /// Number of times that the power was lost.
-    losses: u64,
-    /// Number of processes that have read their token.
-    processes: i64,
+    /// Another one after each loss of power, and on each server.
+    timeline: u64,
 }
 
 impl SimulatedDatabase {
@@ -126,8 +141,9 @@ impl SimulatedDatabase {
         let meta =
             Meta { token: none, found: none, commits: 0, closed: false, restarted: false, checkpoint: None, lead };
         let now = Version { kept: Kept::default(), meta };
-        let rows = Rows { now, earlier: VecDeque::new(), number: 0, losses: 0, processes: 0 };
-        Self(Arc::new(Machine { buffers, rows: Mutex::new(rows) }))
+        let primary = Rows { now, earlier: VecDeque::new(), number: 0, timeline: 0 };
+        let servers = Mutex::new(Servers { primary, replaced: None, processes: 0 });
+        Self(Arc::new(Machine { buffers, servers }))
     }
 
     /// The store of a process that has it for itself, which ends with the process.
@@ -139,53 +155,90 @@ impl SimulatedDatabase {
     /// The store of a replica that shares it with others. `time` is the clock of the database.
     pub fn share(&self, clock: Clock, time: Clock, fates: Fates) -> Arc<dyn Store> {
         let fates = Arc::new(Mutex::new(fates));
-        let (process, claim, won) = (self.connect(fates.clone()), AsyncMutex::default(), Mutex::default());
+        let (process, claim, won) = (self.connect(fates.clone(), true), AsyncMutex::default(), Mutex::default());
         self.store(clock, fates, Some(Arc::new(LeaderRow { process, time, claim, won })))
     }
 
-    fn connect(&self, fates: Arc<Mutex<Fates>>) -> Arc<Process> {
-        Arc::new(Process { machine: self.0.clone(), fates, last: Mutex::new(Instant::now()) })
+    fn connect(&self, fates: Arc<Mutex<Fates>>, is_for_lead: bool) -> Arc<Process> {
+        Arc::new(Process { machine: self.0.clone(), fates, is_for_lead, last: Mutex::new(Instant::now()) })
     }
 
     fn store(&self, clock: Clock, fates: Arc<Mutex<Fates>>, leader: Option<Arc<LeaderRow>>) -> Arc<dyn Store> {
-        SimulatedStore::of(self.connect(fates), leader, clock)
+        SimulatedStore::of(self.connect(fates, false), leader, clock)
     }
 
     /// The machine loses its power, and restarts at once. All that was acknowledged as surviving that is kept, and of
     /// the rest, the statements before `kept`: a number from 0 to the returned one of another call with
     /// [`SimulatedDatabase::at_risk`]. Statements on their way are lost.
     pub fn lose_power(&self, kept: usize) {
-        let mut rows = self.0.rows();
-        rows.losses += 1;
-        if let Some((number, version)) = rows.earlier.get(kept).cloned() {
-            rows.earlier.truncate(kept);
-            (rows.number, rows.now) = (number, version);
-        }
-        rows.now.meta.restarted = true;
+        let mut servers = self.0.servers();
+        servers.fork(kept);
+        servers.replaced = None;
+    }
+
+    /// The standby is promoted. It has all that was acknowledged, and of the rest, the statements before `kept`, as for
+    /// [`SimulatedDatabase::lose_power`]. The earlier primary still executes the statements that are on their way, and
+    /// those that stray to it. None of those is acknowledged.
+    pub fn promote(&self, kept: usize) {
+        let mut servers = self.0.servers();
+        servers.replaced = Some(servers.fork(kept));
+    }
+
+    /// The primary that was replaced ends, if it still runs.
+    pub fn end_replaced(&self) {
+        self.0.servers().replaced = None;
     }
 
     /// Number of executed statements that the loss of power could undo.
     pub fn at_risk(&self) -> usize {
-        self.0.rows().earlier.len()
+        self.0.servers().primary.earlier.len()
     }
 }
 
 impl Machine {
-    fn rows(&self) -> MutexGuard<'_, Rows> {
-        self.rows.lock().unwrap_or_else(PoisonError::into_inner)
+    fn servers(&self) -> MutexGuard<'_, Servers> {
+        self.servers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Servers {
+    /// The rows that a statement reaches.
+    fn reached(&self, strays: bool) -> &Rows {
+        self.replaced.as_ref().filter(|_| strays).unwrap_or(&self.primary)
     }
 
-    /// All that was executed up to the version of this number survives the loss of power from now on. False if that was
-    /// lost already.
-    fn acknowledge(&self, number: u64, losses: u64) -> bool {
-        let mut rows = self.rows();
-        if rows.losses != losses {
+    /// Counts a process.
+    fn enter(&mut self) -> i64 {
+        self.processes += 1;
+        self.processes
+    }
+
+    /// The rows of this timeline, unless they are lost.
+    fn on(&mut self, timeline: u64) -> Option<&mut Rows> {
+        [Some(&mut self.primary), self.replaced.as_mut()].into_iter().flatten().find(|rows| rows.timeline == timeline)
+    }
+
+    /// All that was executed up to the version of this number survives from now on. False if that was lost already.
+    fn acknowledge(&mut self, number: u64, timeline: u64) -> bool {
+        if self.primary.timeline != timeline {
             return false;
         }
-        while rows.earlier.front().is_some_and(|(earlier, _)| *earlier < number) {
-            rows.earlier.pop_front();
+        let earlier = &mut self.primary.earlier;
+        while earlier.front().is_some_and(|(earlier, _)| *earlier < number) {
+            earlier.pop_front();
         }
         true
+    }
+
+    /// Begins a timeline, which has all that was acknowledged, and the statements at risk before `kept`. Returns the
+    /// rows of the earlier one.
+    fn fork(&mut self, kept: usize) -> Rows {
+        let Rows { now, earlier, number, timeline } = &self.primary;
+        let (number, mut now) = earlier.get(kept).cloned().unwrap_or_else(|| (*number, now.clone()));
+        now.meta.restarted = true;
+        let earlier = earlier.iter().take(kept).cloned().collect();
+        let forked = Rows { now, earlier, number, timeline: timeline + 1 };
+        mem::replace(&mut self.primary, forked)
     }
 }
 
@@ -239,15 +292,18 @@ impl Rows {
 struct Process {
     machine: Arc<Machine>,
     fates: Arc<Mutex<Fates>>,
+    /// True if its statements are about which replica leads.
+    is_for_lead: bool,
     /// When the last statement is executed.
     last: Mutex<Instant>,
 }
 
-/// What a statement returned, and the version that it has made, with the number of losses of power then.
+/// What a statement returned, and the version that it has made, with its timeline.
 type Executed<T> = (Option<T>, u64, u64);
 
 impl Process {
     fn fate(&self, statement: Statement) -> Fate {
+        let statement = if self.is_for_lead { Statement::Lead } else { statement };
         self.fates.lock().unwrap_or_else(PoisonError::into_inner)(statement)
     }
 
@@ -264,24 +320,24 @@ impl Process {
         };
         let (reply, answer) = oneshot::channel();
         let (machine, process): (_, Weak<Self>) = (self.machine.clone(), Arc::downgrade(self));
-        let losses = machine.rows().losses;
+        let timeline = machine.servers().reached(fate.strays).timeline;
         // No process owns a statement that was sent.
         tokio::spawn(async move {
             sleep_until(at).await;
-            let mut rows = machine.rows();
-            if rows.losses == losses && (fate.outlives || process.strong_count() > 0) {
-                let returned = execute(&mut rows);
+            let mut servers = machine.servers();
+            if let Some(rows) = servers.on(timeline).filter(|_| fate.outlives || process.strong_count() > 0) {
+                let returned = execute(rows);
                 // The process may have gone.
-                let _ = reply.send((returned, rows.number, losses));
+                let _ = reply.send((returned, rows.number, timeline));
             }
         });
         answer
     }
 
-    /// Sends a statement that writes, and waits for its answer.
+    /// Sends a statement that writes, and waits for its answer; with `waits`, until what it has written can't be lost.
     async fn ask<T: Send + 'static>(
         self: &Arc<Self>,
-        durability: Durability,
+        waits: bool,
         execute: impl FnOnce(&mut Rows) -> Option<T> + Send + 'static,
     ) -> Answer<T> {
         let fate = self.fate(Statement::Write);
@@ -295,9 +351,11 @@ impl Process {
             sleep(after).await;
             return lost();
         }
-        let Ok((returned, number, losses)) = answer.await else { return lost() };
-        let is_kept =
-            durability == Durability::Buffered && self.machine.buffers || self.machine.acknowledge(number, losses);
+        let Ok((returned, number, timeline)) = answer.await else { return lost() };
+        if waits {
+            sleep(fate.replicates).await;
+        }
+        let is_kept = !waits || self.machine.servers().acknowledge(number, timeline);
         sleep(fate.returns).await;
         match returned {
             Some(returned) if is_kept => Answer::Executed(returned),
@@ -306,17 +364,18 @@ impl Process {
         }
     }
 
-    /// Waits as long as a statement that reads takes.
-    async fn read(&self) -> Result<(), StoreError> {
+    /// Sends a statement that reads, and waits for its answer.
+    async fn read<T>(&self, read: impl FnOnce(&Rows) -> T) -> Result<T, StoreError> {
         let fate = self.fate(Statement::Read);
-        sleep(fate.travels + fate.returns).await;
-        if fate.refused { Err(unavailable("it was refused")) } else { Ok(()) }
+        sleep(fate.travels).await;
+        let found = read(self.machine.servers().reached(fate.strays));
+        sleep(fate.returns).await;
+        if fate.refused { Err(unavailable("it was refused")) } else { Ok(found) }
     }
 
-    /// The rows as they are now, to be read as those of a store in memory.
+    /// The rows, to be read as those of a store in memory.
     async fn rows(&self, clock: Clock) -> Result<MemoryStore, StoreError> {
-        self.read().await?;
-        let kept = self.machine.rows().now.kept.clone();
+        let kept = self.read(|rows| rows.now.kept.clone()).await?;
         Ok(MemoryStore { clock, kept: Mutex::new(kept) })
     }
 }
@@ -344,17 +403,17 @@ impl Database for Attempt {
             drop(self.process.send(Fate { outlives: false, ..fate }, execute));
             return Answer::Executed(());
         }
-        self.process.ask(durability, execute).await
+        let waits = durability == Durability::Durable || !self.process.machine.buffers;
+        self.process.ask(waits, execute).await
     }
 
     async fn bar(&mut self, barrier: &Barrier) -> Answer<Token> {
         let barrier = barrier.clone();
-        self.process.ask(Durability::Durable, move |rows| rows.bar(&barrier)).await
+        self.process.ask(true, move |rows| rows.bar(&barrier)).await
     }
 
     async fn read(&mut self) -> Result<Stored, StoreError> {
-        self.process.read().await?;
-        Ok(stored(&self.process.machine.rows().now))
+        self.process.read(|rows| stored(&rows.now)).await
     }
 }
 
@@ -386,14 +445,11 @@ impl LeaderRow {
 
     async fn ask<T: Send + 'static>(
         &self,
+        waits: bool,
         execute: impl FnOnce(&mut Rows) -> Option<T> + Send + 'static,
     ) -> Result<Option<T>, StoreError> {
         let _one = self.claim.lock().await;
-        match self.process.ask(Durability::Durable, execute).await {
-            Answer::Executed(returned) => Ok(Some(returned)),
-            Answer::Superseded => Ok(None),
-            Answer::Refused(error) | Answer::Lost(error) => Err(error),
-        }
+        self.process.ask(waits, execute).await.returned()
     }
 }
 
@@ -401,12 +457,8 @@ impl Leadership for LeaderRow {
     fn observe(&self) -> BoxFuture<'_, Result<Observed, StoreError>> {
         Box::pin(async move {
             let _one = self.claim.lock().await;
-            let fate = self.process.fate(Statement::Read);
-            sleep(fate.travels).await;
-            let lead = self.process.machine.rows().now.meta.lead.clone();
-            let time = self.time.now();
-            sleep(fate.returns).await;
-            if fate.refused { Err(unavailable("it was refused")) } else { Ok(Observed { time, ..lead }) }
+            let time = self.time;
+            self.process.read(|rows| Observed { time: time.now(), ..rows.now.meta.lead.clone() }).await
         })
     }
 
@@ -432,7 +484,7 @@ impl Leadership for LeaderRow {
             Some(epoch)
         };
         Box::pin(async move {
-            let Some(epoch) = self.ask(execute).await? else { return Ok(Claimed::Lost) };
+            let Some(epoch) = self.ask(true, execute).await? else { return Ok(Claimed::Lost) };
             self.set_won(epoch);
             Ok(Claimed::Won(epoch))
         })
@@ -448,7 +500,8 @@ impl Leadership for LeaderRow {
             Some(())
         };
         Box::pin(async move {
-            let Some(()) = self.ask(execute).await? else { return Ok(Renewed::Superseded) };
+            let waits = !Fault::LocalRenewal.is_planted();
+            let Some(()) = self.ask(waits, execute).await? else { return Ok(Renewed::Superseded) };
             self.set_won(epoch);
             Ok(Renewed::Acknowledged)
         })
@@ -462,7 +515,7 @@ impl Leadership for LeaderRow {
             rows.write(|Version { meta, .. }| (meta.lead.beat, meta.lead.leader) = (meta.lead.beat + 1, None));
             Some(())
         };
-        Box::pin(async move { self.ask(execute).await.map(drop) })
+        Box::pin(async move { self.ask(true, execute).await.map(drop) })
     }
 }
 
@@ -496,12 +549,10 @@ impl SimulatedStore {
 
     async fn take_over(&self) -> Result<Contents, StoreError> {
         let mut term = self.term.lock().await;
-        self.process.read().await?;
-        let mut rows = self.process.machine.rows();
-        rows.processes += 1;
+        let read = self.process.read(|rows| rows.now.clone()).await?;
+        let Version { kept, meta } = &read;
         // No process gives as many tokens.
-        let given = Token(rows.processes << 32);
-        let Version { kept, meta } = &rows.now;
+        let given = Token(self.process.machine.servers().enter() << 32);
         let fixed = term.as_ref().map(|earlier| earlier.epoch.next()).unwrap_or_default();
         let claimed = meta.lead.epoch;
         let epoch = match self.leader.as_ref().and_then(|leader| leader.won()) {
@@ -513,7 +564,7 @@ impl SimulatedStore {
         };
         let may_lack_open = self.process.machine.buffers && meta.restarted && !meta.closed && meta.commits > 0;
         let contents = Contents { may_lack_open, checkpoint: meta.checkpoint.clone(), ..kept.contents(epoch) };
-        let chain = Chain::new(STORE.into(), epoch, stored(&rows.now), given);
+        let chain = Chain::new(STORE.into(), epoch, stored(&read), given);
         self.set_log(&kept.frontier.log);
         let open = kept.open.keys().copied().collect();
         let frontier = Frontier { open, ..kept.frontier.clone() };
@@ -539,10 +590,9 @@ impl SimulatedStore {
     async fn find_excess(&self, retention: Retention, now: Timestamp, limit: usize) -> Result<Excess, StoreError> {
         let term = self.term.lock().await;
         let Term { current, .. } = term.as_ref().ok_or_else(not_taken_over)?;
-        self.process.read().await?;
-        let rows = self.process.machine.rows();
-        let by = rows.now.kept.epoch;
-        if by == *current { Ok(rows.now.kept.excess(&retention, now, limit)) } else { Err(StoreError::Fenced { by }) }
+        let read = |rows: &Rows| (rows.now.kept.epoch, rows.now.kept.excess(&retention, now, limit));
+        let (by, excess) = self.process.read(read).await?;
+        if by == *current { Ok(excess) } else { Err(StoreError::Fenced { by }) }
     }
 
     fn set_log(&self, log: &Log) {
@@ -627,11 +677,8 @@ impl Store for SimulatedStore {
                 rows.write(|Version { meta, .. }| meta.checkpoint = Some(checkpoint));
                 Some(())
             };
-            match self.process.ask(Durability::Durable, publish).await {
-                Answer::Executed(()) => Ok(()),
-                Answer::Superseded => Err(unavailable("it was refused")),
-                Answer::Refused(error) | Answer::Lost(error) => Err(error),
-            }
+            let published = self.process.ask(true, publish).await.returned()?;
+            published.ok_or_else(|| unavailable("it was refused"))
         })
     }
 
