@@ -6,7 +6,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use orchestrator_core::proto::orchestrator::v1::{self as pb, CycleState, CycleTelemetry, SubsystemState};
+use orchestrator_core::{
+    proto::orchestrator::v1::{self as pb, CycleState, CycleTelemetry, SubsystemState},
+    store::SimulatedDatabase,
+};
 use prost::Message;
 use prost_types::Timestamp;
 use tokio::time::Instant;
@@ -14,7 +17,7 @@ use tokio::time::Instant;
 use crate::fleet::{Call, Log};
 
 /// The deadline of cycles without their own, in milliseconds.
-pub(crate) const DEADLINE: i32 = 3_000;
+pub(crate) const DEADLINE: i32 = 6_000;
 /// A cycle ends at its deadline, and at most this later.
 const GRACE: f64 = 250.0;
 
@@ -26,6 +29,8 @@ pub(crate) type Standing = Option<u64>;
 
 pub(crate) struct History {
     began: Instant,
+    /// The database of the service.
+    database: SimulatedDatabase,
     /// Broken promises.
     pub(crate) violations: Vec<String>,
     /// All that was seen: when, in milliseconds, by which actor, and what.
@@ -53,9 +58,10 @@ pub(crate) struct History {
 }
 
 impl History {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(database: SimulatedDatabase) -> Self {
         Self {
             began: Instant::now(),
+            database,
             violations: Vec::new(),
             trace: Vec::new(),
             acknowledged: BTreeMap::new(),
@@ -106,7 +112,9 @@ impl History {
         let differs = known.as_ref().is_some_and(|known| !record.is_empty() && known != record);
         if !record.is_empty() {
             *known = Some(record.clone());
-            self.highest_revision = self.highest_revision.max(decode(record).revision);
+            let revision = decode(record).revision;
+            self.highest_revision = self.highest_revision.max(revision);
+            self.receive(client, revision);
         }
         if differs {
             self.violated(format_args!("cycle {cycle_id} was acknowledged with two records"));
@@ -116,6 +124,13 @@ impl History {
             if first != cycle_id {
                 self.violated(format_args!("request {request_id:?} has started cycles {first} and {cycle_id}"));
             }
+        }
+    }
+
+    /// A client has received this revision.
+    fn receive(&mut self, client: &str, revision: u64) {
+        if revision > self.database.surviving().0 {
+            self.violated(format_args!("{client} receives revision {revision}, which can yet be lost"));
         }
     }
 
@@ -138,6 +153,7 @@ impl History {
     /// A client has read a record.
     pub(crate) fn read(&mut self, client: &str, record: &Bytes) {
         let CycleTelemetry { cycle_id, revision, .. } = decode(record);
+        self.receive(client, revision);
         if let Some(other) = self.read.insert(revision, record.clone())
             && other != record
         {
@@ -153,6 +169,7 @@ impl History {
     pub(crate) fn watch(&mut self, watcher: &'static str, revision: u64, record: Bytes) {
         let next = self.position(watcher) + 1;
         let cycle_id = decode(&record).cycle_id;
+        self.receive(watcher, revision);
         self.note(watcher, format_args!("sees revision {revision}, cycle {cycle_id}"));
         if revision != next {
             self.violated(format_args!("{watcher} sees revision {revision} in place of {next}"));

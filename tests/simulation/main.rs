@@ -3,7 +3,7 @@
 //! promises.
 //!
 //! `ORCHESTRATOR_TEST_SEEDS` sets the number of simulations of each kind, and `ORCHESTRATOR_TEST_SEED` runs one of them
-//! again and prints what happened in it.
+//! again and prints what happened in it; with the fault that `ORCHESTRATOR_TEST_FAULT` names, if it does.
 
 #![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
 
@@ -12,6 +12,8 @@ mod chance;
 mod fleet;
 mod history;
 mod network;
+mod records;
+mod terms;
 mod world;
 
 use std::{
@@ -92,7 +94,9 @@ fn each_seed(service: Service, seeds: u64, fault: Option<Fault>, is_enough: impl
 /// Simulates the seeds that the environment asks for.
 fn check(service: Service, default: u64) {
     if let Some(seed) = number("ORCHESTRATOR_TEST_SEED") {
-        let Outcome { violations, trace, .. } = simulate(service, seed, None, &Key::new().path());
+        let fault = env::var("ORCHESTRATOR_TEST_FAULT").ok();
+        let fault = fault.map(|name| Fault::ALL.into_iter().find(|fault| format!("{fault:?}") == name).unwrap());
+        let Outcome { violations, trace, .. } = simulate(service, seed, fault, &Key::new().path());
         println!("{}", trace.join("\n"));
         return assert_eq!(violations, [""; 0]);
     }

@@ -326,9 +326,7 @@ pub(crate) struct Incoming {
 
 impl Transport for Host {
     fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<(Box<dyn Listener>, SocketAddr)>> {
-        Box::pin(async move {
-            Ok((Box::new(self.incoming(address.port())) as _, address))
-        })
+        Box::pin(async move { Ok((Box::new(self.incoming(address.port())) as _, address)) })
     }
 
     fn listen_at_path<'a>(&'a self, _: &'a Path, _: u32) -> BoxFuture<'a, io::Result<Box<dyn Listener>>> {

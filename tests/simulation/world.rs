@@ -34,7 +34,7 @@ use crate::{
     callers::Client,
     chance::Chance,
     fleet::{Call, Fleet, Log},
-    history::History,
+    history::{DEADLINE, History},
     network::{Network, Weather},
 };
 
@@ -133,6 +133,8 @@ struct Treatment {
     lost: u32,
     /// The longest time of each part of a statement, in milliseconds.
     slow: u64,
+    /// The longest time until the standby has what was written, likewise.
+    behind: u64,
     /// The time that answers take beside that, likewise.
     late: u64,
     reaches: Reaches,
@@ -148,7 +150,7 @@ enum Reaches {
 }
 
 impl Treatment {
-    const CALM: Self = Self { refused: 0, lost: 0, slow: 2, late: 0, reaches: Reaches::Primary };
+    const CALM: Self = Self { refused: 0, lost: 0, slow: 2, behind: 2, late: 0, reaches: Reaches::Primary };
 
     fn fate(self, mut rng: Rng, statement: Statement) -> Fate {
         if self.reaches == Reaches::Nothing {
@@ -157,7 +159,7 @@ impl Treatment {
         // A process that starts works on blocking threads, and sends statements at any moment of that time.
         let travels = Duration::from_millis(rng.u64(1..=self.slow));
         let returns = Duration::from_millis(self.late + rng.u64(0..=self.slow));
-        let replicates = Duration::from_millis(rng.u64(0..=self.slow));
+        let replicates = Duration::from_millis(rng.u64(0..=self.behind));
         let is_read = statement == Statement::Read;
         let is_lost = !is_read && rng.u32(..1000) < self.lost;
         let refused = rng.u32(..1000) < if is_read { self.refused / 4 } else { self.refused };
@@ -213,14 +215,15 @@ async fn run(of: Service, seed: u64, key: &Path) -> Outcome {
     let mut rng = Rng::with_seed(seed);
     let chance = Chance::new(seed);
     let buffers = rng.bool() && of == Service::Alone;
-    let usual = Treatment { refused: rng.u32(..40), lost: rng.u32(..60), slow: rng.u64(1..40), ..Treatment::CALM };
+    let (refused, lost) = (rng.u32(..40), rng.u32(..60));
+    let usual = Treatment { refused, lost, slow: rng.u64(1..40), behind: rng.u64(1..40), ..Treatment::CALM };
     let database = SimulatedDatabase::new(buffers);
     let network = Network::new(chance);
     let weather = Weather { latency: rng.u64(1..30), resent: rng.u32(..30), breaks: rng.u32(..8) };
     network.set_weather(weather);
     let log = Arc::new(Mutex::new(Log::default()));
     // With many, cycles take seconds.
-    let silent = if rng.u32(..3) == 0 { 40 } else { 0 };
+    let silent = if rng.bool() { 40 } else { 0 };
     let mut fleet = Vec::new();
     for host in FLEET {
         let behind = Fleet::new(chance.of(&host), log.clone(), silent);
@@ -230,7 +233,7 @@ async fn run(of: Service, seed: u64, key: &Path) -> Outcome {
     let world = Arc::new(World {
         network,
         chance,
-        history: Mutex::new(History::new()),
+        history: Mutex::new(History::new(database.clone())),
         hosts: Mutex::default(),
         over: AtomicBool::new(false),
         of,
@@ -297,8 +300,11 @@ fn start_of_time() -> Timestamp {
 }
 
 fn config(key: &Path, replica: &str) -> Config {
+    const RETRY: &str = r#"retry = { max_attempts = 3, initial_backoff = "50ms" }"#;
     let subsystem = |name: &str, host: &str, more: &str| {
-        format!("[[subsystems]]\nname = \"{name}\"\nendpoint = \"http://{host}:1\"\ntimeout = \"900ms\"\n{more}\n")
+        format!(
+            "[[subsystems]]\nname = \"{name}\"\nendpoint = \"http://{host}:1\"\ntimeout = \"900ms\"\n{RETRY}\n{more}\n"
+        )
     };
     let text = [
         &format!(
@@ -310,14 +316,14 @@ fn config(key: &Path, replica: &str) -> Config {
             ledger.key_files = ["{}"]
             memory.max_bytes = 268435456
             dial.connect_timeout = "1s"
-            cycle.deadline = "3s"
+            cycle.deadline = "{DEADLINE}ms"
             cycle.max_queued = 16
             cluster.replica = "{replica}"
             cluster.lease_ttl = "2s"
             "#,
             key.display()
         ),
-        &subsystem("a", "fleet-0", r#"retry = { max_attempts = 3, initial_backoff = "50ms" }"#),
+        &subsystem("a", "fleet-0", ""),
         &subsystem("b", "fleet-1", r#"after = ["a"]"#),
         &subsystem("c", "fleet-0", r#"requires = ["a"]"#),
         &subsystem("d", "fleet-1", r#"reads = ["b"]"#),
@@ -373,6 +379,13 @@ impl Simulation {
     fn tell_hosts(&self) {
         let hosts = self.services.iter().map(|service| service.host.clone()).collect();
         *self.world.hosts.lock().unwrap() = hosts;
+    }
+
+    /// The number of one of the processes: often the one that leads.
+    fn some_process(&mut self) -> usize {
+        let leader = self.database.leader().filter(|_| self.rng.bool());
+        let leads = leader.and_then(|leader| self.services.iter().position(|service| service.host == leader));
+        leads.unwrap_or_else(|| self.rng.usize(..self.services.len()))
     }
 
     /// Takes one of the processes.
@@ -436,9 +449,9 @@ impl Simulation {
         let pause = self.up_to(1500);
         sleep(pause).await;
         self.supervise().await;
-        let number = self.rng.usize(..self.services.len());
+        let number = self.some_process();
         let current = self.services[number].host.clone();
-        let last = if self.of == Service::Replicas { 140 } else { 100 };
+        let last = if self.of == Service::Replicas { 160 } else { 100 };
         match self.rng.u32(..last) {
             0..25 => {
                 if let Some(service) = self.take() {
@@ -520,15 +533,16 @@ impl Simulation {
                 *own.lock().unwrap() = Own::default();
                 self.note(format_args!("{current} reaches the database"));
             }
-            100..125 => self.fail_over().await,
-            125.. => {
+            100..130 => self.fail_over().await,
+            130.. => {
                 let late = self.rng.u64(500..2500);
                 self.note(format_args!("{current} learns {late} ms late that it leads, and then nothing"));
                 let own = self.services[number].own.clone();
                 own.lock().unwrap().lead = Some(Treatment { late, ..self.usual });
                 let pause = self.up_to(4000);
                 sleep(pause).await;
-                own.lock().unwrap().lead = Some(Treatment { reaches: Reaches::Nothing, ..self.usual });
+                let nothing = Treatment { reaches: Reaches::Nothing, ..self.usual };
+                *own.lock().unwrap() = Own { all: self.rng.bool().then_some(nothing), lead: Some(nothing) };
                 let pause = self.up_to(5000);
                 sleep(pause).await;
                 *own.lock().unwrap() = Own::default();
@@ -570,29 +584,41 @@ impl Simulation {
         self.supervise().await;
     }
 
-    /// The standby is promoted, while the primary goes on, and some replicas still reach that one.
+    /// The standby falls behind and is promoted, while the primary goes on, and some replicas still reach that one.
     async fn fail_over(&mut self) {
+        self.note("the standby falls behind");
+        *self.treatment.lock().unwrap() = Treatment { behind: 3000, ..self.usual };
+        let pause = self.up_to(1000);
+        sleep(pause).await;
+        *self.treatment.lock().unwrap() = self.usual;
         let at_risk = self.database.at_risk();
         let kept = self.rng.usize(0..=at_risk);
         self.note(format_args!("the standby is promoted with {kept} of {at_risk} statements"));
         self.database.promote(kept);
         let strays = Treatment { reaches: Reaches::Replaced, ..self.usual };
+        let leader = self.database.leader().filter(|_| self.rng.bool());
         let is_cut = self.rng.bool();
         let (mut behind, mut before) = (Vec::new(), Vec::new());
-        for service in &self.services {
-            // Its connections were not made at the same time.
-            let [all, lead] = [(); 2].map(|()| self.rng.bool().then_some(strays));
-            *service.own.lock().unwrap() = Own { all, lead: lead.or(Some(self.usual)) };
-            let side = if all.is_some() { &mut behind } else { &mut before };
-            side.push(service.host.clone());
+        for Process { host, own, .. } in &self.services {
+            let [all, lead] = match &leader {
+                // It is alone with the earlier primary.
+                Some(leader) => [host == leader; 2],
+                // Its connections were not made at the same time.
+                None => [(); 2].map(|()| self.rng.bool()),
+            };
+            let [own_all, own_lead] = [all, lead].map(|strays_there| if strays_there { strays } else { self.usual });
+            *own.lock().unwrap() = Own { all: Some(own_all), lead: Some(own_lead) };
+            self.note(format_args!("{host} still reaches the primary before: {all}, and to lead: {lead}"));
+            if all { &mut behind } else { &mut before }.push(host.clone());
         }
-        self.note(format_args!("{behind:?} still reach the primary before, cut from the others: {is_cut}"));
         for (one, other) in behind.iter().flat_map(|one| before.iter().map(move |other| (one, other))) {
             if is_cut {
+                self.note(format_args!("cuts {one} from {other}"));
                 self.world.network.cut(one, other);
             }
         }
-        let pause = self.up_to(8000);
+        // Mostly long enough for another replica to take over.
+        let pause = Duration::from_secs(2) + self.up_to(6000);
         sleep(pause).await;
         self.database.end_replaced();
         self.services.iter().for_each(|service| *service.own.lock().unwrap() = Own::default());

@@ -125,9 +125,8 @@ struct Rows {
 }
 
 impl SimulatedDatabase {
-    /// An empty database. With `buffers`, buffered writes don't survive
-    /// the loss of power, as in a database on the machine of the process; otherwise each write that was acknowledged
-    /// does.
+    /// An empty database. With `buffers`, buffered writes don't survive the loss of power, as in a database on the
+    /// machine of the process; otherwise each write that was acknowledged does.
     pub fn new(buffers: bool) -> Self {
         let none = Token(0);
         let lead = Observed {
@@ -192,6 +191,19 @@ impl SimulatedDatabase {
     /// Number of executed statements that the loss of power could undo.
     pub fn at_risk(&self) -> usize {
         self.0.servers().primary.earlier.len()
+    }
+
+    /// The newest record that can't be lost any more.
+    pub fn surviving(&self) -> Revision {
+        let Rows { now, earlier, .. } = &self.0.servers().primary;
+        let survives = earlier.front().map_or(now, |(_, version)| version);
+        survives.kept.frontier.last_revision
+    }
+
+    /// The name of the replica that leads, if one does.
+    pub fn leader(&self) -> Option<String> {
+        let leader = self.0.servers().primary.now.meta.lead.leader.clone();
+        leader.map(|leader| leader.replica.name)
     }
 }
 
