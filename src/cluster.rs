@@ -15,7 +15,7 @@ mod lease;
 mod leased;
 
 use std::sync::{
-    Arc,
+    Arc, Mutex, MutexGuard, PoisonError,
     atomic::{AtomicI64, AtomicU64, Ordering},
 };
 
@@ -27,7 +27,7 @@ pub use self::{
     lease::{Lease, keep},
     leased::Leased,
 };
-use crate::model::{Epoch, Leader, Replica, Role};
+use crate::model::{CommonSettings, Epoch, Leader, Replica, Role};
 
 /// A replica and its role. All clones are of the same replica.
 #[derive(Clone, Debug)]
@@ -42,13 +42,30 @@ struct Member {
     lease: watch::Sender<Option<Lease>>,
     /// True if the database has answered when it was asked last who leads.
     sees: watch::Sender<bool>,
-    /// Why it does not claim to lead, if so.
-    unable: watch::Sender<Option<Arc<str>>>,
+    unable: Mutex<Unable>,
+    settings: Mutex<Settings>,
     /// Number of terms that this replica has seen begin, its own among them, and the epoch of the last one.
     changes: AtomicU64,
     last_epoch: AtomicU64,
     /// By how many milliseconds the clock of the database is ahead; `i64::MIN` before it is known.
     clock_offset: AtomicI64,
+}
+
+/// Why a replica does not claim to lead, if so.
+#[derive(Debug, Default)]
+struct Unable {
+    /// By its configuration and the contents of the store.
+    rehearsed: Option<Arc<str>>,
+    /// By the row that says which replica leads, and its time.
+    unfit: Option<Arc<str>>,
+}
+
+/// The settings that replicas should have in common.
+#[derive(Debug, Default)]
+struct Settings {
+    own: CommonSettings,
+    /// Those of the leader, once they were compared with these.
+    compared_with: Option<CommonSettings>,
 }
 
 impl Membership {
@@ -70,7 +87,8 @@ impl Membership {
             role: watch::Sender::new(role),
             lease: watch::Sender::new(None),
             sees: watch::Sender::new(true),
-            unable: watch::Sender::new(None),
+            unable: Mutex::default(),
+            settings: Mutex::default(),
             changes: AtomicU64::new(0),
             last_epoch: AtomicU64::new(0),
             clock_offset: AtomicI64::new(i64::MIN),
@@ -125,16 +143,57 @@ impl Membership {
 
     /// Why it does not claim to lead, whether another replica leads or not; `None` if it would.
     pub fn unable(&self) -> Option<Arc<str>> {
-        self.0.unable.borrow().clone()
+        let Unable { rehearsed, unfit } = &*self.reasons();
+        unfit.as_ref().or(rehearsed.as_ref()).cloned()
     }
 
-    /// It does not claim to lead from now on, for this reason, or does again. Returns whether that is new.
+    /// Whether it can lead with its configuration over the contents of the store: why not, or that it can. Returns
+    /// whether that is new.
     pub fn set_unable(&self, why: Option<&str>) -> bool {
-        self.0.unable.send_if_modified(|now| {
-            let is_new = now.as_deref() != why;
-            *now = why.map(Arc::from);
-            is_new
-        })
+        replace(&mut self.reasons().rehearsed, why)
+    }
+
+    /// The same for what the row says by which the replicas agree on the leader.
+    fn set_unfit(&self, why: Option<&str>) -> bool {
+        replace(&mut self.reasons().unfit, why)
+    }
+
+    fn reasons(&self) -> MutexGuard<'_, Unable> {
+        self.0.unable.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The settings that it should have in common with other replicas.
+    pub fn settings(&self) -> CommonSettings {
+        self.shared_settings().own.clone()
+    }
+
+    /// It has these settings from now on.
+    pub fn set_settings(&self, settings: CommonSettings) {
+        *self.shared_settings() = Settings { own: settings, compared_with: None };
+    }
+
+    /// Warns, once, if the leader has other settings than this replica: they would not apply any more if this one took
+    /// over.
+    pub fn compare_settings(&self, of_leader: &CommonSettings) {
+        let keys = {
+            let mut settings = self.shared_settings();
+            if settings.compared_with.as_ref() == Some(of_leader) {
+                return;
+            }
+            settings.compared_with = Some(of_leader.clone());
+            settings.own.differing(of_leader).collect::<Vec<_>>().join(", ")
+        };
+        if !keys.is_empty() {
+            tracing::warn!(
+                keys,
+                "the leader has another configuration than this replica, which would apply its own if it took over, \
+                 and would unregister what only that of the leader declares: give all replicas the same one"
+            );
+        }
+    }
+
+    fn shared_settings(&self) -> MutexGuard<'_, Settings> {
+        self.0.settings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// It leads from now on, under this lease.
@@ -153,7 +212,7 @@ impl Membership {
     }
 
     /// Sets the role, and counts a term that has begun.
-    fn set(&self, role: Role) {
+    pub fn set(&self, role: Role) {
         let epoch = match &role {
             Role::Leader { epoch } | Role::Follower { leader: Some(Leader { epoch, .. }) } => epoch.0,
             Role::Follower { leader: None } => 0,
@@ -176,4 +235,13 @@ impl Membership {
         let millis = i64::try_from(offset.as_millis()).unwrap_or(i64::MAX);
         self.0.clock_offset.store(millis, Ordering::Relaxed);
     }
+}
+
+/// Notes a reason, or that there is none. Returns whether that is new.
+fn replace(now: &mut Option<Arc<str>>, why: Option<&str>) -> bool {
+    let is_new = now.as_deref() != why;
+    if is_new {
+        *now = why.map(Arc::from);
+    }
+    is_new
 }

@@ -416,9 +416,12 @@ struct Setting {
     /// Such as `cycle.deadline`.
     key: &'static str,
     on_reload: OnReload,
+    of_replicas: OfReplicas,
     /// Sets it in the configuration to the written value, if there is a valid one.
     read: fn(&mut Reader<'_>, &mut Config),
     differs: fn(&Config, &Config) -> bool,
+    /// Its value, in a text that is another one for each.
+    text: fn(&Config) -> String,
     copy: fn(&Config, &mut Config),
 }
 
@@ -429,6 +432,15 @@ enum OnReload {
     Applies,
     /// The process keeps the old value, and logs it.
     NeedsRestart,
+}
+
+/// Whether the replicas of one orchestrator should have a setting in common.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum OfReplicas {
+    /// They should: it matters to callers, cycles or the history, and that of the leader applies.
+    Common,
+    /// Each has its own: it is of one process, or of its machine.
+    Own,
 }
 
 /// Variables that are not settings: for other commands, and for tests.
@@ -510,6 +522,21 @@ impl Config {
             changed.push("access.grants".to_owned());
         }
         Reload { config: new, needs_restart, changed }
+    }
+
+    /// What the replicas of one orchestrator should have in common: the key of each setting or list, and a text that is
+    /// another one for each value. It may contain secrets of a list.
+    pub fn in_common(&self) -> impl Iterator<Item = (&'static str, String)> {
+        let of_replicas = |setting: &&Setting| setting.of_replicas == OfReplicas::Common;
+        let settings = SETTINGS.iter().filter(of_replicas).map(|setting| (setting.key, (setting.text)(self)));
+        let Self { access, subsystems, former_names, loops, serves, .. } = self;
+        let lists = [
+            ("access.grants", format!("{:?}", access.grants)),
+            ("subsystems", format!("{:?} {former_names:?}", by_name(subsystems, |it| &it.name))),
+            ("loops", format!("{:?}", by_name(loops, |it| &it.name))),
+            ("serves", format!("{:?}", by_name(serves, |it| &it.name))),
+        ];
+        settings.chain(lists)
     }
 
     /// What contradicts `cluster.advertise`, so that other replicas don't reach this one there, unless something else
@@ -937,6 +964,13 @@ fn collector(text: &str) -> Result<String, String> {
                 .into())
         }
     }
+}
+
+/// The entries of a list, by name.
+fn by_name<T>(entries: &[T], name: impl Fn(&T) -> &Name) -> Vec<&T> {
+    let mut entries: Vec<_> = entries.iter().collect();
+    entries.sort_by_key(|entry| name(*entry));
+    entries
 }
 
 /// The added, removed and changed entries of a list, by name.

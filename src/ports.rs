@@ -7,7 +7,7 @@ mod store;
 mod subsystems;
 
 pub use self::{
-    leadership::{Claim, ClaimId, Claimed, Leadership, Observed, Renewed},
+    leadership::{Claim, ClaimId, Claimed, Leadership, Observed, OtherOrchestrator, Renewed},
     spans::{Spans, Untraced},
     store::{
         AuditEntry, Check, Checks, Contents, ControlDecoder, Durability, EventCheck, EventFilter, EventPage, EventRule,

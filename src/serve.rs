@@ -35,11 +35,12 @@ use crate::{
     dial::Dialer,
     file::Changes,
     host::Host,
+    ledger::Hash,
     listen::{self, Connections, Entrance, Limits, Peer},
     memory::{self, Memory, Shares},
-    model::{Begin, Replica, Revision, is_orchestrator_id},
+    model::{Begin, CommonSettings, Replica, Revision, is_orchestrator_id},
     orchestrator::{Declared, History, Refusal, Settings, Stopped, Sums, TakenOver},
-    ports::{Leadership, Retention, Spans, Store, StoreError, Untraced},
+    ports::{Leadership, OtherOrchestrator, Retention, Spans, Store, StoreError, Untraced},
     record,
     store::{self, KeyFileError, OpenError, StoreUrl},
     tasks::{Task, TaskEnded, Tasks},
@@ -131,6 +132,9 @@ pub enum StartError {
     /// What an earlier process left in the store can't be taken over.
     #[error(transparent)]
     TakeOver(#[from] StoreError),
+    /// The store is that of another orchestrator.
+    #[error(transparent)]
+    OtherOrchestrator(#[from] OtherOrchestrator),
     /// The declared and stored subsystems can't be run together.
     #[error(transparent)]
     Refused(#[from] Refusal),
@@ -288,6 +292,7 @@ impl Service {
         let reflection = listen::reflection(&[&[SERVICE, ACCESS, LEDGER], for_parents].concat())?;
         let is_insecure = config.is_insecure();
         let membership = source.membership(config);
+        membership.set_settings(in_common(config));
         let (by, requests) = ((host.clock, sums.clone()), memory.requests.clone());
         let history = History::new(source.store(), &memory.history, &settings(config));
         history.declare(&declared(config));
@@ -874,6 +879,15 @@ pub fn settings(config: &Config) -> Settings {
         audit_reads: config.audit.reads == config::AuditReads::Summary,
         revoked: config.access.revoked_owners().into(),
     }
+}
+
+/// What other replicas should have in common with this one.
+fn in_common(config: &Config) -> CommonSettings {
+    let digest = |text: String| {
+        let Hash(bytes) = Hash::of_bytes(text.as_bytes());
+        bytes.first_chunk().map_or(0, |first| u32::from_be_bytes(*first))
+    };
+    CommonSettings::of(env!("CARGO_PKG_VERSION"), config.in_common().map(|(key, text)| (key, digest(text))))
 }
 
 fn declared(config: &Config) -> Declared {

@@ -128,7 +128,7 @@ pub(super) fn watch_cycles(
 ) -> Result<impl Stream<Item = Result<pb::WatchCyclesResponse, Status>>, Status> {
     // Followers would follow each other.
     if call.caller.was_forwarded && call.membership().has_peers() && call.membership().role().epoch().is_none() {
-        return Err(error::not_leader(&call.membership().role()));
+        return Err(error::not_leader(call.membership()));
     }
     let (from, filter, progress) = request::watch(call.take_request()).map_err(invalid)?;
     let watcher = call.history().watch(from, filter, progress).map_err(status)?;

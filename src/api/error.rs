@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     access::{NoSession, Role, Unauthenticated},
+    cluster::Membership,
     model::{self, CycleId, Epoch, Leader, Name, Replica, Violation, Violations, excerpt, text::count},
     orchestrator::{NotOwner, Refusal},
     ports::{StoreError, Unreadable, UnreadableEvent},
@@ -129,12 +130,15 @@ pub(super) fn status(refusal: impl Into<Refusal>) -> Status {
     with_reason(code, message, reason, metadata)
 }
 
-/// The status of a call that only the leader answers, by a replica with this role.
-pub(super) fn not_leader(role: &model::Role) -> Status {
-    let leader = match role {
+/// The status of a call that only the leader answers, by another replica.
+pub(super) fn not_leader(membership: &Membership) -> Status {
+    let leader = match membership.role() {
         model::Role::Follower { leader: Some(leader) } => leader,
         model::Role::Follower { leader: None } | model::Role::Leader { .. } => {
-            let message = "no replica leads now; try again".to_owned();
+            let message = match membership.unable() {
+                Some(why) => format!("no replica leads now, and {} can't: {why}", membership.replica().name),
+                None => "no replica leads now; try again".to_owned(),
+            };
             return with_retry(message, "NO_LEADER", HashMap::new());
         }
     };

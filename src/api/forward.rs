@@ -67,6 +67,7 @@ use super::{
     rpc::Rpc,
 };
 use crate::{
+    cluster::Membership,
     memory::{Held, Memory},
     model::{Code, Epoch, Leader, Role, excerpt},
     orchestrator::{History, Position, Refusal},
@@ -78,9 +79,8 @@ use crate::{
 pub struct Forwarder(Arc<Shared>);
 
 struct Shared {
-    /// The name of this replica.
-    replica: Arc<str>,
-    roles: watch::Receiver<Role>,
+    /// This replica.
+    membership: Membership,
     /// What this replica shows of the history.
     history: History,
     /// True while it follows the history of the leader.
@@ -131,20 +131,19 @@ impl Forwarder {
     /// Longest time for the last answers of a replica after another one leads.
     const LAST_ANSWERS: Duration = Duration::from_secs(5);
 
-    /// Has the leader that `roles` of the replica of this name tell answer calls, over connections made by `connect`,
-    /// within this time, each with at most `max_calls` calls. What it acknowledges is shown in `history`. What it sends
-    /// ahead takes memory from `answers`.
+    /// Has the leader that this replica knows answer calls, over connections made by `connect`, within this time, each
+    /// with at most `max_calls` calls. What it acknowledges is shown in `history`. What it sends ahead takes memory from
+    /// `answers`.
     pub fn new(
-        replica: &str,
-        roles: watch::Receiver<Role>,
+        membership: Membership,
         history: History,
         connect: (Connect, Duration),
         max_calls: u32,
         answers: Memory,
     ) -> Self {
-        let (replica, connections) = (replica.into(), Connections::new(connect, max_calls));
+        let connections = Connections::new(connect, max_calls);
         let (is_current, counts, ending) = Default::default();
-        Self(Arc::new(Shared { replica, roles, history, is_current, connections, answers, counts, ending }))
+        Self(Arc::new(Shared { membership, history, is_current, connections, answers, counts, ending }))
     }
 
     /// Number of ended calls that the leader was to answer.
@@ -169,7 +168,7 @@ impl Forwarder {
 
     /// True while this replica does not lead.
     pub(super) fn follows(&self) -> bool {
-        self.0.roles.borrow().epoch().is_none()
+        self.0.membership.role().epoch().is_none()
     }
 
     /// Has the leader answer a call. Its answer ends early when the caller may no longer have it, and when another
@@ -189,7 +188,7 @@ impl Forwarder {
             }
         };
         counted.ended(response.headers());
-        let (roles, of, ending) = (self.0.roles.clone(), leader.clone(), self.0.ending.clone());
+        let (roles, of, ending) = (self.0.membership.roles(), leader.clone(), self.0.ending.clone());
         let ends = async move {
             let lapse = lapse.unwrap_or_else(|| pending().boxed());
             let ending = async { if rpc.streams() { ending.cancelled().await } else { pending().await } };
@@ -225,9 +224,9 @@ impl Forwarder {
         mut headers: HeaderMap,
         message: Vec<Bytes>,
     ) -> Result<Sent, Status> {
-        describe(caller, &self.0.replica, &mut headers)?;
+        describe(caller, &self.0.membership.replica().name, &mut headers)?;
         if caller.was_forwarded {
-            return Err(error::not_leader(&self.0.roles.borrow()));
+            return Err(error::not_leader(&self.0.membership));
         }
         self.deliver(rpc, headers, message, caller.arrived).await
     }
@@ -246,19 +245,21 @@ impl Forwarder {
         *request.uri_mut() = path.ok_or_else(|| Status::internal("this call has no path"))?;
         (*request.method_mut(), *request.version_mut()) = (http::Method::POST, http::Version::HTTP_2);
         *request.headers_mut() = headers;
-        let mut roles = self.0.roles.clone();
+        let mut roles = self.0.membership.roles();
         let mut may_repeat = true;
         loop {
             let role = roles.borrow_and_update().clone();
-            let Role::Follower { leader: Some(leader) } = &role else { return Err(error::not_leader(&role)) };
+            let Role::Follower { leader: Some(leader) } = &role else {
+                return Err(error::not_leader(&self.0.membership));
+            };
             let (why, was_connected) = match self.send_to(leader, &request, arrived, roles.clone()).await {
                 Ok((mut response, place)) => {
-                    let Said { acknowledged, declared } = Said::take(response.headers_mut());
+                    let Said { acknowledged, settings } = Said::take(response.headers_mut());
                     if let Some(newest) = acknowledged {
                         self.note(newest, leader.epoch).await;
                     }
-                    if let Some(digest) = declared {
-                        self.0.history.compare_declared(digest);
+                    if let Some(settings) = settings {
+                        self.0.membership.compare_settings(&settings);
                     }
                     return Ok(Sent { response, leader: leader.clone().into(), place, room });
                 }

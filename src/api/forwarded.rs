@@ -18,7 +18,7 @@ use tonic::{
 
 use crate::{
     access::Bearer,
-    model::{Epoch, Revision},
+    model::{CommonSettings, Epoch, Revision},
     orchestrator::Position,
     transport::Origin,
 };
@@ -33,16 +33,17 @@ pub(super) const EPOCH: &str = "orchestrator-leader-epoch";
 /// history: its revision and its epoch, or 0 if that is not known.
 const ACKNOWLEDGED: &str = "orchestrator-acknowledged";
 
-/// The name of the header of such an answer with a digest of the names that the configuration of the leader declares.
-const DECLARED: &str = "orchestrator-declared";
+/// The name of the header of such an answer with the settings that replicas should have in common, as the leader has
+/// them.
+const SETTINGS: &str = "orchestrator-settings";
 
 /// What the answer to such a call says of the leader.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Said {
     /// The newest acknowledged record.
     pub(super) acknowledged: Option<Position>,
-    /// The digest of declared names.
-    pub(super) declared: Option<u128>,
+    /// Its settings.
+    pub(super) settings: Option<CommonSettings>,
 }
 
 impl Said {
@@ -52,8 +53,8 @@ impl Said {
             let epoch = epoch.unwrap_or_default();
             format!("{revision} {epoch}")
         });
-        let declared = self.declared.map(|digest| format!("{digest:032x}"));
-        for (name, text) in [(ACKNOWLEDGED, acknowledged), (DECLARED, declared)] {
+        let (acknowledged, settings) = (acknowledged.as_deref(), self.settings.as_ref().map(CommonSettings::as_str));
+        for (name, text) in [(ACKNOWLEDGED, acknowledged), (SETTINGS, settings)] {
             if let Some(value) = text.and_then(|text| HeaderValue::try_from(text).ok()) {
                 headers.insert(name, value);
             }
@@ -68,7 +69,7 @@ impl Said {
             let (revision, epoch) = (Revision(revision.parse().ok()?), Epoch(epoch.parse().ok()?));
             Some(Position { revision, epoch: Some(epoch).filter(|epoch| *epoch != Epoch::default()) })
         });
-        Self { acknowledged, declared: text(DECLARED).and_then(|text| u128::from_str_radix(&text, 16).ok()) }
+        Self { acknowledged, settings: text(SETTINGS).map(|text| CommonSettings::parse(&text)) }
     }
 }
 
@@ -170,17 +171,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_answer_says_how_far_the_history_is_acknowledged_and_what_is_declared() {
+    fn an_answer_says_how_far_the_history_is_acknowledged_and_which_settings_the_leader_has() {
         let known = Position { revision: Revision(7), epoch: Some(Epoch(3)) };
         for position in [Position::default(), Position { epoch: None, ..known }, known] {
-            let said = Said { acknowledged: Some(position), declared: Some(u128::MAX - 1) };
+            let settings = CommonSettings::of("1.0.0", [("loops", 1), ("subsystems", 2)]);
+            let said = Said { acknowledged: Some(position), settings: Some(settings) };
             let mut headers = HeaderMap::new();
-            said.put(&mut headers);
+            said.clone().put(&mut headers);
             assert_eq!(Said::take(&mut headers), said);
             assert!(headers.is_empty(), "callers don't get it");
         }
         for bad in ["", "7", "7 x", "-1 3"] {
-            let headers = [ACKNOWLEDGED, DECLARED].map(|name| (name.parse().unwrap(), bad.parse().unwrap()));
+            let headers = [ACKNOWLEDGED, SETTINGS].map(|name| (name.parse().unwrap(), bad.parse().unwrap()));
             let said = Said::take(&mut headers.into_iter().collect());
             assert_eq!(said.acknowledged, None, "{bad}");
         }

@@ -36,7 +36,7 @@ impl Leading {
     /// What this leader tells other replicas of itself. Nothing while it does not lead.
     pub(super) fn said(&self) -> Said {
         match self.get() {
-            Some(_) => Said { acknowledged: self.history.known(), declared: Some(self.history.declared_digest()) },
+            Some(_) => Said { acknowledged: self.history.known(), settings: Some(self.membership.settings()) },
             None => Said::default(),
         }
     }
@@ -58,7 +58,7 @@ impl Leading {
     /// # Errors
     /// This process does not lead.
     pub(super) fn orchestrator(&self) -> Result<Arc<Orchestrator>, Status> {
-        self.get().ok_or_else(|| error::not_leader(&self.membership.role()))
+        self.get().ok_or_else(|| error::not_leader(&self.membership))
     }
 
     /// Checks that this process is the leader for which a call of another replica is meant: it leads, in this term. So
@@ -69,7 +69,7 @@ impl Leading {
     pub(super) fn check_meant(&self, epoch: Option<Epoch>) -> Result<(), Status> {
         match self.membership.role() {
             Role::Leader { epoch: own } if Some(own) == epoch && self.membership.has_peers() => Ok(()),
-            role @ Role::Follower { leader: Some(_) } => Err(error::not_leader(&role)),
+            Role::Follower { leader: Some(_) } => Err(error::not_leader(&self.membership)),
             Role::Leader { .. } | Role::Follower { leader: None } => Err(error::not_meant(epoch)),
         }
     }

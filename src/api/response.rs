@@ -87,10 +87,10 @@ pub(super) fn status(status: Status, insecure: bool, membership: &Membership) ->
 
 /// The status of the leader, as a follower of it answers.
 pub(super) fn asked_at(membership: &Membership, status: pb::OrchestratorStatus) -> pb::OrchestratorStatus {
-    let pb::OrchestratorStatus { replica, role, leader, lease_remaining, .. } = of_replica(membership);
+    let pb::OrchestratorStatus { replica, role, leader, lease_remaining, unable_to_lead, .. } = of_replica(membership);
     // The leader knows best that it leads.
     let leader = status.leader.or(leader);
-    pb::OrchestratorStatus { replica, role, leader, lease_remaining, ..status }
+    pb::OrchestratorStatus { replica, role, leader, lease_remaining, unable_to_lead, ..status }
 }
 
 /// The part of the status that says which replica answers, and which one leads.
@@ -109,6 +109,7 @@ fn of_replica(membership: &Membership) -> pb::OrchestratorStatus {
         role: role.into(),
         leader,
         lease_remaining: membership.lease().and_then(|lease| duration(lease.remaining())),
+        unable_to_lead: membership.unable().as_deref().unwrap_or_default().to_owned(),
         ..pb::OrchestratorStatus::default()
     }
 }

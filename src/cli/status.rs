@@ -98,6 +98,9 @@ fn shown(status: &pb::OrchestratorStatus, last: Option<&pb::CycleTelemetry>, pag
     if status.lease_remaining.is_some() || status.role() == pb::ReplicaRole::Follower && !status.read_only {
         facts.fact("replica", replica(status));
     }
+    if !status.unable_to_lead.is_empty() {
+        facts.fact("CAN'T LEAD", status.unable_to_lead.clone());
+    }
     facts.fact("subsystems", grouped(status.subsystem_count.into()));
     facts.fact("cycles", format!("{} recorded", grouped(status.total_cycles)));
     facts.fact("last", last.map_or_else(|| "-".to_owned(), in_short));

@@ -12,6 +12,7 @@ use super::{
 use crate::{
     host::Host,
     ledger::{LogBegan, LogBeganReason},
+    model::is_orchestrator_id,
     record,
     store::{self, Accepted, Compacted, EntryCodec, KeyFileError, LogKeys, Migrated, Moved, PostgresUrl, StoreUrl},
 };
@@ -29,6 +30,7 @@ enum Command {
     Compact(Compact),
     Copy(Copy),
     Migrate(Migrate),
+    Rename(Rename),
 }
 
 /// Make the file of a store smaller, after records were removed
@@ -134,6 +136,33 @@ struct Migrate {
     print: bool,
 }
 
+/// Rename the orchestrator of a store in PostgreSQL
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+All replicas over a store in PostgreSQL have one orchestrator_id: one with another id does not start, since it may be \
+that of another orchestrator, by mistake. This command changes the id. Then change orchestrator_id in the \
+configuration of each replica, and restart one after the other, the leader last: until then, replicas with the earlier \
+id only follow, and the leader goes on.
+
+For subsystems, and for orchestrators that this one calls, the one with the new id is another orchestrator: retries of \
+its cycles don't find those of the earlier id.
+
+Exit codes:
+  0    the orchestrator has this id
+  1    the store does not exist, or can't be used
+  2    wrong usage
+
+Examples:
+  orchestrator store rename postgres://service@db1.example,db2.example/fleet eu")]
+struct Rename {
+    /// The store
+    #[arg(value_name = "URL", value_parser = PostgresUrl::parse)]
+    url: PostgresUrl,
+    /// The new orchestrator_id: 1 to 128 letters, digits and signs, without spaces
+    #[arg(value_name = "ID", value_parser = orchestrator_id)]
+    id: String,
+}
+
 /// Accept a store as it is, although it is a copy, or not what was signed last
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -203,6 +232,13 @@ impl Store {
                 print(&(clean(&brought(&url, migrated)) + "\n"))?;
                 return Ok(Exit::Done);
             }
+            Command::Rename(Rename { url, id }) => {
+                let renamed = store::rename(&url, &id, record::CHECKS, Host::system().clock).await;
+                let earlier = renamed.map_err(|error| refused(&error))?;
+                let earlier = earlier.map_or_else(|| "it had none".to_owned(), |earlier| format!("it was {earlier}"));
+                print(&(clean(&format!("{url} is the store of the orchestrator {id} now; {earlier}")) + "\n"))?;
+                return Ok(Exit::Done);
+            }
             Command::Copy(Copy { from, to }) => {
                 let moved = store::copy(&from, &to, Host::system().clock).await.map_err(|error| refused(&error))?;
                 print(&moved_to(&moved))?;
@@ -221,6 +257,14 @@ impl Store {
             .map_err(|error| refused(&error))?;
         print(&told(&accepted))?;
         Ok(Exit::Done)
+    }
+}
+
+fn orchestrator_id(text: &str) -> Result<String, String> {
+    if is_orchestrator_id(text) {
+        Ok(text.to_owned())
+    } else {
+        Err("give 1 to 128 letters, digits and signs, without spaces".into())
     }
 }
 

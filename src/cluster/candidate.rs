@@ -25,6 +25,7 @@ const MAX_OFFSET: SignedDuration = SignedDuration::from_secs(30);
 pub struct Candidate {
     leadership: Arc<dyn Leadership>,
     membership: Membership,
+    orchestrator_id: Arc<str>,
     lease_ttl: Duration,
     host: Host,
     /// The row, and when the first answer arrived that showed it so.
@@ -35,9 +36,7 @@ pub struct Candidate {
     known_until: Instant,
     /// The last claim of this replica, and whether its outcome is known.
     claimed: Option<(ClaimId, Outcome)>,
-    /// True while its clock is too far off, which is logged once.
-    is_off: bool,
-    /// True while the row can't be read, likewise.
+    /// True while the row can't be read, which is logged once.
     is_blind: bool,
 }
 
@@ -58,18 +57,23 @@ pub struct Won {
 }
 
 impl Candidate {
-    /// A candidate for terms with leases of this TTL.
-    pub fn new(leadership: Arc<dyn Leadership>, membership: Membership, lease_ttl: Duration, host: Host) -> Self {
+    /// A candidate for terms of the orchestrator with this id, with leases of this TTL.
+    pub fn new(
+        leadership: Arc<dyn Leadership>,
+        membership: Membership,
+        (orchestrator_id, lease_ttl): (Arc<str>, Duration),
+        host: Host,
+    ) -> Self {
         Self {
             leadership,
             membership,
+            orchestrator_id,
             lease_ttl,
             host,
             seen: None,
             latest: Epoch::default(),
             known_until: Instant::now(),
             claimed: None,
-            is_off: false,
             is_blind: false,
         }
     }
@@ -139,7 +143,8 @@ impl Candidate {
         if !is_free {
             self.known_until = arrived + waits_for;
         }
-        if !is_free || self.membership.unable().is_some() || !self.has_good_clock(offset) {
+        self.judge(&observed, offset);
+        if !is_free || self.membership.unable().is_some() {
             return Ok(None);
         }
         self.claim(&observed).await
@@ -163,6 +168,7 @@ impl Candidate {
         let claim = Claim {
             id,
             replica: self.membership.replica().clone(),
+            orchestrator_id: self.orchestrator_id.clone(),
             lease_ttl: self.lease_ttl,
             at_least: Epoch::by_clock(clock.now()),
         };
@@ -194,18 +200,19 @@ impl Candidate {
         Won { epoch, lease }
     }
 
-    /// False if its clock is too far from that of the database.
-    fn has_good_clock(&mut self, offset: SignedDuration) -> bool {
-        let is_off = offset.abs() > MAX_OFFSET;
-        if is_off && !mem::replace(&mut self.is_off, is_off) {
-            tracing::error!(
-                ?offset,
-                "this replica does not lead: its clock differs from that of the database by more than {MAX_OFFSET:#}; \
-                 set both by NTP"
-            );
+    /// Finds out whether the row and its time keep this replica from leading, which is logged once.
+    fn judge(&self, observed: &Observed, offset: SignedDuration) {
+        let why = match observed.check_orchestrator(&self.orchestrator_id) {
+            Err(other) => Some(other.to_string()),
+            Ok(()) if offset.abs() > MAX_OFFSET => Some(format!(
+                "its clock differs from that of the database by more than {MAX_OFFSET:#}; set both by NTP"
+            )),
+            Ok(()) => None,
+        };
+        let is_new = self.membership.set_unfit(why.as_deref());
+        if let Some(why) = why.filter(|_| is_new) {
+            tracing::error!(?offset, "this replica does not lead: {why}");
         }
-        self.is_off = is_off;
-        !is_off
     }
 }
 

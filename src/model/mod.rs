@@ -31,7 +31,7 @@ pub use identity::{Identity, IdentityError};
 pub use name::{Name, NameError, nearest};
 pub use parent::{CallPath, ParentCycle, PathError, Served, ServedSpec, is_orchestrator_id};
 pub use payload::Payload;
-pub use replica::{Leader, Replica, Role};
+pub use replica::{CommonSettings, Leader, Replica, Role};
 pub use schedule::{
     CatchUp, IntervalLoop, LoopChoice, LoopSpec, LoopStart, LoopState, OverlapPolicy, TickCounts, TickDisposition,
     TickRange,

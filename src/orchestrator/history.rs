@@ -60,8 +60,6 @@ struct Inner {
     limits: Mutex<Limits>,
     /// The names in the configuration file.
     declared: Mutex<Arc<DeclaredNames>>,
-    /// The digest of what the leader declares, if it is another one.
-    declared_by_leader: Mutex<Option<u128>>,
     extent: Mutex<Extent>,
     /// The newest revision, for watchers.
     shown: latest::Sender<Revision>,
@@ -245,7 +243,6 @@ impl History {
             watching,
             limits: Mutex::new(Limits::of(settings)),
             declared: Mutex::default(),
-            declared_by_leader: Mutex::default(),
             extent: Mutex::default(),
             shown: latest::Sender::default(),
             checkpoint: latest::Sender::default(),
@@ -269,23 +266,6 @@ impl History {
 
     fn declared(&self) -> Arc<DeclaredNames> {
         self.0.declared.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// A digest of the names that the configuration file declares.
-    pub fn declared_digest(&self) -> u128 {
-        self.declared().digest
-    }
-
-    /// Warns, once, if the leader declares other names than this replica: they would be gone if this one took over.
-    pub fn compare_declared(&self, by_leader: u128) {
-        let other = Some(by_leader).filter(|digest| *digest != self.declared_digest());
-        let known = mem::replace(&mut *self.0.declared_by_leader.lock().unwrap_or_else(PoisonError::into_inner), other);
-        if other.is_some() && other != known {
-            tracing::warn!(
-                "the configuration of the leader declares other subsystems or loops than that of this replica, which would \
-                 unregister what only the leader declares if it took over: give all replicas the same configuration"
-            );
-        }
     }
 
     /// Reads the former names of subsystems from the store. An orchestrator of this process knows them itself.

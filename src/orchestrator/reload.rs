@@ -12,7 +12,6 @@ use super::{
     registry::{Declarations, Entries},
 };
 use crate::{
-    ledger::Hash,
     model::{Cause, Identity, IntervalLoop, Name, Subsystem},
     ports::{Retention, Write},
     schedule::LoopOrigin,
@@ -61,24 +60,11 @@ pub struct Declared {
 }
 
 impl Declared {
-    /// A digest of all names: a replica that takes over from another one forgets what that one has declared, and this
-    /// one does not.
-    fn digest(&self) -> u128 {
-        let Self { subsystems, former_names, loops, expected } = self;
-        let mut subsystems: Vec<_> = subsystems.iter().map(|subsystem| &subsystem.name).collect();
-        let mut loops: Vec<_> = loops.iter().map(|settings| &settings.name).collect();
-        subsystems.sort();
-        loops.sort();
-        let names = format!("{subsystems:?} {former_names:?} {loops:?} {expected:?}");
-        let Hash(bytes) = Hash::of_bytes(names.as_bytes());
-        bytes.first_chunk().map_or(0, |half| u128::from_be_bytes(*half))
-    }
-
-    /// The declared subsystems with their former names, and a digest of all names.
+    /// The declared subsystems with their former names.
     pub(super) fn names(&self) -> DeclaredNames {
         let former = |name: &Name| self.former_names.get(name).cloned().unwrap_or_default();
         let subsystems = self.subsystems.iter().map(|subsystem| (subsystem.name.clone(), former(&subsystem.name)));
-        DeclaredNames { subsystems: subsystems.collect(), digest: self.digest() }
+        DeclaredNames { subsystems: subsystems.collect() }
     }
 }
 
@@ -87,8 +73,6 @@ impl Declared {
 pub(super) struct DeclaredNames {
     /// The subsystems, with their former names.
     pub(super) subsystems: BTreeMap<Name, Arc<[Name]>>,
-    /// A digest of these, and of the names of loops and expected subsystems.
-    pub(super) digest: u128,
 }
 
 impl Orchestrator {

@@ -1,6 +1,6 @@
 //! The port to what several replicas agree by on which one leads.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use futures_util::future::BoxFuture;
 use jiff::Timestamp;
@@ -57,8 +57,37 @@ pub struct Observed {
     pub leader: Option<Leader>,
     /// The TTL of the lease of that replica.
     pub lease_ttl: Duration,
+    /// The orchestrator whose replicas have claimed the row; `None` if none ever has.
+    pub orchestrator_id: Option<Arc<str>>,
     /// The time by the clock of the database.
     pub time: Timestamp,
+}
+
+impl Observed {
+    /// Checks that replicas of the orchestrator with this id may claim the row.
+    ///
+    /// # Errors
+    /// It is that of another orchestrator.
+    pub fn check_orchestrator(&self, own: &str) -> Result<(), OtherOrchestrator> {
+        match &self.orchestrator_id {
+            Some(found) if **found != *own => Err(OtherOrchestrator { own: own.to_owned(), found: found.clone() }),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The store is that of another orchestrator.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "orchestrator_id is {own:?} in the configuration of this replica, and the store is that of the orchestrator \
+     {found:?}: set orchestrator_id to {found:?}, or name another store in store.url. To rename the orchestrator of \
+     the store, run `orchestrator store rename`"
+)]
+pub struct OtherOrchestrator {
+    /// The id of this one.
+    pub own: String,
+    /// The id in the store.
+    pub found: Arc<str>,
 }
 
 /// A number that no two claims have in common.
@@ -80,6 +109,8 @@ pub struct Claim {
     pub id: ClaimId,
     /// The replica.
     pub replica: Replica,
+    /// The id of its orchestrator.
+    pub orchestrator_id: Arc<str>,
     /// The TTL of its lease. Other replicas wait at least as long before they claim the row.
     pub lease_ttl: Duration,
     /// The lowest epoch of the new term, by the clock of the replica.

@@ -781,6 +781,20 @@ pub enum StoreError {
         /// The problem.
         problem: String,
     },
+    /// A later version of this software has migrated it since this process opened it, and earlier ones can't use it any
+    /// more.
+    #[error(
+        "{store} has schema version {found} now, but this version of the software supports up to {known}; use a newer \
+         version"
+    )]
+    TooNew {
+        /// Which store.
+        store: String,
+        /// Its version.
+        found: i64,
+        /// The latest supported version.
+        known: i64,
+    },
     /// There is no space left.
     #[error("no space left to write {store}: {problem}; free some space, and writing resumes by itself")]
     Full {
@@ -846,6 +860,7 @@ impl StoreError {
             | Self::Tampered { .. }
             | Self::NotServed { .. }
             | Self::Unusable { .. }
+            | Self::TooNew { .. }
             | Self::Defect { .. } => true,
             Self::Full { .. }
             | Self::ReadOnly { .. }

@@ -72,9 +72,9 @@ impl Replicas {
         let reach = Reach { mode: config.access.mode, ..Reach::default() };
         let (timeout, trusted) = (config.dial.connect_timeout, Mutex::new(Trusted::by(config)));
         let connector = Arc::new(Connector { transport, tls, timeout, reach, trusted });
-        let (replica, max_calls) = (&membership.replica().name, config.server.max_concurrent_streams);
+        let max_calls = config.server.max_concurrent_streams;
         let connect = (connector.clone().connect(), timeout);
-        let forwarder = Forwarder::new(replica, membership.roles(), history, connect, max_calls, answers);
+        let forwarder = Forwarder::new(membership.clone(), history, connect, max_calls, answers);
         let follow = || {
             let (follows, reports, sums) = (forwarder.clone(), forwarder.clone(), sums.clone());
             let follows = tokio::spawn(async move { follows.follow().await });

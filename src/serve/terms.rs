@@ -15,7 +15,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::{Dispatch, instrument::WithSubscriber};
 
-use super::{StartError, declared, log, settings};
+use super::{StartError, declared, in_common, log, settings};
 use crate::{
     api::Api,
     cluster::{self, Candidate, Lease, Leased, Membership, Won},
@@ -23,7 +23,7 @@ use crate::{
     dial::Dialer,
     host::Host,
     memory::Shares,
-    model::{Begin, Epoch, Revision},
+    model::{Begin, Epoch, Revision, Role},
     orchestrator::{History, Orchestrator, OrchestratorTasks, Position, Refusal, Stopped, Sums, TakenOver},
     ports::{Leadership, Spans, Store, StoreError, Subsystems},
     store::OpenError,
@@ -35,6 +35,8 @@ const RELEASE: Duration = Duration::from_secs(2);
 const AFTER_FAILURE: Duration = Duration::from_secs(1);
 /// A follower finds out at this interval whether it can lead.
 const REHEARSALS: Duration = Duration::from_mins(1);
+/// Why it does not claim to lead before it has found that out.
+const UNREAD: &str = "it has not read the store yet";
 /// It reads the store for that: if this takes long, the interval is this many times as long.
 const REHEARSED: u32 = 20;
 
@@ -148,7 +150,7 @@ impl Terms {
     /// The terms of a replica that shares its store. If no other one leads, it leads when this returns.
     ///
     /// # Errors
-    /// It has claimed to lead, and can't with this configuration.
+    /// No other replica leads, and this one can't with its configuration; or the store is that of another orchestrator.
     pub(super) async fn shared(
         config: &Config,
         how: Begin,
@@ -159,17 +161,11 @@ impl Terms {
         let config = Arc::new(watch::Sender::new(Arc::new(config.clone())));
         let shared = Shared { leadership, store, parts, config };
         let mut candidate = shared.candidate(&api);
-        let won = match candidate.look().await {
-            Ok(won) => won,
-            Err(error) => {
-                tracing::warn!(%error, "it is not known which replica leads");
-                None
-            }
-        };
+        let (won, after) = shared.first_term(&mut candidate, api.membership()).await?;
         let mut terms = Self { api, phase: Phase::Over, how, shared: Some(shared) };
         let Some(won) = won else {
             tracing::info!("this replica follows");
-            terms.follow(candidate, After::Start);
+            terms.follow(candidate, after);
             return Ok(terms);
         };
         let epoch = won.epoch;
@@ -235,6 +231,7 @@ impl Terms {
             shared.config.send_replace(Arc::new(config.clone()));
             shared.parts.history.apply(&settings(config));
             shared.parts.history.declare(&declared(config));
+            self.api.membership().set_settings(in_common(config));
         }
         Ok(())
     }
@@ -299,7 +296,7 @@ impl Terms {
         let wins = async move {
             let first = match after {
                 After::Start => {
-                    membership.set_unable(Some("it has not read the store yet"));
+                    membership.set_unable(Some(UNREAD));
                     Duration::ZERO
                 }
                 After::Able => REHEARSALS,
@@ -400,8 +397,52 @@ impl Terms {
 impl Shared {
     fn candidate(&self, api: &Api) -> Candidate {
         let Self { leadership, parts, config, .. } = self;
-        let lease_ttl = config.borrow().cluster.lease_ttl;
-        Candidate::new(leadership.clone(), api.membership().clone(), lease_ttl, parts.host.clone())
+        let of = {
+            let config = config.borrow();
+            (config.orchestrator_id.as_str().into(), config.cluster.lease_ttl)
+        };
+        Candidate::new(leadership.clone(), api.membership().clone(), of, parts.host.clone())
+    }
+
+    /// Claims the first term, if no other replica leads and this one can. Otherwise `None`, and what precedes the time
+    /// in which it follows.
+    ///
+    /// # Errors
+    /// No other replica leads, and this one can't: its operator has to know. Also for the store of another
+    /// orchestrator, whether a replica of that leads or not.
+    async fn first_term(
+        &self,
+        candidate: &mut Candidate,
+        membership: &Membership,
+    ) -> Result<(Option<Won>, After), StartError> {
+        let unknown = |error| tracing::warn!(%error, "it is not known which replica leads");
+        membership.set_unable(Some(UNREAD));
+        let config = self.config.borrow().clone();
+        match self.leadership.observe().await {
+            Ok(observed) => observed.check_orchestrator(&config.orchestrator_id)?,
+            Err(error) => {
+                unknown(error);
+                return Ok((None, After::Start));
+            }
+        }
+        match candidate.look().await {
+            Ok(_) if membership.role() == (Role::Follower { leader: None }) => {}
+            Ok(_) => return Ok((None, After::Start)),
+            Err(error) => {
+                unknown(error);
+                return Ok((None, After::Start));
+            }
+        }
+        match self.rehearse(&config).await {
+            Ok(()) => membership.set_unable(None),
+            Err(error) if is_passing(&error) => return Ok((None, After::Start)),
+            Err(error) => return Err(error),
+        };
+        let won = candidate.look().await.unwrap_or_else(|error| {
+            unknown(error);
+            None
+        });
+        Ok((won, After::Able))
     }
 
     /// Finds out again and again whether this replica can lead, with its configuration and the present contents of the

@@ -38,7 +38,7 @@ pub use self::keys::{
 };
 #[cfg(feature = "simulation")]
 pub use self::memory::{Fate, Fates, SimulatedDatabase, Statement};
-pub use self::postgres::{Migrated, PostgresUrl, migrate, tables};
+pub use self::postgres::{Migrated, PostgresUrl, migrate, rename, tables};
 pub use self::sqlite::DatabaseFileError;
 use bytes::Bytes;
 

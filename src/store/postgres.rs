@@ -57,7 +57,7 @@ use super::{
     jobs::Jobs,
     pages::{cycles_after, cycles_before, events_before, record_of},
     parts::parts,
-    row::{flag, integer, json, leaf, name, number},
+    row::{flag, integer, json, leaf, name, number, optional_text},
     term::SharedLog,
     trouble::Trouble,
 };
@@ -97,16 +97,17 @@ struct Writing {
 
 impl PostgresStore {
     pub(super) async fn open(url: &PostgresUrl, checks: Checks, clock: Clock) -> Result<Self, OpenError> {
-        Self::open_even(url, (checks, clock), false).await
+        Self::open_by(Connector::new(url.clone(), clock).await?, (checks, clock), false).await
     }
 
-    /// Opens a database, even if it was moved.
-    async fn open_even(
-        url: &PostgresUrl,
+    /// Opens a database that is reached so, even if it was moved.
+    async fn open_by(
+        connector: Connector,
         (checks, clock): (Checks, Clock),
         even_moved: bool,
     ) -> Result<Self, OpenError> {
-        let connector = Arc::new(Connector::new(url.clone(), clock).await?);
+        let connector = Arc::new(connector);
+        let url = connector.url();
         let mut connection = connector.connect(APPLICATION).await?;
         schema::migrate(&connector, &mut connection).await?;
         schema::check_additions(&connector, &connection).await?;
@@ -311,7 +312,8 @@ pub(super) async fn accept(
     EntryCodec { checks, began }: EntryCodec,
     clock: Clock,
 ) -> Result<Accepted, AcceptError> {
-    let store = PostgresStore::open_even(url, (checks, clock), true).await?;
+    let connector = Connector::new(url.clone(), clock).await.map_err(OpenError::from)?;
+    let store = PostgresStore::open_by(connector, (checks, clock), true).await?;
     let signer = Signer::of(origin, keys);
     let taken = store.take_over(Seals::Renewed(SealKeys::of(&signer))).await;
     let Contents { epoch, last_cycle_id, missing, checkpoint, .. } = taken.map_err(OpenError::from)?;
@@ -335,6 +337,24 @@ pub(super) async fn accept(
     store.write_beside(&led, &[&integer(epoch.0), &latest]).await.map_err(OpenError::from)?;
     let (store, noted_cycle_id) = (url.to_string(), last_cycle_id);
     Ok(Accepted { store, earlier: None, last_cycle_id, noted_cycle_id, missing: lacks })
+}
+
+/// Renames the orchestrator of a store: from now on, only replicas with this id lead. One that leads goes on until it is
+/// replaced. Returns the earlier id; `None` if no replica has led yet.
+///
+/// # Errors
+/// The store does not exist, or can't be written.
+pub async fn rename(url: &PostgresUrl, id: &str, checks: Checks, clock: Clock) -> Result<Option<String>, OpenError> {
+    let store = PostgresStore::look(url, checks, clock).await?;
+    let schema = url.schema();
+    // The beat rises, so that a replica which has seen the earlier id does not claim the row meanwhile.
+    let rename = format!(
+        "WITH {DURABLE}, earlier AS (SELECT orchestrator_id FROM {schema}.leader WHERE id = 0 FOR UPDATE)
+         UPDATE {schema}.leader SET orchestrator_id = $1, beat = beat + 1 FROM durable, earlier WHERE id = 0
+         RETURNING earlier.orchestrator_id AS earlier"
+    );
+    let renamed = store.write_beside(&rename, &[&id.to_owned()]).await?;
+    Ok(renamed.first().and_then(|row| optional_text(row, "earlier").ok().flatten()))
 }
 
 /// The statements by which [`migrate`] makes the tables of a new store in the schema of this URL.
@@ -466,7 +486,7 @@ impl Store for PostgresStore {
                 "WITH {DURABLE_BESIDE},
                  leads AS (SELECT 1 FROM {schema}.leader l, durable WHERE id = 0 AND epoch = coalesce($2, epoch)
                            FOR SHARE OF l),
-                 put AS (INSERT INTO {schema}.checkpoint SELECT 0, $1 FROM leads
+                 put AS (INSERT INTO {schema}.checkpoint (id, note) SELECT 0, $1 FROM leads
                          ON CONFLICT (id) DO UPDATE SET note = EXCLUDED.note RETURNING 1)
                  SELECT epoch FROM {schema}.leader WHERE NOT EXISTS (SELECT 1 FROM put)"
             );

@@ -914,6 +914,16 @@ macro_rules! every_store {
             })+
         }
 
+        mod postgres_of_a_later_version {
+            $(#[tokio::test]
+            async fn $test() {
+                let Some(url) = super::postgres_url() else { return };
+                super::super::postgres::tests::widen(&url).await;
+                let (store, epoch) = super::opened(&url).await;
+                super::$test(&*store, epoch).await;
+            })+
+        }
+
         mod pooled {
             $(#[tokio::test]
             async fn $test() {

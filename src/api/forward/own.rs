@@ -62,7 +62,7 @@ impl Forwarder {
     /// progress of its cycles while a watcher wants that. Returns only if the role of this replica does not change any
     /// more.
     pub async fn follow(&self) {
-        let mut roles = self.0.roles.clone();
+        let mut roles = self.0.membership.roles();
         let (mut told, mut pause) = (None, FIRST_PAUSE);
         loop {
             let follows = |role: &Role| matches!(role, Role::Follower { leader: Some(_) });
@@ -165,7 +165,7 @@ impl Forwarder {
     /// while: their clients may find a replica that does. Returns only if the role of this replica does not change any
     /// more.
     pub async fn end_watches(&self) {
-        let (mut roles, mut current) = (self.0.roles.clone(), self.0.is_current.subscribe());
+        let (mut roles, mut current) = (self.0.membership.roles(), self.0.is_current.subscribe());
         let mut unconfirmed = self.0.history.unconfirmed();
         let mut until = None;
         loop {
@@ -201,7 +201,7 @@ impl Forwarder {
     /// later, or written by this replica when it leads. Returns only if the role of this replica does not change any
     /// more.
     pub async fn report(&self, sums: &Sums) {
-        let mut roles = self.0.roles.clone();
+        let mut roles = self.0.membership.roles();
         loop {
             if roles.wait_for(|role| role.epoch().is_none()).await.is_err() {
                 return;
@@ -224,7 +224,7 @@ impl Forwarder {
 
     async fn report_now(&self, sums: &Sums, mut events: Vec<AuditEvent>) {
         while !events.is_empty() {
-            let (mut report, mut taken) = (Forwarded::own(self.0.replica.to_string()), 0);
+            let (mut report, mut taken) = (Forwarded::own(self.0.membership.replica().name.clone()), 0);
             for event in &events {
                 report.events.push(record::encode_event(event).bytes);
                 if report.encoded_len() > Forwarded::MAX_BYTES {
@@ -257,7 +257,7 @@ impl Forwarder {
         rpc: Rpc,
         request: &Q,
     ) -> Result<OwnAnswer<A>, Status> {
-        let own = Forwarded::own(self.0.replica.to_string());
+        let own = Forwarded::own(self.0.membership.replica().name.clone());
         self.deliver_own(rpc, &own, vec![framing::framed(request)]).await
     }
 

@@ -8,7 +8,7 @@ use std::{
 use http_body_util::{BodyExt, Full, StreamBody, combinators::BoxBody};
 use tokio::{
     io::{AsyncWriteExt, DuplexStream, duplex},
-    sync::{Mutex, mpsc, watch},
+    sync::{Mutex, mpsc},
     time::{Instant, timeout},
 };
 use tokio_util::task::AbortOnDropHandle;
@@ -206,9 +206,16 @@ fn at(revision: u64, epoch: u64) -> Position {
 }
 
 /// A follower of this leader, with what changes its role.
-fn follower(connect: Connect, of: Option<Leader>, answers: Memory) -> (Forwarder, watch::Sender<Role>) {
-    let (change, roles) = watch::channel(Role::Follower { leader: of });
-    (Forwarder::new("follower", roles, history(), (connect, TIMEOUT), 2, answers), change)
+fn follower(connect: Connect, of: Option<Leader>, answers: Memory) -> (Forwarder, Membership) {
+    let membership = member(of);
+    (Forwarder::new(membership.clone(), history(), (connect, TIMEOUT), 2, answers), membership)
+}
+
+/// A replica that follows this leader.
+fn member(of: Option<Leader>) -> Membership {
+    let membership = Membership::of(Replica { name: "follower".into(), address: None });
+    membership.set(Role::Follower { leader: of });
+    membership
 }
 
 fn memory() -> Memory {
@@ -246,7 +253,7 @@ fn counts(forwarder: &Forwarder) -> Vec<(Code, u64)> {
 #[tokio::test]
 async fn a_call_goes_on_as_it_came_and_so_does_its_answer() {
     let fake = FakeLeader::start();
-    let (forwarder, _change) = follower(fake.connect, Some(leader("a")), memory());
+    let (forwarder, _) = follower(fake.connect, Some(leader("a")), memory());
     let message = vec![7; 1 << 20];
     let headers = [
         ("grpc-timeout", "10S"),
@@ -282,19 +289,19 @@ async fn without_a_leader_that_can_be_reached_nothing_is_sent_and_the_caller_kno
     let unavailable = |reason: &str, leader: &str| (GrpcCode::Unavailable, reason.to_owned(), leader.to_owned());
     assert_eq!(refused(&forwarder, run()).await, unavailable("NO_LEADER", ""));
     // It became the leader meanwhile.
-    change.send_replace(Role::Leader { epoch: Epoch(2) });
+    change.set(Role::Leader { epoch: Epoch(2) });
     assert!(!forwarder.follows());
     assert_eq!(refused(&forwarder, run()).await, unavailable("NO_LEADER", ""));
     let unknown = Leader { replica: Replica { address: None, ..leader("a").replica }, epoch: Epoch(3) };
-    change.send_replace(Role::Follower { leader: Some(unknown) });
+    change.set(Role::Follower { leader: Some(unknown) });
     assert_eq!(refused(&forwarder, run()).await, unavailable("NO_LEADER", "a"));
     // One hop only.
-    change.send_replace(Role::Follower { leader: Some(leader("b")) });
+    change.set(Role::Follower { leader: Some(leader("b")) });
     let forwarded = call(Rpc::RunCycle, &[("orchestrator-caller-bin", "")], b"");
     assert_eq!(refused(&forwarder, forwarded).await, unavailable("NOT_LEADER", "b"));
     assert_eq!(fake.connections(), 0);
     let refuse: Connect = Arc::new(|_| async { Err("Connection refused".to_owned()) }.boxed());
-    let (forwarder, _change) = follower(refuse, Some(leader("c")), memory());
+    let (forwarder, _) = follower(refuse, Some(leader("c")), memory());
     assert_eq!(refused(&forwarder, run()).await, unavailable("NO_LEADER", "c"));
     assert_eq!((counts(&forwarder), begun.elapsed()), (vec![(Code::Unavailable, 1)], Duration::ZERO));
 }
@@ -302,7 +309,7 @@ async fn without_a_leader_that_can_be_reached_nothing_is_sent_and_the_caller_kno
 #[tokio::test]
 async fn a_call_that_was_not_sent_is_sent_over_another_connection() {
     let mut fake = FakeLeader::start();
-    let (forwarder, _change) = follower(fake.connect.clone(), Some(leader("a")), memory());
+    let (forwarder, _) = follower(fake.connect.clone(), Some(leader("a")), memory());
     let run = async || forwarder.send(call(Rpc::RunCycle, &[], b"x")).await.unwrap().into_body().collect().await;
     run().await.unwrap();
     run().await.unwrap();
@@ -320,7 +327,7 @@ async fn a_call_that_was_not_sent_is_sent_over_another_connection() {
 #[tokio::test(start_paused = true)]
 async fn a_call_that_has_failed_leaves_the_connection_to_others() {
     let mut fake = FakeLeader::start();
-    let (forwarder, _change) = follower(fake.connect.clone(), Some(leader("a")), memory());
+    let (forwarder, _) = follower(fake.connect.clone(), Some(leader("a")), memory());
     let watch = forwarder.send(call(Rpc::WatchCycles, &[], b"x")).await.unwrap();
     for _ in 0..2 * connections::Connections::MAX {
         let late = forwarder.send(call(Rpc::CancelCycle, &[("grpc-timeout", "50m")], b"x")).await.unwrap_err();
@@ -335,7 +342,7 @@ async fn a_call_that_has_failed_leaves_the_connection_to_others() {
 async fn connections_that_take_no_more_calls_count_until_they_have_ended() {
     let fake = FakeLeader::start();
     let large = Memory::whole(256 * WINDOW as usize);
-    let (forwarder, _change) = follower(fake.connect.clone(), Some(leader("a")), large);
+    let (forwarder, _) = follower(fake.connect.clone(), Some(leader("a")), large);
     let watch = async || forwarder.send(call(Rpc::WatchCycles, &[], b"x")).await;
     let mut open = Vec::new();
     for _ in 0..2 * connections::Connections::MAX {
@@ -376,7 +383,7 @@ async fn nothing_is_sent_to_a_server_that_is_silent_or_speaks_something_else() {
         (b"\0\0\0", "sent nothing within 5s", TIMEOUT),
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", "does not speak HTTP/2", Duration::ZERO),
     ] {
-        let (forwarder, _change) = follower(to_server_that_says(said), Some(leader("a")), memory());
+        let (forwarder, _) = follower(to_server_that_says(said), Some(leader("a")), memory());
         let begun = Instant::now();
         let status = forwarder.send(call(Rpc::RunCycle, &[], b"x")).await.unwrap_err();
         assert_eq!(status.get_details_error_info().unwrap().reason, "NO_LEADER");
@@ -388,7 +395,7 @@ async fn nothing_is_sent_to_a_server_that_is_silent_or_speaks_something_else() {
 #[tokio::test]
 async fn the_answer_of_another_kind_of_server_is_none_of_the_leader() {
     let fake = FakeLeader::start();
-    let (forwarder, _change) = follower(fake.connect.clone(), Some(leader("a")), memory());
+    let (forwarder, _) = follower(fake.connect.clone(), Some(leader("a")), memory());
     // A proxy may have passed the call on.
     for (status, reason) in [("404", "NO_LEADER"), ("302", "NO_LEADER"), ("504", "LEADER_LOST"), ("200", "LEADER_LOST")]
     {
@@ -410,17 +417,18 @@ async fn end_of(answer: http::Response<Body>) -> (GrpcCode, String) {
 #[tokio::test]
 async fn a_call_that_was_not_sent_goes_to_the_replica_that_leads_meanwhile() {
     let fake = FakeLeader::start();
-    let (change, roles) = watch::channel(Role::Follower { leader: Some(leader("a")) });
+    let change = member(Some(leader("a")));
+    let membership = change.clone();
     let connect_to_b = fake.connect.clone();
     let connect: Connect = Arc::new(move |to| {
-        let is_b = matches!(&*change.borrow(), Role::Follower { leader: Some(it) } if it.replica.name == "b");
+        let is_b = matches!(change.role(), Role::Follower { leader: Some(it) } if it.replica.name == "b");
         if is_b {
             return connect_to_b(to);
         }
-        change.send_replace(Role::Follower { leader: Some(leader("b")) });
+        change.set(Role::Follower { leader: Some(leader("b")) });
         async { Err("Connection refused".to_owned()) }.boxed()
     });
-    let forwarder = Forwarder::new("follower", roles, history(), (connect, TIMEOUT), 2, memory());
+    let forwarder = Forwarder::new(membership, history(), (connect, TIMEOUT), 2, memory());
     forwarder.send(call(Rpc::RunCycle, &[], b"x")).await.unwrap().into_body().collect().await.unwrap();
     assert_eq!(counts(&forwarder), [(Code::Ok, 1)]);
 }
@@ -428,9 +436,9 @@ async fn a_call_that_was_not_sent_goes_to_the_replica_that_leads_meanwhile() {
 #[tokio::test]
 async fn what_the_leader_acknowledges_is_noted_before_its_answer_is_passed_on() {
     let fake = FakeLeader::start();
-    let (_change, roles) = watch::channel(Role::Follower { leader: Some(leader("a")) });
     let history = history();
-    let forwarder = Forwarder::new("follower", roles, history.clone(), (fake.connect.clone(), TIMEOUT), 2, memory());
+    let forwarder =
+        Forwarder::new(member(Some(leader("a"))), history.clone(), (fake.connect.clone(), TIMEOUT), 2, memory());
     assert_eq!(history.known(), None);
     // The leader of this test answers with the headers that it gets.
     let answer = forwarder.send(call(Rpc::RunCycle, &[("orchestrator-acknowledged", "5 3")], b"x")).await.unwrap();
@@ -536,12 +544,12 @@ async fn a_stream_ends_when_another_replica_has_led_for_a_while_or_when_the_proc
     let (forwarder, change) = follower(fake.connect.clone(), Some(leader("a")), memory());
     let watch = forwarder.send(call(Rpc::WatchCycles, &[], b"x")).await.unwrap();
     // It may lead again, or still.
-    change.send_replace(Role::Follower { leader: None });
+    change.set(Role::Follower { leader: None });
     let mut body = watch.into_body();
     assert!(body.frame().await.unwrap().unwrap().is_data());
     assert!(timeout(Duration::from_hours(1), body.frame()).await.is_err());
     let begun = Instant::now();
-    change.send_replace(Role::Follower { leader: Some(leader("b")) });
+    change.set(Role::Follower { leader: Some(leader("b")) });
     let end = end_of(http::Response::new(body)).await;
     assert_eq!(end, (GrpcCode::Unavailable, "LEADER_LOST".to_owned()));
     assert_eq!(begun.elapsed(), Forwarder::LAST_ANSWERS);
@@ -558,7 +566,7 @@ async fn a_stream_ends_when_another_replica_has_led_for_a_while_or_when_the_proc
 async fn further_calls_have_further_connections_and_their_memory_is_bounded() {
     let fake = FakeLeader::start();
     let memory = Memory::whole(6 * WINDOW as usize);
-    let (forwarder, _change) = follower(fake.connect.clone(), Some(leader("a")), memory.clone());
+    let (forwarder, _) = follower(fake.connect.clone(), Some(leader("a")), memory.clone());
     let mut open = Vec::new();
     for calls in 1..=6 {
         open.push(forwarder.send(call(Rpc::WatchCycles, &[], b"x")).await.unwrap());
@@ -609,7 +617,7 @@ async fn the_messages_of_an_answer_have_memory_and_its_status_is_their_end() {
 #[tokio::test]
 async fn a_call_that_its_caller_ends_is_ended_at_the_leader() {
     let mut fake = FakeLeader::start();
-    let (forwarder, _change) = follower(fake.connect, Some(leader("a")), memory());
+    let (forwarder, _) = follower(fake.connect, Some(leader("a")), memory());
     let watch = forwarder.send(call(Rpc::WatchCycles, &[], b"x")).await.unwrap();
     let mut body = watch.into_body();
     assert!(body.frame().await.unwrap().unwrap().is_data());

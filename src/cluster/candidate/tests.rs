@@ -48,6 +48,7 @@ impl Row {
             claim: ClaimId(0),
             leader: None,
             lease_ttl: Duration::ZERO,
+            orchestrator_id: None,
             time: clock.now(),
         };
         Self(Arc::new(Mutex::new(State { row, clock, trouble: None, next_claim: NextClaim::Answered })))
@@ -101,6 +102,7 @@ impl Leadership for Row {
                 claim: claim.id,
                 leader: Some(Leader { replica: claim.replica.clone(), epoch }),
                 lease_ttl: claim.lease_ttl,
+                orchestrator_id: Some(claim.orchestrator_id.clone()),
                 time: state.row.time,
             };
             if next == NextClaim::AnswerLost { Err(away()) } else { Ok(Claimed::Won(epoch)) }
@@ -138,7 +140,8 @@ fn replica(name: &str) -> Replica {
 fn candidate(row: &Row, name: &str, clock: Clock) -> (Candidate, Membership) {
     let membership = Membership::of(replica(name));
     let random = Host::simulated(Timestamp::UNIX_EPOCH, name.bytes().map(u64::from).sum()).random;
-    (Candidate::new(Arc::new(row.clone()), membership.clone(), TTL, Host::of(clock, random)), membership)
+    let of = ("o".into(), TTL);
+    (Candidate::new(Arc::new(row.clone()), membership.clone(), of, Host::of(clock, random)), membership)
 }
 
 async fn wins(candidate: &mut Candidate) -> Won {
@@ -394,6 +397,27 @@ async fn a_replica_that_is_found_unable_to_lead_claims_nothing_until_it_is_able(
     assert_eq!(row.state().row.epoch, Epoch(0));
     assert!(membership.set_unable(None));
     assert!(one.look().await.unwrap().is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_replica_claims_nothing_in_the_store_of_another_orchestrator_or_with_a_clock_that_is_far_off() {
+    let clock = clock();
+    let row = Row::new(clock);
+    row.state().row.orchestrator_id = Some("other".into());
+    let (mut one, membership) = candidate(&row, "one", clock);
+    assert!(timeout(TTL * 3, wins(&mut one)).await.is_err());
+    let why = membership.unable().unwrap();
+    assert!(why.contains("\"o\"") && why.contains("\"other\"") && why.contains("store rename"), "{why}");
+    row.state().row.orchestrator_id = Some("o".into());
+    row.state().clock = Clock::simulated(clock.now() + Duration::from_secs(31));
+    assert!(timeout(TTL * 3, wins(&mut one)).await.is_err());
+    let why = membership.unable().unwrap();
+    assert!(why.contains("its clock differs"), "{why}");
+    assert_eq!(row.state().row.epoch, Epoch(0));
+    row.state().clock = clock;
+    assert!(one.look().await.unwrap().is_some());
+    assert_eq!(membership.unable(), None);
+    assert_eq!(row.state().row.orchestrator_id.as_deref(), Some("o"));
 }
 
 #[tokio::test(start_paused = true)]

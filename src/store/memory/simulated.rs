@@ -135,6 +135,7 @@ impl SimulatedDatabase {
             claim: ClaimId(0),
             leader: None,
             lease_ttl: Duration::ZERO,
+            orchestrator_id: None,
             time: Timestamp::UNIX_EPOCH,
         };
         let meta =
@@ -490,6 +491,7 @@ impl Leadership for LeaderRow {
                     claim: claim.id,
                     leader: Some(Leader { replica: claim.replica, epoch }),
                     lease_ttl: claim.lease_ttl,
+                    orchestrator_id: Some(claim.orchestrator_id),
                     time: meta.lead.time,
                 };
             });

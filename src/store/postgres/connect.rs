@@ -32,6 +32,7 @@ use super::{
     figures::Figures,
     leader::epoch_of_leader,
     parameter::Parameter,
+    schema::Migrations,
     url::{CONNECT, OwnCertificate, PostgresUrl, Verification},
 };
 use crate::{clock::Clock, file, model::Epoch, pem::Pem, ports::StoreError};
@@ -56,6 +57,7 @@ const TIMELINE: &str = "SELECT ('x' || left(pg_walfile_name(pg_current_wal_inser
 /// Connects to the servers of one URL.
 pub(super) struct Connector {
     url: PostgresUrl,
+    migrations: Migrations,
     figures: Arc<Figures>,
     tls: MakeRustlsConnect,
     /// The highest timeline that a server had; 0 before one is known. A server with a lower one is an earlier primary:
@@ -192,8 +194,20 @@ impl Connector {
         let made = tokio::task::spawn_blocking(move || tls(&verification, own.as_ref(), clock)).await;
         let made = made.unwrap_or_else(|error| Err(error.to_string()));
         let tls = made.map_err(|problem| StoreError::Unavailable { store, problem })?;
+        let migrations = Migrations::of_this_version();
         let (figures, newest, has_asked, told) = Default::default();
-        Ok(Self { url, figures, tls: MakeRustlsConnect::new(tls), newest, has_asked, told })
+        Ok(Self { url, migrations, figures, tls: MakeRustlsConnect::new(tls), newest, has_asked, told })
+    }
+
+    /// The same, for software with these migrations.
+    #[cfg(test)]
+    pub(super) fn with_migrations(self, migrations: Migrations) -> Self {
+        Self { migrations, ..self }
+    }
+
+    /// The migrations of this software.
+    pub(super) fn migrations(&self) -> &Migrations {
+        &self.migrations
     }
 
     /// What is counted of its connections.

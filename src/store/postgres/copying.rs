@@ -200,7 +200,7 @@ impl Database for Copying {
 
     fn put_checkpoint(&mut self, checkpoint: Option<&str>) -> Result<(), CopyError> {
         if let Some(checkpoint) = checkpoint {
-            self.query(&format!("INSERT INTO {}.checkpoint VALUES (0, $1)", self.schema()), &[&checkpoint])?;
+            self.query(&format!("INSERT INTO {}.checkpoint (id, note) VALUES (0, $1)", self.schema()), &[&checkpoint])?;
         }
         Ok(())
     }

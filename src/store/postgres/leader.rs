@@ -16,7 +16,7 @@ use super::{
     parameter::Parameter,
 };
 use crate::{
-    model::{Endpoint, Epoch, Leader, Replica},
+    model::{Endpoint, Epoch, Leader, Replica, is_orchestrator_id},
     ports::{Claim, ClaimId, Claimed, Leadership, Observed, Renewed, StoreError},
     store::{
         contents::check_unsealed_epoch,
@@ -169,7 +169,7 @@ impl Leadership for LeaderRow {
     fn observe(&self) -> BoxFuture<'_, Result<Observed, StoreError>> {
         Box::pin(async move {
             let text = format!(
-                "SELECT epoch, claim, beat, released, replica, address, lease_ms,
+                "SELECT epoch, claim, beat, released, replica, address, lease_ms, orchestrator_id,
                         (extract(epoch FROM clock_timestamp()) * 1000)::bigint AS time
                  FROM {}.leader WHERE id = 0",
                 self.schema()
@@ -192,7 +192,7 @@ impl Leadership for LeaderRow {
                  claimed AS (
                      UPDATE {schema}.leader l
                      SET epoch = greatest(l.epoch + 1, m.epoch + 1, $3), claim = $4, beat = beat + 1, released = false,
-                         replica = $5, address = $6, lease_ms = $7
+                         replica = $5, address = $6, lease_ms = $7, orchestrator_id = $8
                      FROM patience, {schema}.meta m WHERE l.id = 0 AND m.id = 0 AND l.epoch = $1 AND l.beat = $2
                      RETURNING l.epoch
                  ),
@@ -200,12 +200,13 @@ impl Leadership for LeaderRow {
                  SELECT epoch FROM claimed, fenced",
                 LOCK_TIMEOUT.as_millis()
             );
-            let Claim { id, replica, lease_ttl, at_least } = claim;
+            let Claim { id, replica, orchestrator_id, lease_ttl, at_least } = claim;
             let address = replica.address.as_ref().map(ToString::to_string);
             let lease_ms = i64::try_from(lease_ttl.as_millis()).unwrap_or(i64::MAX);
             let (epoch, beat, at_least) = (integer(seen.epoch.0), integer(seen.beat), integer(at_least.0));
-            let parameters: [&dyn Parameter; 7] =
-                [&epoch, &beat, &at_least, &integer(id.0), &replica.name, &address, &lease_ms];
+            let (id, of) = (integer(id.0), orchestrator_id.to_string());
+            let parameters: [&dyn Parameter; 8] =
+                [&epoch, &beat, &at_least, &id, &replica.name, &address, &lease_ms, &of];
             let sent = Instant::now();
             let row = match self.execute(&text, &parameters, Patience::UpTo(seen.epoch)).await {
                 Ok(row) => row,
@@ -269,6 +270,7 @@ fn observed(row: &tokio_postgres::Row, epoch: Epoch) -> Result<Observed, Wrong> 
         let name = optional_text(row, "replica")?.unwrap_or_default();
         Some(Leader { replica: Replica { name, address }, epoch })
     };
+    let orchestrator_id = optional_text(row, "orchestrator_id")?.filter(|id| is_orchestrator_id(id)).map(Arc::from);
     let time = Timestamp::from_millisecond(integer_of(row, "time")?);
     Ok(Observed {
         epoch,
@@ -276,6 +278,7 @@ fn observed(row: &tokio_postgres::Row, epoch: Epoch) -> Result<Observed, Wrong> 
         claim: ClaimId(number(row, "claim")?),
         leader,
         lease_ttl: lease_ttl(row)?,
+        orchestrator_id,
         time: time.map_err(|error| Wrong::new("time", error.to_string()))?,
     })
 }

@@ -1,12 +1,13 @@
 //! The schema of a database, and its migrations.
 
-use std::{fmt::Write as _, str::FromStr};
+use std::{fmt::Write as _, str::FromStr, sync::Arc};
 
 use tokio_postgres::{Error, error::SqlState};
 
 use super::{
+    commit::RANDOM_TOKEN,
     connect::{Connection, Connector},
-    error::explain,
+    error::{explain, is_worth_repeating},
 };
 use crate::{ports::StoreError, store::OpenError};
 
@@ -22,29 +23,79 @@ const TABLE: &str = "CREATE TABLE SCHEMA.store_schema (
     version     integer  NOT NULL,  -- the last migration
     usable_from integer  NOT NULL   -- the lowest version of the software's own schema with which it may still be used
 );
-INSERT INTO SCHEMA.store_schema VALUES (0, 0, 0);
+INSERT INTO SCHEMA.store_schema (id, version, usable_from) VALUES (0, 0, 0);
 ";
+
+/// The migrations that a version of the software knows, in their order.
+#[derive(Clone)]
+pub(super) struct Migrations(Arc<[Migration]>);
 
 /// One migration.
 struct Migration {
     version: i32,
     /// The lowest version of the software's own schema with which the database may still be used after it.
     usable_from: i32,
-    statements: &'static str,
+    statements: String,
 }
 
-/// The migrations, in their order.
-fn migrations() -> impl Iterator<Item = Migration> {
-    (1..).zip(SCHEMA.split(MIGRATION).skip(1)).map(|(version, migration)| {
-        let (line, statements) = migration.split_once('\n').unwrap_or_default();
-        let usable_from = line.rsplit(' ').next().and_then(|number| i32::from_str(number).ok()).unwrap_or(version);
-        Migration { version, usable_from, statements }
-    })
+impl Migrations {
+    /// Those of this version.
+    pub(super) fn of_this_version() -> Self {
+        Self::of(SCHEMA)
+    }
+
+    /// Those in this text.
+    fn of(text: &str) -> Self {
+        let migration = |(version, migration): (i32, &str)| {
+            let (line, statements) = migration.split_once('\n').unwrap_or_default();
+            let usable_from = line.rsplit(' ').next().and_then(|number| i32::from_str(number).ok()).unwrap_or(version);
+            Migration { version, usable_from, statements: statements.to_owned() }
+        };
+        Self((1..).zip(text.split(MIGRATION).skip(1)).map(migration).collect())
+    }
+
+    /// Those of a later version, which has this one more, with its own line.
+    #[cfg(test)]
+    pub(super) fn and(next: &str) -> Self {
+        Self::of(&format!("{SCHEMA}{MIGRATION}{next}"))
+    }
+
+    /// The last version.
+    fn latest(&self) -> i32 {
+        self.0.last().map_or(0, |migration| migration.version)
+    }
+
+    /// Those after this version.
+    fn after(&self, version: i32) -> impl Iterator<Item = &Migration> {
+        self.0.iter().filter(move |migration| migration.version > version)
+    }
+
+    /// Checks that a database of the version `found` may be used by this software.
+    ///
+    /// # Errors
+    /// It may not: a later version has migrated it.
+    pub(super) fn check(&self, found: i32, usable_from: i32) -> Result<(), TooNew> {
+        let known = self.latest();
+        if usable_from > known { Err(TooNew { found, known }) } else { Ok(()) }
+    }
 }
 
-/// The schema version of this software.
-fn latest() -> i32 {
-    migrations().last().map_or(0, |migration| migration.version)
+/// A later version of this software has migrated a database, so that this one can't use it any more.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct TooNew {
+    found: i32,
+    known: i32,
+}
+
+impl TooNew {
+    fn at_open(self, store: String) -> OpenError {
+        OpenError::TooNew { store, found: self.found.into(), known: self.known.into() }
+    }
+
+    /// The error of a process that has opened it before.
+    pub(super) fn later(self, store: String) -> StoreError {
+        StoreError::TooNew { store, found: self.found.into(), known: self.known.into() }
+    }
 }
 
 /// The result of a migration.
@@ -62,8 +113,8 @@ pub(super) fn statements(schema: &str, from: i32) -> String {
     if from == 0 {
         let _ = writeln!(all, "CREATE SCHEMA IF NOT EXISTS {schema};\n{}", in_schema(TABLE, schema));
     }
-    for migration in migrations().filter(|migration| migration.version > from) {
-        let _ = writeln!(all, "{}\n{}", in_schema(migration.statements, schema).trim(), note(schema, &migration));
+    for migration in Migrations::of_this_version().after(from) {
+        let _ = writeln!(all, "{}\n{}", in_schema(&migration.statements, schema).trim(), note(schema, migration));
     }
     all
 }
@@ -78,25 +129,27 @@ fn in_schema(statements: &str, schema: &str) -> String {
 }
 
 /// Applies the missing migrations, in one transaction. Several processes can do it at once: they wait for each other.
-/// If none is missing, the user needs no right for it.
+/// If none is missing, the user needs no right for it. A leader goes on meanwhile, unless its version can't use the
+/// tables any more: then its term is over.
 ///
 /// # Errors
 /// The user may not do it, a later version of this software was there, the tables are those of other software, or the
 /// database can't be used.
 pub(super) async fn migrate(connector: &Connector, connection: &mut Connection) -> Result<Migrated, OpenError> {
+    /// Most times that it is tried: in between, another process creates the tables, or uses them.
+    const ATTEMPTS: usize = 5;
     let (store, schema) = (connector.url().to_string(), connector.url().schema());
-    let mut again = true;
+    let mut attempts = 0;
     loop {
-        match migrate_once(connection, &store, schema).await {
-            // Another process has created it at the same time.
-            Err(Failed::Statement(error)) if again && is_there(&error) => again = false,
+        attempts += 1;
+        match migrate_once(connector.migrations(), connection, &store, schema).await {
+            Err(Failed::Statement(error))
+                if attempts < ATTEMPTS && (is_there(&error) && attempts == 1 || is_worth_repeating(&error)) => {}
             Err(Failed::Statement(error)) if error.code() == Some(&SqlState::DUPLICATE_TABLE) => {
                 return Err(OpenError::Foreign { store });
             }
             Err(Failed::Statement(error)) => return Err(refusal(&store, &error)),
-            Err(Failed::TooNew { found }) => {
-                return Err(OpenError::TooNew { store, found: found.into(), known: latest().into() });
-            }
+            Err(Failed::TooNew(too_new)) => return Err(too_new.at_open(store)),
             Ok(migrated) => return Ok(migrated),
         }
     }
@@ -107,12 +160,12 @@ pub(super) async fn check(connector: &Connector, connection: &Connection) -> Res
     let store = connector.url().to_string();
     let found = version(connection, connector.url().schema()).await.map_err(|error| refusal(&store, &error))?;
     let (found, usable_from) = found.unwrap_or_default();
-    let known = latest();
-    match found {
-        found if usable_from > known => Err(OpenError::TooNew { store, found: found.into(), known: known.into() }),
-        found if found < known => Err(OpenError::NotMigrated { store, found: found.into(), known: known.into() }),
-        _ => Ok(()),
+    let (migrations, known) = (connector.migrations(), connector.migrations().latest());
+    migrations.check(found, usable_from).map_err(|too_new| too_new.at_open(store.clone()))?;
+    if found < known {
+        return Err(OpenError::NotMigrated { store, found: found.into(), known: known.into() });
     }
+    Ok(())
 }
 
 /// Checks that no table of the store has a trigger, or a rule that rewrites statements: this software creates none, and
@@ -137,7 +190,7 @@ pub(super) async fn check_additions(connector: &Connector, connection: &Connecti
 /// Why the migrations were not applied.
 enum Failed {
     Statement(Error),
-    TooNew { found: i32 },
+    TooNew(TooNew),
 }
 
 impl From<Error> for Failed {
@@ -146,12 +199,16 @@ impl From<Error> for Failed {
     }
 }
 
-async fn migrate_once(connection: &mut Connection, store: &str, schema: &str) -> Result<Migrated, Failed> {
-    let check = |(found, usable_from): (i32, i32)| {
-        if usable_from > latest() { Err(Failed::TooNew { found }) } else { Ok(found) }
-    };
-    let known = version(connection, schema).await?.map(check).transpose()?;
-    if let Some(to) = known.filter(|known| *known >= latest()) {
+async fn migrate_once(
+    migrations: &Migrations,
+    connection: &mut Connection,
+    store: &str,
+    schema: &str,
+) -> Result<Migrated, Failed> {
+    let check =
+        |(found, usable_from): (i32, i32)| migrations.check(found, usable_from).map(|()| found).map_err(Failed::TooNew);
+    let (known, latest) = (version(connection, schema).await?.map(check).transpose()?, migrations.latest());
+    if let Some(to) = known.filter(|known| *known >= latest) {
         return Ok(Migrated { from: to, to });
     }
     let transaction = connection.transaction().await?;
@@ -161,16 +218,29 @@ async fn migrate_once(connection: &mut Connection, store: &str, schema: &str) ->
     }
     let lock = format!("SELECT version, usable_from FROM {schema}.store_schema WHERE id = 0 FOR UPDATE");
     let row = transaction.query_typed_one(&lock, &[]).await?;
-    let from = check((row.get(0), row.get(1)))?;
-    for migration in migrations().filter(|migration| migration.version > from) {
-        transaction.batch_execute(&in_schema(migration.statements, schema)).await?;
-        transaction.batch_execute(&note(schema, &migration)).await?;
+    let from = check((row.get("version"), row.get("usable_from")))?;
+    if from > 0 && migrations.after(from).any(|migration| migration.usable_from > from) {
+        transaction.batch_execute(&in_schema(&end_of_term(), schema)).await?;
+    }
+    for migration in migrations.after(from) {
+        transaction.batch_execute(&in_schema(&migration.statements, schema)).await?;
+        transaction.batch_execute(&note(schema, migration)).await?;
     }
     transaction.commit().await?;
-    if from < latest() {
-        tracing::info!(store, from, to = latest(), "the schema of the database was migrated");
+    if from < latest {
+        tracing::info!(store, from, to = latest, "the schema of the database was migrated");
     }
-    Ok(Migrated { from, to: latest().max(from) })
+    Ok(Migrated { from, to: latest.max(from) })
+}
+
+/// The statements that end the term of a leader: nothing of it commits any more. It may call subsystems until its lease
+/// ends, so other replicas wait for that, as after a claim.
+fn end_of_term() -> String {
+    format!(
+        "UPDATE SCHEMA.leader l SET epoch = greatest(l.epoch, m.epoch) + 1, claim = {RANDOM_TOKEN}, beat = beat + 1
+         FROM SCHEMA.meta m WHERE l.id = 0 AND m.id = 0;
+         UPDATE SCHEMA.meta SET token = {RANDOM_TOKEN} WHERE id = 0"
+    )
 }
 
 /// The schema version and the lowest one with which it may be used, if there is a store.
@@ -181,7 +251,7 @@ async fn version(connection: &Connection, schema: &str) -> Result<Option<(i32, i
         return Ok(None);
     }
     let row = connection.query(&format!("SELECT version, usable_from FROM {table} WHERE id = 0"), &[]).await?;
-    Ok(row.first().map(|row| (row.get(0), row.get(1))))
+    Ok(row.first().map(|row| (row.get("version"), row.get("usable_from"))))
 }
 
 /// True if a table, a schema, or one of their entries in the catalogue exists already.

@@ -48,7 +48,8 @@ CREATE TABLE SCHEMA.leader (
     released boolean  NOT NULL DEFAULT true,      -- the term has ended
     replica  text     NOT NULL DEFAULT '',        -- its name
     address  text,                                -- where other replicas reach it
-    lease_ms bigint   NOT NULL DEFAULT 0          -- the TTL of its lease
+    lease_ms bigint   NOT NULL DEFAULT 0,         -- the TTL of its lease
+    orchestrator_id text                          -- whose replicas have claimed it; NULL if none ever has
 ) WITH (fillfactor = 10);
 INSERT INTO SCHEMA.leader (id) VALUES (0);
 

@@ -23,14 +23,15 @@ use super::{
     error::{explain, is_ambiguous, is_worth_repeating},
     leader::LONGEST_LEASE,
     parameter::Parameter,
+    schema::Migrations,
     *,
 };
 use crate::{
     model::{Endpoint, Epoch, Leader, Replica, Revision},
-    ports::{Claim, ClaimId, Claimed, Renewed, Seals, Store, StoreError},
+    ports::{Claim, ClaimId, Claimed, Renewed, RetentionRule, Seals, Store, StoreError},
     store::{
         StoreUrl,
-        suite::{ALL, CHECKS, commit, keys, name, output, recorded, revisions},
+        suite::{ALL, CHECKS, commit, event, keys, name, output, pruned, recorded, revisions},
     },
 };
 
@@ -111,6 +112,99 @@ async fn a_store_of_a_later_version_is_used_only_as_long_as_that_version_allows(
     assert_eq!(migrated(&store).await.unwrap(), Migrated { from: 99, to: 99 });
     set(2).await;
     assert!(matches!(migrated(&store).await, Err(OpenError::TooNew { found: 99, known: 1, .. })));
+}
+
+/// A migration of a later version, which adds a column to each table, a table and an index.
+const ADDS: &str = "2, usable from 1
+DO $$
+DECLARE found regclass;
+BEGIN
+    FOR found IN SELECT oid FROM pg_class WHERE relkind = 'r' AND relnamespace =
+        (SELECT relnamespace FROM pg_class WHERE oid = 'SCHEMA.meta'::regclass)
+    LOOP
+        EXECUTE format('ALTER TABLE %s ADD COLUMN later text, ADD COLUMN number bigint NOT NULL DEFAULT 7', found);
+    END LOOP;
+END $$;
+CREATE TABLE SCHEMA.later (id bigint PRIMARY KEY, outputs bytea);
+CREATE INDEX later_cycles ON SCHEMA.cycles (finished_at);
+";
+/// A migration of a later version, which earlier ones can't use.
+const REPLACES: &str = "2, usable from 2\nCREATE TABLE SCHEMA.later (id bigint PRIMARY KEY);\n";
+
+/// A store that a later version of this software has opened, with this migration after those of this version.
+async fn opened_later(of: &str, migration: &str) -> Result<PostgresStore, OpenError> {
+    let connector = connector(of).await.with_migrations(Migrations::and(migration));
+    PostgresStore::open_by(connector, (CHECKS, Clock::system()), false).await
+}
+
+/// Adds to the tables of a new store what a later version of this software may add.
+pub(in crate::store) async fn widen(url: &StoreUrl) {
+    opened_later(&url.to_string(), ADDS).await.unwrap();
+}
+
+/// Executes each kind of statement of a leader, which records this revision and the next one.
+async fn works(store: &dyn Store, epoch: Epoch, first: u64) {
+    let noted = Write { outputs: vec![(name("a"), output(1, "a"))], ..recorded(first..=first + 1, epoch) };
+    commit(store, Write { audit: vec![event(1)], ..noted.clone() }).await;
+    let Write { last_cycle_id, .. } = noted;
+    let renamed = [(name("a"), name("b"))].into();
+    commit(store, Write { epoch, last_cycle_id, renamed, ..Write::default() }).await;
+    let newest = RetentionRule { max_cycles: Some(1), ..RetentionRule::default() };
+    let retention = Retention { default: newest, ..Retention::default() };
+    let removed = pruned(store, &noted, retention, Clock::system().now(), 9).await;
+    assert_eq!(removed.last(), Some(&Revision(first)));
+    assert_eq!(revisions(&store.cycles_after(Revision(first), ALL).await.unwrap()), [first + 1]);
+    let events = store.events_before(u64::MAX >> 1, EventFilter::default(), 1).await.unwrap().events;
+    assert!(matches!(&events[..], [Ok(_)]), "{events:?}");
+    store.publish_checkpoint(format!("of {first}")).await.unwrap();
+    assert_eq!(store.leadership().unwrap().renew(epoch).await.unwrap(), Renewed::Acknowledged);
+}
+
+#[tokio::test]
+async fn a_leader_goes_on_while_a_later_version_adds_to_its_tables_and_they_take_over_from_each_other() {
+    let Some(server) = shared() else { return };
+    let store_url = server.url();
+    let (older, first) = led(&store_url, "older").await;
+    works(&*older, first, 1).await;
+    let later = opened_later(&store_url, ADDS).await.unwrap();
+    assert_eq!(migrated(&store_url).await.unwrap(), Migrated { from: 2, to: 2 });
+    // Its statements were prepared for the tables as they were.
+    works(&*older, first, 3).await;
+    let second = claimed(&later, "later").await;
+    works(&later, second, 5).await;
+    let fenced = older.commit(Arc::new(recorded(7..=8, first))).await.unwrap_err();
+    assert_eq!(fenced, StoreError::Fenced { by: second });
+    let third = claimed(&*older, "older").await;
+    works(&*older, third, 7).await;
+    // Also a process of the older version that starts now.
+    let (again, fourth) = led(&store_url, "older").await;
+    works(&*again, fourth, 9).await;
+}
+
+#[tokio::test]
+async fn a_migration_that_older_versions_cannot_use_ends_the_term_of_one_of_them() {
+    let Some(server) = shared() else { return };
+    let store_url = server.url();
+    let (older, first) = led(&store_url, "older").await;
+    works(&*older, first, 1).await;
+    let leadership = older.leadership().unwrap();
+    let seen = leadership.observe().await.unwrap();
+    let later = opened_later(&store_url, REPLACES).await.unwrap();
+    let fenced = older.commit(Arc::new(recorded(3..=4, first))).await.unwrap_err();
+    let now = leadership.observe().await.unwrap();
+    assert_eq!(fenced, StoreError::Fenced { by: now.epoch });
+    assert_eq!(leadership.renew(first).await.unwrap(), Renewed::Superseded);
+    // Others wait for the end of its lease, and so does it itself.
+    assert!(now.leader.is_some() && now.beat > seen.beat && now.claim != seen.claim, "{now:?}");
+    let too_new = StoreError::TooNew { store: url(&store_url).to_string(), found: 2, known: 1 };
+    let looked = older.look().unwrap().take_over(Seals::Checked(keys())).await;
+    assert_eq!(looked.unwrap_err(), too_new);
+    let Claimed::Won(claimed_in_vain) = leadership.claim(&now, &claim_of("older")).await.unwrap() else { panic!() };
+    assert_eq!(older.take_over(Seals::Checked(keys())).await.unwrap_err(), too_new);
+    leadership.release(claimed_in_vain).await.unwrap();
+    assert!(matches!(migrated(&store_url).await, Err(OpenError::TooNew { found: 2, known: 1, .. })));
+    let second = claimed(&later, "later").await;
+    works(&later, second, 3).await;
 }
 
 #[tokio::test]
@@ -475,11 +569,17 @@ async fn led(url: &str, name: &str) -> (Arc<dyn Store>, Epoch) {
 /// A store that was taken over by this claim.
 async fn led_by(url: &str, claim: &Claim) -> (Arc<dyn Store>, Epoch) {
     let store = crate::store::open(&StoreUrl::parse(url).unwrap(), CHECKS, Clock::system()).await.unwrap();
+    let epoch = claimed(&*store, name).await;
+    (store, epoch)
+}
+
+/// The term of a replica with this name, which claims this store and takes it over.
+async fn claimed(store: &dyn Store, name: &str) -> Epoch {
     let leadership = store.leadership().unwrap();
     let seen = leadership.observe().await.unwrap();
     let Claimed::Won(epoch) = leadership.claim(&seen, claim).await.unwrap() else { panic!("{seen:?}") };
     assert_eq!(store.take_over(Seals::Checked(keys())).await.unwrap().epoch, epoch);
-    (store, epoch)
+    epoch
 }
 
 /// A claim of a replica with this name.
@@ -488,6 +588,7 @@ fn claim_of(name: &str) -> Claim {
     Claim {
         id: ClaimId(IDS.fetch_add(1, Ordering::Relaxed)),
         replica: Replica { name: name.into(), address: Some(Endpoint::parse("https://h:1").unwrap()) },
+        orchestrator_id: "o".into(),
         lease_ttl: Duration::from_secs(10),
         at_least: Epoch::by_clock(Clock::system().now()),
     }
@@ -521,6 +622,28 @@ async fn of_claims_at_once_one_wins_and_all_see_whose_it_is() {
     leaderships[0].release(*epoch).await.unwrap();
     assert_eq!(leaderships[0].observe().await.unwrap().leader, None);
     assert_eq!(leaderships[0].renew(*epoch).await.unwrap(), Renewed::Superseded);
+}
+
+#[tokio::test]
+async fn a_store_is_that_of_the_orchestrator_whose_replica_has_claimed_it_until_it_is_renamed() {
+    let Some(server) = shared() else { return };
+    let store_url = server.url();
+    let (store, epoch) = led(&store_url, "a").await;
+    let leadership = store.leadership().unwrap();
+    let seen = leadership.observe().await.unwrap();
+    assert_eq!(seen.check_orchestrator("o"), Ok(()));
+    let other = seen.check_orchestrator("eu").unwrap_err().to_string();
+    assert!(other.contains("\"eu\"") && other.contains("\"o\""), "{other}");
+    let renamed = rename(&url(&store_url), "eu", CHECKS, Clock::system()).await.unwrap();
+    assert_eq!(renamed.as_deref(), Some("o"));
+    // The leader goes on, and a claim of one that has seen the earlier id fails.
+    assert_eq!(leadership.renew(epoch).await.unwrap(), Renewed::Acknowledged);
+    assert_eq!(leadership.claim(&seen, &claim_of("a")).await.unwrap(), Claimed::Lost);
+    let seen = leadership.observe().await.unwrap();
+    assert_eq!((seen.epoch, seen.orchestrator_id.as_deref()), (epoch, Some("eu")));
+    // What no replica of a valid configuration has written keeps none from leading.
+    server.change(&store_url, "UPDATE leader SET orchestrator_id = 'a b'").await;
+    assert_eq!(leadership.observe().await.unwrap().orchestrator_id, None);
 }
 
 #[tokio::test]

@@ -10,7 +10,8 @@ use super::{
     connect::{APPLICATION, Connector, application_of},
     error::{explain, is_worth_repeating},
     leader::LastClaim,
-    rows::{Access, Failed, Snapshot, at_once},
+    rows::{Access, Failed, Snapshot, at_once, sealed_columns},
+    schema::TooNew,
 };
 use crate::{
     clock::Clock,
@@ -216,6 +217,12 @@ impl Writer {
     }
 }
 
+/// Why a database is not taken over, although it can be read.
+enum NotTaken {
+    NotServed(NotServed),
+    TooNew(TooNew),
+}
+
 /// Reads the state that a process would take over. With `lock`, after commits that are under way. One that was moved is
 /// read only if `even_moved` is true. For a term of this `epoch`, it fails once nothing can come of that.
 pub(super) async fn read(
@@ -234,11 +241,18 @@ pub(super) async fn read(
         let seals = seals.clone();
         let passed = connector.end_once_passed(connection.used(), epoch);
         let access = if lock { Access::Locked } else { Access::Patient };
+        let migrations = connector.migrations().clone();
         let read = at_once(connection, connector.url().schema(), access, (), move |snapshot, ()| {
+            // Another version may have migrated it since it was opened.
+            let row = snapshot.one("SELECT version, usable_from FROM SCHEMA.store_schema", &[])?;
+            let version = |column| row.try_get(column).map_err(Failed::from);
+            if let Err(too_new) = migrations.check(version("version")?, version("usable_from")?) {
+                return Ok(Err(NotTaken::TooNew(too_new)));
+            }
             let row = snapshot.one("SELECT not_served FROM SCHEMA.meta", &[])?;
             match optional_text(&row, "not_served").map_err(Failed::from)?.map(|text| NotServed::parse(&text)) {
                 Some(not_served) if even_moved && not_served.is_acceptable() => {}
-                Some(not_served) => return Ok(Err(not_served)),
+                Some(not_served) => return Ok(Err(NotTaken::NotServed(not_served))),
                 None => {}
             }
             let (mut contents, term) = read_contents(snapshot, checks, clock, seals)?;
@@ -265,7 +279,8 @@ pub(super) async fn read(
             line.give(connection);
         }
         match read {
-            Ok(Err(not_served)) => return Err(not_served.refusal(store)),
+            Ok(Err(NotTaken::NotServed(not_served))) => return Err(not_served.refusal(store)),
+            Ok(Err(NotTaken::TooNew(too_new))) => return Err(too_new.later(store)),
             Ok(Ok((contents, term, claimed, last, given))) => {
                 return Ok(Taken { contents, term, claimed, last, given });
             }
@@ -290,7 +305,8 @@ fn before(
     let controls = snapshot.query("SELECT leaf FROM SCHEMA.control WHERE leaf < $1 ORDER BY leaf", &[&first_kept])?;
     let controls = controls.iter().map(|row| number(row, "leaf")).collect::<Result<_, _>>()?;
     let mut outputs = BTreeMap::new();
-    for row in snapshot.query("SELECT * FROM SCHEMA.outputs WHERE name = ANY($1)", &[&former_names])? {
+    let query = format!("SELECT {} FROM SCHEMA.outputs t WHERE name = ANY($1)", sealed_columns(&OUTPUTS));
+    for row in snapshot.query(&query, &[&former_names])? {
         let is_valid = matches!(term.sealer.check_row(&row, &OUTPUTS)?, Seal::Valid(_));
         let gets_seal = |renewal| Ok::<_, Wrong>(term.sealer.renewed(&row, &OUTPUTS, renewal)?.is_some());
         if is_valid || term.renews().map(gets_seal).transpose()?.unwrap_or_default() {
