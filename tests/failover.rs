@@ -204,6 +204,9 @@ async fn a_replica_without_the_key_of_the_others_does_not_lead() {
     assert!(replicas.take("a").stop().await.success());
     let log = others.home("b").logged("this replica can't lead", 1).await;
     assert!(log.contains("the key that sealed it is missing"), "{log}");
+    let refused = others.client("b").await.run().await.unwrap_err();
+    assert_eq!(reason(&refused).why, "NO_LEADER");
+    assert!(refused.message().contains("b can't: ") && refused.message().contains("copy their key"), "{refused:?}");
     assert_eq!(http::get(others.service("b").admin(), "/leader").await.status, 503);
     assert!(!others.shared.path().join("log.key").exists(), "it has no use for a key of its own");
     // The log goes on where the key is.
@@ -358,7 +361,15 @@ async fn a_replica_that_cannot_lead_with_its_configuration_leaves_the_lead_to_ot
     std::fs::write(&config, format!("{valid}after = [\"a\"]\n")).unwrap();
     replicas.serve("b").await;
     replicas.home("b").logged("this replica can't lead", 1).await;
-    let epoch = client.status().await.unwrap().epoch;
+    assert_eq!(replicas.follows("b").await, "a");
+    let status = replicas.client("b").await.status().await.unwrap();
+    assert!(status.unable_to_lead.contains("circular dependency"), "{status:?}");
+    let server_of_b = format!("http://{}", replicas.service("b").address());
+    let (code, said) = orchestrator(None, &["status", "--address", &server_of_b]).await;
+    assert!(code == 0 && said.contains("CAN'T LEAD"), "{said}");
+    let status = client.status().await.unwrap();
+    assert_eq!(status.unable_to_lead, "");
+    let epoch = status.epoch;
     assert!(replicas.take("a").stop().await.success());
     // No other replica can lead, and it has not claimed to.
     sleep(TTL * 2).await;
@@ -366,10 +377,53 @@ async fn a_replica_that_cannot_lead_with_its_configuration_leaves_the_lead_to_ot
     assert_eq!(http::get(follower.admin(), "/leader").await.status, 503);
     let log = replicas.home("b").log();
     assert!(!log.contains("has claimed to lead"), "{log}");
+    let refused = follower.client().await.run().await.unwrap_err();
+    assert_eq!(reason(&refused).why, "NO_LEADER");
+    assert!(refused.message().contains("no replica leads now, and b can't: "), "{refused:?}");
+    let invalid = std::fs::read_to_string(&config).unwrap();
     std::fs::write(&config, &valid).unwrap();
     follower.signal(Signal::HUP);
     follower.leads().await;
-    assert!(follower.client().await.status().await.unwrap().epoch > epoch);
+    let status = follower.client().await.status().await.unwrap();
+    assert!(status.epoch > epoch && status.unable_to_lead.is_empty(), "{status:?}");
+    // Without another replica that leads, it does not start, and claims nothing.
+    assert!(replicas.take("b").stop().await.success());
+    std::fs::write(&config, invalid).unwrap();
+    let ended = replicas.home("b").try_serve().await.map(drop).unwrap_err();
+    let log = replicas.home("b").logged("has claimed to lead", 1).await;
+    assert_eq!((ended.code(), log.matches("has claimed to lead").count()), (Some(1), 1), "{log}");
+}
+
+#[tokio::test]
+async fn a_replica_of_another_orchestrator_does_not_start_until_that_of_the_store_is_renamed() {
+    let Some(server) = shared() else { return };
+    let store = server.url();
+    let mut replicas = one(&store).await;
+    replicas.add("b", &store).await;
+    let home = replicas.homes.remove(1).with_args(["--set", "orchestrator_id=eu"]);
+    replicas.homes.push(home);
+    for stops in [false, true] {
+        if stops {
+            assert!(replicas.take("a").stop().await.success());
+        }
+        let ended = replicas.home("b").try_serve().await.map(drop).unwrap_err();
+        assert_eq!(ended.code(), Some(2), "{}", replicas.logs());
+    }
+    let log = replicas.home("b").logged("orchestrator_id is \"eu\"", 2).await;
+    assert!(log.contains("that of the orchestrator \"orchestrator\"") && !log.contains("claimed to lead"), "{log}");
+    replicas.serve("a").await;
+    replicas.service("a").leads().await;
+    let (code, said) = orchestrator(None, &["store", "rename", &store, "eu"]).await;
+    assert_eq!((code, said), (0, format!("{store} is the store of the orchestrator eu now; it was orchestrator\n")));
+    // The leader goes on, and is replaced.
+    assert_eq!(replicas.client("a").await.run().await.unwrap().cycle_id, 1);
+    replicas.serve("b").await;
+    assert_eq!(replicas.follows("b").await, "a");
+    assert!(replicas.take("a").stop().await.success());
+    replicas.service("b").leads().await;
+    assert_eq!(replicas.client("b").await.run().await.unwrap().cycle_id, 2);
+    let ended = replicas.home("a").try_serve().await.map(drop).unwrap_err();
+    assert_eq!(ended.code(), Some(2), "{}", replicas.logs());
 }
 
 #[tokio::test]
@@ -910,21 +964,23 @@ async fn watch_records(addresses: Addresses, watched: watch::Sender<Vec<Bytes>>)
 async fn promises_hold_whatever_happens_to_replicas_and_their_sessions() {
     // Of its own, since all sessions are ended.
     let Some(server) = Server::start("", None) else { return };
-    promises_hold(three(&server.url(), TTL).await, (&server, None), 8).await;
+    let url = server.url();
+    promises_hold(three(&url, TTL).await, (&server, None), Some(&url), 8).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn promises_hold_behind_a_pooler_as_well() {
     let Some(server) = Server::start("", None) else { return };
     let Some(pooler) = Pooler::before(&server) else { return };
-    promises_hold(three(&pooler.url(&server.url()), TTL).await, (&server, None), 4).await;
+    let url = server.url();
+    promises_hold(three(&pooler.url(&url), TTL).await, (&server, None), Some(&url), 4).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn promises_hold_whatever_happens_to_a_standby_and_when_it_takes_over() {
     let Some((primary, standby, url)) = pair() else { return };
     primary.wait_for_standby().await;
-    promises_hold(three(&url, TTL).await, (&primary, Some(&standby)), 6).await;
+    promises_hold(three(&url, TTL).await, (&primary, Some(&standby)), Some(&url), 6).await;
     // It was promoted.
     assert!(standby.execute("SELECT pg_is_in_recovery()").await.starts_with('f'));
 }
@@ -954,13 +1010,19 @@ async fn promises_hold_after_a_full_disk_and_after_cycles_with_ten_thousand_outp
     for name in names {
         client.unregister_subsystem(UnregisterSubsystemRequest { name }).await.unwrap();
     }
-    promises_hold(replicas, (&server, None), 8).await;
+    promises_hold(replicas, (&server, None), None, 8).await;
 }
 
 /// Does harm to replicas in each round, and to their server and its standby, if commits wait for one, while cycles are
-/// run and watched. `ORCHESTRATOR_TEST_ROUNDS` sets the number of rounds, and `ORCHESTRATOR_TEST_SEED` what happens in
+/// run and watched. In the middle, a later version of the software migrates the store at the URL `migrated`.
+/// `ORCHESTRATOR_TEST_ROUNDS` sets the number of rounds, and `ORCHESTRATOR_TEST_SEED` what happens in
 /// them.
-async fn promises_hold(mut replicas: Replicas, (primary, standby): (&Server, Option<&Server>), rounds: u64) {
+async fn promises_hold(
+    mut replicas: Replicas,
+    (primary, standby): (&Server, Option<&Server>),
+    migrated: Option<&str>,
+    rounds: u64,
+) {
     let number = |name: &str| env::var(name).ok().map(|text| text.parse::<u64>().unwrap());
     let rounds = number("ORCHESTRATOR_TEST_ROUNDS").unwrap_or(rounds);
     let seed = number("ORCHESTRATOR_TEST_SEED").unwrap_or_else(|| fastrand::u64(..));
@@ -976,6 +1038,9 @@ async fn promises_hold(mut replicas: Replicas, (primary, standby): (&Server, Opt
     let watcher = tokio::spawn(watch_records(addresses.subscribe(), watched.clone()));
     for round in 0..rounds {
         sleep(TTL.mul_f64(rng.f64())).await;
+        if let Some(url) = migrated.filter(|_| round == rounds / 2) {
+            primary.widen(url).await;
+        }
         let leader = replicas.leader().await;
         let it = if rng.u8(..4) == 0 { NAMES[rng.usize(..NAMES.len())] } else { leader };
         let duration = TTL.mul_f64(rng.f64() * 3.0);

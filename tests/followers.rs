@@ -444,21 +444,33 @@ async fn a_follower_finds_out_that_it_can_lead_without_a_log_of_what_a_start_say
 }
 
 #[tokio::test]
-async fn a_follower_warns_once_if_the_leader_declares_other_names() {
+async fn a_follower_warns_once_of_what_differs_in_the_configuration_of_the_leader() {
+    const WARNING: &str = "the leader has another configuration than this replica";
     let Some(server) = shared() else { return };
     let declare = |name: &str| format!("[[subsystems]]\nname = {name:?}\nendpoint = \"http://127.0.0.1:9\"\n");
-    let names = std::cell::RefCell::new(vec!["x", "x", "y"]);
-    let config = |_: &Path, _: &Home| declare(names.borrow_mut().pop().unwrap());
-    let replicas = Replicas::start_with(server, &["a", "b", "c"], "10s", "http", config).await;
-    for index in [1, 2] {
-        replicas.homes[index].logged("declares other subsystems or loops", 1).await;
+    // A name or a value, and what each replica may have for itself.
+    let configs = [
+        declare("x"),
+        declare("y") + "[log]\nfilter = \"info\"\n",
+        declare("x") + "timeout = \"7s\"\n[[loops]]\nname = \"l\"\ninterval = \"1h\"\n[cycle]\nmax_queued = 7\n",
+        declare("x") + "[server]\ndrain_grace = \"1s\"\n",
+    ];
+    let next = std::cell::Cell::new(0);
+    let config = |_: &Path, _: &Home| configs[next.replace(next.get() + 1)].clone();
+    let replicas = Replicas::start_with(server, &["a", "b", "c", "d"], "10s", "http", config).await;
+    for (index, keys) in [(1, "\"subsystems\""), (2, "\"cycle.max_queued, subsystems, loops\"")] {
+        let log = replicas.homes[index].logged(WARNING, 1).await;
+        let warning = log.lines().find(|line| line.contains(WARNING)).unwrap();
+        assert!(warning.contains(keys), "{warning}");
     }
-    for _ in 0..3 {
-        replicas.client("b").await.status().await.unwrap();
+    for name in ["b", "c", "d"] {
+        for _ in 0..3 {
+            replicas.client(name).await.status().await.unwrap();
+        }
     }
-    for (index, times) in [(0, 0), (1, 1), (2, 1)] {
+    for (index, times) in [(0, 0), (1, 1), (2, 1), (3, 0)] {
         let log = replicas.homes[index].logged("", 0).await;
-        assert_eq!(log.matches("declares other subsystems or loops").count(), times, "{index}");
+        assert_eq!(log.matches(WARNING).count(), times, "{index}");
     }
 }
 

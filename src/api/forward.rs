@@ -132,8 +132,8 @@ impl Forwarder {
     const LAST_ANSWERS: Duration = Duration::from_secs(5);
 
     /// Has the leader that this replica knows answer calls, over connections made by `connect`, within this time, each
-    /// with at most `max_calls` calls. What it acknowledges is shown in `history`. What it sends ahead takes memory from
-    /// `answers`.
+    /// with at most `max_calls` calls. What it acknowledges is shown in `history`. What it sends ahead takes memory
+    /// from `answers`.
     pub fn new(
         membership: Membership,
         history: History,

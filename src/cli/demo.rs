@@ -3,7 +3,7 @@
 mod fleet;
 
 use std::{
-    collections::BTreeSet,
+    collections::BTreeMap,
     env,
     fmt::Display,
     future, io, mem,
@@ -240,19 +240,28 @@ In another terminal:
     }
 }
 
-/// Registers the subsystems, and starts the loops. Of subsystems that the store already has, only the endpoint changes:
-/// the rest may have been changed on purpose.
+/// Registers the subsystems, and starts the loops. Of subsystems that the store already has, by this name or by another
+/// one that they were given since, only the endpoint changes: the rest may have been changed on purpose.
 async fn register(remote: &Remote, subsystems: &[Subsystem], loops: Vec<IntervalLoop>) -> Result<(), Failure> {
     let mut client = remote.connect().await?;
-    let mut known = BTreeSet::new();
+    // The present name of each, by all names that it has had.
+    let mut known = BTreeMap::new();
     let take = |page: Vec<pb::SubsystemStatus>| {
-        known.extend(page.iter().map(name));
+        for subsystem in page {
+            let present = name(&subsystem);
+            known.extend(subsystem.former_names.into_iter().map(|former| (former, present.clone())));
+            known.insert(present.clone(), present);
+        }
         Ok(())
     };
     pages(remote, &mut client, take).await?;
-    let (kept, new): (Vec<_>, Vec<_>) = subsystems.iter().map(registration).partition(|it| known.contains(&it.name));
-    for pb::Registration { name, endpoint, .. } in kept {
-        let values = pb::Registration { name, endpoint, ..pb::Registration::default() };
+    let mut new = Vec::new();
+    for one in subsystems.iter().map(registration) {
+        let Some(name) = known.get(&one.name).cloned() else {
+            new.push(one);
+            continue;
+        };
+        let values = pb::Registration { name, endpoint: one.endpoint, ..pb::Registration::default() };
         let update_mask = Some(prost_types::FieldMask { paths: vec!["endpoint".to_owned()] });
         let request = pb::UpdateSubsystemRequest { registration: Some(values), update_mask, etag: String::new() };
         remote.quickly(client.update_subsystem(request)).await?;

@@ -34,7 +34,8 @@ Exit codes:
   0    drained: everything was finished and recorded
   1    could not start, the last state could not be written, or a part of the
        service ended by a defect
-  2    the configuration is wrong, or the files of TLS that it names are
+  2    the configuration is wrong, or the files of TLS that it names are, or the
+       store is that of another orchestrator
   3    another process has taken over the store
   130  a second signal cut the shutdown short; cycles that ran are recorded as
        interrupted at the next start
@@ -117,7 +118,7 @@ impl Serve {
                     last_words(clean_lines(&error.to_string())).await;
                 }
                 match error {
-                    StartError::Tls(_) => BAD_CONFIG.into(),
+                    StartError::Tls(_) | StartError::OtherOrchestrator(_) => BAD_CONFIG.into(),
                     _ => failed(),
                 }
             }

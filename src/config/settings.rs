@@ -14,10 +14,13 @@ use crate::{access::Mode, store::StoreUrl};
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// Makes [`SETTINGS`]. A line has the field, which is also the key; the effect of a reload; what replicas should have in
-/// common; and the method of the reader, with its limits. A setting that is not written keeps its default.
+/// Makes [`SETTINGS`]. A line has the field, which is also the key; the effect of a reload; whether replicas should
+/// have it in common; and the method of the reader, with its limits. A setting that is not written keeps its default.
 macro_rules! settings {
-    ($($first:ident $(. $rest:ident)*: $on_reload:ident, $of_replicas:ident, $read:ident($($allowed:expr)?)$(.map($wrap:path))?;)+) => {
+    ($(
+        $first:ident $(. $rest:ident)*: $on_reload:ident, $of_replicas:ident,
+        $read:ident($($allowed:expr)?)$(.map($wrap:path))?;
+    )+) => {
         #[allow(clippy::float_cmp, reason = "an unchanged number is bitwise equal")]
         pub(super) const SETTINGS: &[Setting] = &[$({
             const KEY: &str = concat!(stringify!($first) $(, ".", stringify!($rest))*);

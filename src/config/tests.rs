@@ -685,6 +685,8 @@ fn every_setting_is_applied_by_a_reload_or_needs_a_restart() {
             Reload { config: new.clone(), needs_restart: Vec::new(), changed: vec![key.to_owned()] }
         };
         assert_eq!(running.reload(new.clone()), expected, "{key}");
+        let in_common = setting.of_replicas == OfReplicas::Common;
+        assert_eq!(not_in_common(&running, &new), in_common.then_some(key).as_slice(), "{key}");
         let first_cell = |line: &'static str| line.split('|').nth(1).filter(|cell| cell.contains(&format!("`{key}")));
         let in_the_readme = README.lines().find_map(first_cell).unwrap_or_else(|| panic!("{key} is not in the README"));
         assert_eq!(in_the_readme.contains('↻'), needs_restart.contains(key), "{key} in the README");
@@ -701,6 +703,27 @@ fn every_key_is_of_a_setting_or_of_a_list() {
             "{key}"
         );
     }
+}
+
+/// The keys by which these configurations of two replicas differ.
+fn not_in_common(one: &Config, other: &Config) -> Vec<&'static str> {
+    let differ = |((key, one), (_, other)): ((&'static str, String), (_, String))| (one != other).then_some(key);
+    one.in_common().zip(other.in_common()).filter_map(differ).collect()
+}
+
+#[test]
+fn lists_of_replicas_differ_by_their_contents_and_not_by_their_order() {
+    let subsystem =
+        |name: &str, more: &str| format!("[[subsystems]]\nname = '{name}'\nendpoint = 'http://h:1'\n{more}");
+    let an_hour = |name: &str| format!("[[loops]]\nname = '{name}'\ninterval = '1h'\n");
+    let of = |lists: &[String]| read(&lists.concat()).unwrap();
+    let one = of(&[subsystem("a", ""), subsystem("b", ""), an_hour("l"), an_hour("m")]);
+    let same = of(&[an_hour("m"), an_hour("l"), subsystem("b", ""), subsystem("a", "")]);
+    assert_eq!(not_in_common(&one, &same), [""; 0]);
+    let other = of(&[subsystem("a", "parameters = {k = 1}\n"), subsystem("b", ""), an_hour("l"), an_hour("m")]);
+    assert_eq!(not_in_common(&one, &other), ["subsystems"]);
+    let other = of(&[subsystem("a", "former_names = ['c']\n"), subsystem("b", ""), an_hour("l")]);
+    assert_eq!(not_in_common(&one, &other), ["subsystems", "loops"]);
 }
 
 #[test]

@@ -339,8 +339,8 @@ pub(super) async fn accept(
     Ok(Accepted { store, earlier: None, last_cycle_id, noted_cycle_id, missing: lacks })
 }
 
-/// Renames the orchestrator of a store: from now on, only replicas with this id lead. One that leads goes on until it is
-/// replaced. Returns the earlier id; `None` if no replica has led yet.
+/// Renames the orchestrator of a store: from now on, only replicas with this id claim to lead. One that leads goes on
+/// until it is replaced. Returns the earlier id; `None` if no replica has led yet.
 ///
 /// # Errors
 /// The store does not exist, or can't be written.

@@ -5,7 +5,7 @@ use std::{
     env, fs,
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, Output, Stdio},
     sync::{
         LazyLock,
         atomic::{AtomicU32, Ordering},
@@ -84,6 +84,21 @@ pub struct Server {
     /// Ends once its input is closed.
     process: Child,
 }
+
+/// The statements of a migration that a later version of the software may have. They add columns to each table, a table
+/// and an index.
+pub const ADDS: &str = "
+DO $$
+DECLARE found regclass;
+BEGIN
+    FOR found IN SELECT oid FROM pg_class WHERE relkind = 'r' AND relname <> 'store_schema' AND relnamespace =
+        (SELECT relnamespace FROM pg_class WHERE oid = 'SCHEMA.meta'::regclass)
+    LOOP
+        EXECUTE format('ALTER TABLE %s ADD COLUMN later text, ADD COLUMN number bigint NOT NULL DEFAULT 7', found);
+    END LOOP;
+END $$;
+CREATE TABLE SCHEMA.later (id bigint PRIMARY KEY, outputs bytea);
+CREATE INDEX later_cycles ON SCHEMA.cycles (finished_at)";
 
 /// The server that all tests of this process share. `None` where PostgreSQL is not installed, which is reported; with
 /// `ORCHESTRATOR_TEST_POSTGRES=required`, tests fail instead.
@@ -233,6 +248,15 @@ impl Server {
         self.execute(&format!("SET search_path = {schema}; {statement}")).await;
     }
 
+    /// Migrates the store at this URL, as a later version of the software may: see [`ADDS`].
+    pub async fn widen(&self, url: &str) {
+        let (_, schema) = url.rsplit_once("schema=").unwrap();
+        let adds = ADDS.replace("SCHEMA.", &format!("{schema}."));
+        let note = format!("UPDATE {schema}.store_schema SET version = 2, usable_from = 1");
+        // The tables are in use, so that it may have to be repeated, as by a replica.
+        while !self.executed(&format!("{adds}; {note}")).await.status.success() {}
+    }
+
     /// The columns of the tables of the store at this URL, each behind the name of its table and a dot.
     pub async fn columns(&self, url: &str) -> BTreeSet<String> {
         let (_, schema) = url.rsplit_once("schema=").unwrap();
@@ -243,12 +267,16 @@ impl Server {
 
     /// Executes a statement, and returns what it returns: a line for each row.
     pub async fn execute(&self, statement: &str) -> String {
+        let output = self.executed(statement).await;
+        assert!(output.status.success(), "{statement}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    async fn executed(&self, statement: &str) -> Output {
         let mut psql = tokio::process::Command::new("psql");
         psql.args(["--quiet", "--no-psqlrc", "--tuples-only", "--no-align", "--username", "owner", "--dbname"]);
         psql.args(["postgres", "--command", statement]).arg("--host").arg(&self.directory);
-        let output = psql.stderr(Stdio::inherit()).output().await.unwrap();
-        assert!(output.status.success(), "{statement}");
-        String::from_utf8(output.stdout).unwrap()
+        psql.stderr(Stdio::inherit()).output().await.unwrap()
     }
 
     /// The directory of its socket.

@@ -241,8 +241,8 @@ fn table_of(table: Table) -> &'static str {
     }
 }
 
-/// The columns of a table `t` whose rows are sealed. No query has all columns by `*`: a later version may add some while
-/// this one goes on, and the statements of its sessions would have another result.
+/// The columns of a table `t` whose rows are sealed. No query has all columns by `*`: a later version may add some
+/// while this one goes on, and the statements of its sessions would have another result.
 pub(super) fn sealed_columns(table: &seal::Table) -> String {
     let columns: Vec<_> = table.columns.iter().copied().chain(["seal"]).map(|column| format!("t.{column}")).collect();
     columns.join(", ")

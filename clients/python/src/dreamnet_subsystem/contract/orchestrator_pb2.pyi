@@ -570,7 +570,7 @@ class WaitingCycle(_message.Message):
     def __init__(self, cycle_id: _Optional[int] = ..., trigger: _Optional[_Union[Trigger, str]] = ..., loop: _Optional[str] = ..., scheduled_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., waits_for_cycle_id: _Optional[int] = ..., waits_for_subsystem: _Optional[str] = ...) -> None: ...
 
 class OrchestratorStatus(_message.Message):
-    __slots__ = ("last_cycle", "total_cycles", "running_cycle", "queued_cycles", "loops", "epoch", "started_at", "uptime", "version", "orchestrator_id", "subsystem_count", "subsystems", "oldest_revision", "newest_revision", "store_error", "watchers", "running_cycles", "waiting_cycles", "insecure", "commit", "loops_paused", "read_only", "missing_count", "missing", "replica", "role", "leader", "lease_remaining")
+    __slots__ = ("last_cycle", "total_cycles", "running_cycle", "queued_cycles", "loops", "epoch", "started_at", "uptime", "version", "orchestrator_id", "subsystem_count", "subsystems", "oldest_revision", "newest_revision", "store_error", "watchers", "running_cycles", "waiting_cycles", "insecure", "commit", "loops_paused", "read_only", "missing_count", "missing", "replica", "role", "leader", "lease_remaining", "unable_to_lead")
     LAST_CYCLE_FIELD_NUMBER: _ClassVar[int]
     TOTAL_CYCLES_FIELD_NUMBER: _ClassVar[int]
     RUNNING_CYCLE_FIELD_NUMBER: _ClassVar[int]
@@ -599,6 +599,7 @@ class OrchestratorStatus(_message.Message):
     ROLE_FIELD_NUMBER: _ClassVar[int]
     LEADER_FIELD_NUMBER: _ClassVar[int]
     LEASE_REMAINING_FIELD_NUMBER: _ClassVar[int]
+    UNABLE_TO_LEAD_FIELD_NUMBER: _ClassVar[int]
     last_cycle: CycleTelemetry
     total_cycles: int
     running_cycle: RunningCycle
@@ -627,7 +628,8 @@ class OrchestratorStatus(_message.Message):
     role: ReplicaRole
     leader: Replica
     lease_remaining: _duration_pb2.Duration
-    def __init__(self, last_cycle: _Optional[_Union[CycleTelemetry, _Mapping]] = ..., total_cycles: _Optional[int] = ..., running_cycle: _Optional[_Union[RunningCycle, _Mapping]] = ..., queued_cycles: _Optional[int] = ..., loops: _Optional[_Iterable[_Union[IntervalLoopStatus, _Mapping]]] = ..., epoch: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., version: _Optional[str] = ..., orchestrator_id: _Optional[str] = ..., subsystem_count: _Optional[int] = ..., subsystems: _Optional[_Iterable[_Union[SubsystemStatus, _Mapping]]] = ..., oldest_revision: _Optional[int] = ..., newest_revision: _Optional[int] = ..., store_error: _Optional[str] = ..., watchers: _Optional[int] = ..., running_cycles: _Optional[_Iterable[_Union[RunningCycle, _Mapping]]] = ..., waiting_cycles: _Optional[_Iterable[_Union[WaitingCycle, _Mapping]]] = ..., insecure: bool = ..., commit: _Optional[str] = ..., loops_paused: bool = ..., read_only: bool = ..., missing_count: _Optional[int] = ..., missing: _Optional[_Iterable[str]] = ..., replica: _Optional[_Union[Replica, _Mapping]] = ..., role: _Optional[_Union[ReplicaRole, str]] = ..., leader: _Optional[_Union[Replica, _Mapping]] = ..., lease_remaining: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    unable_to_lead: str
+    def __init__(self, last_cycle: _Optional[_Union[CycleTelemetry, _Mapping]] = ..., total_cycles: _Optional[int] = ..., running_cycle: _Optional[_Union[RunningCycle, _Mapping]] = ..., queued_cycles: _Optional[int] = ..., loops: _Optional[_Iterable[_Union[IntervalLoopStatus, _Mapping]]] = ..., epoch: _Optional[int] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., version: _Optional[str] = ..., orchestrator_id: _Optional[str] = ..., subsystem_count: _Optional[int] = ..., subsystems: _Optional[_Iterable[_Union[SubsystemStatus, _Mapping]]] = ..., oldest_revision: _Optional[int] = ..., newest_revision: _Optional[int] = ..., store_error: _Optional[str] = ..., watchers: _Optional[int] = ..., running_cycles: _Optional[_Iterable[_Union[RunningCycle, _Mapping]]] = ..., waiting_cycles: _Optional[_Iterable[_Union[WaitingCycle, _Mapping]]] = ..., insecure: bool = ..., commit: _Optional[str] = ..., loops_paused: bool = ..., read_only: bool = ..., missing_count: _Optional[int] = ..., missing: _Optional[_Iterable[str]] = ..., replica: _Optional[_Union[Replica, _Mapping]] = ..., role: _Optional[_Union[ReplicaRole, str]] = ..., leader: _Optional[_Union[Replica, _Mapping]] = ..., lease_remaining: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., unable_to_lead: _Optional[str] = ...) -> None: ...
 
 class Replica(_message.Message):
     __slots__ = ("name", "address")
