@@ -105,7 +105,7 @@ pub enum StartError {
     /// The store is not what was signed last.
     #[error(
         "{url}: {found}. Find out what has happened; {}then have it go on as it is, with a new log, by `orchestrator store \
-         accept {url}`",
+         accept {url}` (with --key-file for each of ledger.key_files)",
         with_others(url, found)
     )]
     NotContinued {
@@ -119,7 +119,7 @@ pub enum StartError {
         "{url} lacks records that a leader has acknowledged to this replica: revision {missing} is not there, or is \
          another one, and the newest is {newest}. An older copy of the database has replaced it, or a standby that had \
          not got all commits. Find out what has happened; then have it go on as it is by `orchestrator store accept \
-         {url}`, and restart the replicas"
+         {url}` (with --key-file for each of ledger.key_files), and restart the replicas"
     )]
     HistoryLost {
         /// The store.

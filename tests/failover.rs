@@ -906,7 +906,7 @@ async fn after_a_failover_that_has_lost_acknowledged_cycles_no_replica_leads_unt
 
     let key = replicas.shared.path().join("log.key").display().to_string();
     let (code, said) = orchestrator(None, &["store", "accept", &url, "--key-file", &key]).await;
-    assert_eq!((code, said), (0, format!("{url} can be served now; its last cycle is 1\n")));
+    assert!(code == 0 && said.starts_with(&format!("{url} can be served now; its last cycle is 1\n")), "{said}");
     replicas.serve_together().await;
     assert_eq!(replicas.client(leader).await.run().await.unwrap().cycle_id, 2);
 }

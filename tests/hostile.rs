@@ -211,6 +211,7 @@ fn lines(command: &str) -> &'static [&'static str] {
         "store accept" => &["store accept sqlite:FILE"],
         "store compact" => &["store compact sqlite:FILE"],
         "store copy" => &["store copy --from sqlite:FILE --to sqlite:FILE.copy"],
+        "store key" => &["store key FILE.key"],
         "store migrate" => &["store migrate --print postgres://a@h/d", "store migrate postgres://a@127.0.0.1:1/d"],
         "store rename" => &["store rename postgres://a@127.0.0.1:1/d b"],
         "cycles prune" => &["cycles prune --keep-newest 1", "cycles prune --finished-before 1h --dry-run"],

@@ -48,14 +48,17 @@ async fn the_tables_of_a_store_are_made_once_and_then_they_are_there() {
     let migrate = async || orchestrator(None, &["store", "migrate", &url]).await;
     assert_eq!(migrate().await, (0, format!("{url} has the tables of a new store, in version 1\n")));
     assert_eq!(migrate().await, (0, format!("{url} has version 1 already\n")));
+    let (code, said) = orchestrator(None, &["store", "migrate", "--grant-to", "nobody here", &url]).await;
+    assert!(code == 1 && said.contains("can't be granted to nobody here: role \"nobody here\" does not exist"), "{said}");
 }
 
 #[tokio::test]
 async fn the_statements_for_an_administrator_are_printed_without_a_server() {
-    let (code, said) =
-        orchestrator(None, &["store", "migrate", "--print", "postgres://u:secret@h/d?schema=fleet"]).await;
+    let url = "postgres://u:secret@h/d?schema=fleet";
+    let (code, said) = orchestrator(None, &["store", "migrate", "--print", "--grant-to", "a \"b\"", url]).await;
     assert_eq!(code, 0, "{said}");
-    assert!(said.starts_with("CREATE SCHEMA IF NOT EXISTS fleet;\n"), "{said}");
+    assert!(said.starts_with("BEGIN;\nCREATE SCHEMA IF NOT EXISTS fleet;\n") && said.ends_with("COMMIT;\n"), "{said}");
+    assert!(said.contains("GRANT USAGE ON SCHEMA fleet TO \"a \"\"b\"\"\";\n"), "{said}");
     assert!(
         said.contains("CREATE TABLE fleet.cycles (") && !said.contains("SCHEMA.") && !said.contains("secret"),
         "{said}"
@@ -188,6 +191,21 @@ async fn a_store_without_a_named_key_is_refused() {
 }
 
 #[tokio::test]
+async fn a_new_store_begins_with_the_key_that_was_made_for_it() {
+    let Some(server) = shared() else { return };
+    let home = home(server);
+    let file = home.path("log.key").display().to_string();
+    let (code, public) = orchestrator(None, &["store", "key", &file]).await;
+    assert_eq!(code, 0, "{public}");
+    let (code, said) = orchestrator(None, &["store", "key", &file]).await;
+    assert!(code == 1 && said.contains("keep that one"), "{said}");
+    let mut stage = Stage::at(home).await;
+    stage.client.run().await.unwrap();
+    let (code, said) = call(&stage.service, &["checkpoint"]).await;
+    assert!(code == 0 && said.contains(public.trim()), "{said}");
+}
+
+#[tokio::test]
 async fn a_changed_store_is_refused_until_it_is_accepted() {
     let Some(server) = shared() else { return };
     let mut stage = Stage::at(home(server)).await;
@@ -200,10 +218,11 @@ async fn a_changed_store_is_refused_until_it_is_accepted() {
     assert_eq!(ended.code(), Some(1));
     let accept = format!("orchestrator store accept {}", home.store());
     assert!(home.log().contains(r#"the seal of its subsystem "a" does not belong"#), "{}", home.log());
-    assert!(home.log().contains(&accept), "{}", home.log());
+    assert!(home.log().contains(&accept) && home.log().contains("(with --key-file for each of"), "{}", home.log());
     let key = home.path("log.key").display().to_string();
     let (code, said) = orchestrator(None, &["store", "accept", home.store(), "--key-file", &key]).await;
-    assert_eq!((code, said), (0, format!("{} can be served now; its last cycle is 1\n", home.store())));
+    let told = format!("{} can be served now; its last cycle is 1\nrestart the replicas that ", home.store());
+    assert!(code == 0 && said.starts_with(&told), "{said}");
     let service = home.serve().await;
     assert_eq!(service.client().await.run().await.unwrap().cycle_id, 2);
 }

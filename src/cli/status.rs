@@ -149,6 +149,9 @@ fn replica(status: &pb::OrchestratorStatus) -> String {
     };
     let own = status.replica.as_ref().map(shown).unwrap_or_default();
     match (status.role(), &status.leader) {
+        (pb::ReplicaRole::Leader, _) if status.lease_remaining.is_none_or(|left| left.seconds <= 0 && left.nanos <= 0) => {
+            format!("{own}, leads, but can't renew its lease: it calls no subsystem")
+        }
         (pb::ReplicaRole::Leader, _) => {
             format!("{own}, leads; its lease ends in {}", in_seconds(status.lease_remaining.as_ref()))
         }

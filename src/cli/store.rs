@@ -29,6 +29,7 @@ enum Command {
     Accept(Accept),
     Compact(Compact),
     Copy(Copy),
+    Key(Key),
     Migrate(Migrate),
     Rename(Rename),
 }
@@ -89,16 +90,35 @@ struct Copy {
     to: StoreUrl,
 }
 
+/// Make a key of the log, for a store that does not exist yet
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+All replicas over a store in PostgreSQL need the same key: make it once, copy the file to each machine, and name it in \
+ledger.key_files. Only the user of the service may be able to read it. It is in no backup of the database, so keep a \
+copy elsewhere.
+
+The command prints the public key, by which others verify the history: `orchestrator verify --key`.
+
+Exit codes:
+  0    it is made
+  1    the file exists, or can't be created
+  2    wrong usage
+
+Examples:
+  orchestrator store key /var/lib/orchestrator/log.key")]
+struct Key {
+    /// The new file
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+}
+
 /// Make the tables of a store in PostgreSQL, or bring them up to date
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 The user in the URL becomes the owner of the tables. The user of the service needs fewer rights: USAGE of the schema, \
-and SELECT, INSERT, UPDATE and DELETE of all its tables. Grant them after each migration, or once by ALTER DEFAULT \
-PRIVILEGES:
-
-  GRANT USAGE ON SCHEMA orchestrator TO service;
-  GRANT SELECT, INSERT, UPDATE, DELETE
-    ON ALL TABLES IN SCHEMA orchestrator TO service;
+and SELECT, INSERT, UPDATE and DELETE of all its tables. --grant-to gives them to that user: give it each time, since \
+a migration can add tables. A service whose user is not the owner can't migrate: run this command before you replace \
+it by a newer version.
 
 Several processes can migrate at once: one does it, and the others wait. A store of a later version of this software \
 stays as it is, and so do tables of other software.
@@ -117,6 +137,8 @@ used. Parameters:
   sslrootcert      the file with the certificate of the authority of the
                    servers; those that the system trusts
   dbname, host, port, user    as elsewhere; host=/DIRECTORY is a socket
+A host without a port has 5432. The connection is encrypted unless sslmode is disable, which it is where all hosts are \
+on this machine and there is no sslrootcert.
 
 Exit codes:
   0    the tables are up to date
@@ -124,13 +146,18 @@ Exit codes:
   2    wrong usage
 
 Examples:
-  orchestrator store migrate postgres://owner@db1.example,db2.example/fleet
+  orchestrator store migrate --grant-to service \\
+    'postgres://owner@db1.example:5433,db2.example/fleet?sslrootcert=ca.pem'
   orchestrator store migrate 'postgres:///fleet?host=/var/run/postgresql'
-  orchestrator store migrate --print postgres://owner@localhost/fleet | less")]
+  orchestrator store migrate --print --grant-to service postgres://db1/fleet \\
+    | psql --set ON_ERROR_STOP=1 --dbname fleet")]
 struct Migrate {
     /// The store
     #[arg(value_name = "URL", value_parser = PostgresUrl::parse)]
     url: PostgresUrl,
+    /// Give this user of the database the rights that the service needs
+    #[arg(long, value_name = "USER", value_parser = user)]
+    grant_to: Option<String>,
     /// Print the statements that make the tables of a new store, for an administrator, and connect to no server
     #[arg(long)]
     print: bool,
@@ -169,14 +196,16 @@ struct Rename {
 `orchestrator serve` refuses a database that is a copy of another one, because a copy takes over the fleet: its epoch \
 is higher, and subsystems then refuse calls of the original. It also refuses a database that lacks many acknowledged \
 cycles, one that another program has changed, and, with access.mode = \"enforce\" or in PostgreSQL, one that is not \
-what was signed last: its key or its checkpoint is missing, or an older copy has replaced it. This command accepts the database once, \
-with everything that is in it. First make sure that no process serves the original any more.
+what was signed last: its key or its checkpoint is missing, or an older copy has replaced it. This command accepts the \
+database once, with everything that is in it. First make sure that no process serves the original any more.
 
-A new log begins: its first entry says so, and contains the earlier checkpoint, which is kept in a file with the \
-suffix .checkpoint.lost. A key that is missing is created.
+A new log begins, which goes on from the entries that are there: an entry says so, and contains the earlier \
+checkpoint, which SQLite also keeps in a file with the suffix .checkpoint.lost. A pin (`orchestrator checkpoint \
+--pin`) of what is there stays valid; one of what is lost does not. A key that is missing is created.
 
-A store in PostgreSQL is accepted in the same way, with the keys that ledger.key_files names. A service that leads \
-meanwhile follows, and then begins a new term.
+If ledger.key_files is set, as it is for PostgreSQL, give the same files as --key-file, and ledger.origin as --origin. \
+A replica that leads meanwhile begins a new term. One that knows of acknowledged records which are lost does not lead \
+before it is restarted, so restart all replicas afterwards.
 
 To look at a copy, see `orchestrator serve --read-only`.
 
@@ -186,7 +215,9 @@ Exit codes:
   2    wrong usage
 
 Examples:
-  orchestrator store accept sqlite:/var/lib/orchestrator/orchestrator.db")]
+  orchestrator store accept sqlite:/var/lib/orchestrator/orchestrator.db
+  orchestrator store accept postgres://service@db1.example,db2.example/fleet \\
+    --key-file /var/lib/orchestrator/log.key")]
 struct Accept {
     /// The store, as in store.url
     #[arg(value_name = "URL", value_parser = StoreUrl::parse)]
@@ -212,9 +243,19 @@ impl LogArgs {
     /// # Errors
     /// A file can't be used.
     pub(super) fn keys(&self, url: &StoreUrl) -> Result<LogKeys, KeyFileError> {
-        let random = || format!("orchestrator/{:032x}", Host::system().random.id128());
-        LogKeys::read(url, &self.key_file, &self.origin.clone().unwrap_or_else(random))
+        LogKeys::read(url, &self.key_file, &self.origin.clone().unwrap_or_else(new_name))
     }
+}
+
+/// A name for a new log, which no other one has.
+fn new_name() -> String {
+    format!("orchestrator/{:032x}", Host::system().random.id128())
+}
+
+/// Parses the name of a user of a database, which the server would cut beyond this length.
+fn user(text: &str) -> Result<String, String> {
+    let fits = (1..=63).contains(&text.len()) && !text.chars().any(char::is_control);
+    if fits { Ok(text.to_owned()) } else { Err("give a name of 1 to 63 bytes, without control characters".into()) }
 }
 
 impl Store {
@@ -223,12 +264,18 @@ impl Store {
         let refused = |error: &dyn Error| Failure::new(Exit::Refused, clean(&error.to_string()));
         let Accept { url, log } = match self.command {
             Command::Accept(accept) => accept,
-            Command::Migrate(Migrate { url, print: true }) => {
-                print(&store::tables(&url))?;
+            Command::Key(Key { file }) => {
+                let made = store::create_key(&file, &new_name()).map_err(|error| refused(&error))?;
+                print(&format!("{}\n", made.verifying()))?;
                 return Ok(Exit::Done);
             }
-            Command::Migrate(Migrate { url, print: false }) => {
-                let migrated = store::migrate(&url, Host::system().clock).await.map_err(|error| refused(&error))?;
+            Command::Migrate(Migrate { url, grant_to, print: true }) => {
+                print(&store::tables(&url, grant_to.as_deref()))?;
+                return Ok(Exit::Done);
+            }
+            Command::Migrate(Migrate { url, grant_to, print: false }) => {
+                let migrated = store::migrate(&url, grant_to.as_deref(), Host::system().clock).await;
+                let migrated = migrated.map_err(|error| refused(&error))?;
                 print(&(clean(&brought(&url, migrated)) + "\n"))?;
                 return Ok(Exit::Done);
             }
@@ -256,6 +303,9 @@ impl Store {
             .await
             .map_err(|error| refused(&error))?;
         print(&told(&accepted))?;
+        if matches!(url, StoreUrl::Postgres(_)) {
+            print("restart the replicas that know of records which it lacks: their logs say so\n")?;
+        }
         Ok(Exit::Done)
     }
 }

@@ -752,7 +752,8 @@ pub enum StoreError {
     /// A program without the key of its log has changed it, or the key is another one.
     #[error(
         "{store} was changed by another program, or was sealed with another key or ledger.origin: {problem}; put its \
-         key back, restore it from a backup, or have it go on as it is by `orchestrator store accept {url}`"
+         key back, restore it from a backup, or have it go on as it is by `orchestrator store accept {url}` (with \
+         --key-file for each of ledger.key_files)"
     )]
     Tampered {
         /// Which store.
@@ -804,11 +805,11 @@ pub enum StoreError {
         problem: String,
     },
     /// This process is not allowed to write it.
-    #[error("{store} can't be written: {problem}; make it writable for this process")]
+    #[error("{store} can't be written: {problem}")]
     ReadOnly {
         /// Which store, or which of its files.
         store: String,
-        /// The error of the system.
+        /// The error of the system or of the server, and the remedy.
         problem: String,
     },
     /// It is temporarily unavailable.

@@ -209,7 +209,8 @@ impl NotServed {
         let problem = match self {
             Self::MovedTo(to) => format!(
                 "it was copied to {to}, which goes on in its place: set store.url to that. To have this one go on \
-                 instead, see that no process serves that one any more, and run `orchestrator store accept {url}`"
+                 instead, see that no process serves that one any more, and run `orchestrator store accept {url}` \
+                 (with --key-file for each of ledger.key_files)"
             ),
             Self::UnfinishedCopyOf(from) => format!(
                 "it is an unfinished copy of {from}, which may still be served; to copy that again, remove this one \
@@ -217,7 +218,8 @@ impl NotServed {
             ),
             Self::Lacks(problem) => format!(
                 "{problem}. If another server has all of them, set store.url to that. To have this one go on without \
-                 them, with a new log, run `orchestrator store accept {url}`"
+                 them, with a new log, run `orchestrator store accept {url}` (with --key-file for each of \
+                 ledger.key_files)"
             ),
         };
         StoreError::NotServed { store: url, problem }

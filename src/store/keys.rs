@@ -28,7 +28,7 @@ pub enum KeyFileError {
         problem: FileError,
     },
     /// It can't be created.
-    #[error("the key {} can't be created: {problem}; create its directory, or see ledger.key_files", .path.display())]
+    #[error("the key {} can't be created: {problem}; {}", .path.display(), remedy(problem))]
     NotCreated {
         /// The file.
         path: PathBuf,
@@ -54,6 +54,17 @@ pub enum KeyFileError {
     /// The system refuses a new key.
     #[error("can't make a key: {0}")]
     NotMade(NoteError),
+}
+
+/// What to do about a key that can't be created.
+fn remedy(problem: &io::Error) -> &'static str {
+    match problem.kind() {
+        io::ErrorKind::AlreadyExists => "keep that one, or give another file",
+        io::ErrorKind::PermissionDenied => {
+            "let the user of the service write to its directory, or name another file in ledger.key_files"
+        }
+        _ => "create its directory, or name another file in ledger.key_files",
+    }
 }
 
 /// The keys that sign the checkpoints of a store's log.
@@ -201,6 +212,16 @@ pub fn signing_key(path: &Path) -> Result<SigningKey, KeyFileError> {
     let bytes = read.map_err(|problem| KeyFileError::Unreadable { path: path.to_owned(), problem })?;
     let key = String::from_utf8_lossy(&bytes).parse();
     key.map_err(|problem| KeyFileError::Invalid { path: path.to_owned(), problem })
+}
+
+/// Makes a key with this name in a new file, which only its owner can read. Waits for the disk.
+///
+/// # Errors
+/// The file exists, or it can't be created.
+pub fn create_key(path: &Path, name: &str) -> Result<SigningKey, KeyFileError> {
+    let key = SigningKey::generate(name).map_err(KeyFileError::NotMade)?;
+    NewKeys(vec![(path.to_owned(), key.to_secret())]).save()?;
+    Ok(key)
 }
 
 /// The file of the key beside the database of a store, if it exists.

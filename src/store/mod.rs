@@ -34,7 +34,7 @@ use std::{
 pub use self::backup::{BackedUp, BackupError, backup, restore};
 pub use self::copying::{CopyError, Moved, copy};
 pub use self::keys::{
-    KeyFileError, LogKeys, NewKeys, checkpoint_of, keep_published, key_beside, published, signing_key,
+    KeyFileError, LogKeys, NewKeys, checkpoint_of, create_key, keep_published, key_beside, published, signing_key,
 };
 #[cfg(feature = "simulation")]
 pub use self::memory::{Fate, Fates, SimulatedDatabase, Statement};

@@ -293,15 +293,19 @@ fn goes_elsewhere(error: &tokio_postgres::Error) -> bool {
 }
 
 /// Makes the tables of a store, or applies the migrations that they lack. Services of the version before go on with
-/// them.
+/// them. Then gives the role `grant_to` the rights that a service needs.
 ///
 /// # Errors
-/// The user may not do it, a later version of this software was there, the schema has tables of other software, or no
-/// server of the URL takes writes.
-pub async fn migrate(url: &PostgresUrl, clock: Clock) -> Result<Migrated, OpenError> {
+/// The user may not do it, the role does not exist, a later version of this software was there, the schema has tables of
+/// other software, or no server of the URL takes writes.
+pub async fn migrate(url: &PostgresUrl, grant_to: Option<&str>, clock: Clock) -> Result<Migrated, OpenError> {
     let connector = Connector::new(url.clone(), clock).await?;
     let mut connection = connector.connect(APPLICATION).await?;
-    schema::migrate(&connector, &mut connection).await
+    let migrated = schema::migrate(&connector, &mut connection).await?;
+    if let Some(role) = grant_to {
+        schema::grant(&connector, &connection, role).await?;
+    }
+    Ok(migrated)
 }
 
 /// Accepts a store as it is: see [`accept`](super::accept).
@@ -357,10 +361,12 @@ pub async fn rename(url: &PostgresUrl, id: &str, checks: Checks, clock: Clock) -
     Ok(renamed.first().and_then(|row| optional_text(row, "earlier").ok().flatten()))
 }
 
-/// The statements by which [`migrate`] makes the tables of a new store in the schema of this URL.
+/// The statements by which [`migrate`] makes the tables of a new store in the schema of this URL, as one transaction.
 #[must_use]
-pub fn tables(url: &PostgresUrl) -> String {
-    schema::statements(url.schema(), 0)
+pub fn tables(url: &PostgresUrl, grant_to: Option<&str>) -> String {
+    let schema = url.schema();
+    let grants = grant_to.map(|role| schema::grants(schema, role)).unwrap_or_default();
+    format!("BEGIN;\n{}{grants}COMMIT;\n", schema::statements(schema, 0))
 }
 
 impl Store for PostgresStore {

@@ -53,7 +53,10 @@ fn of_server(store: String, error: &DbError) -> StoreError {
         "53100" => StoreError::Full { store, problem },
         "42501" => StoreError::ReadOnly {
             store,
-            problem: format!("{problem}; grant its user what `orchestrator store migrate --help` lists"),
+            problem: format!(
+                "{problem}; grant its user the rights, as the owner of the tables: `orchestrator store migrate --grant-to \
+                 USER`"
+            ),
         },
         "25006" => {
             let problem = format!("{problem}: this server is a standby; name all servers in store.url");
@@ -84,7 +87,7 @@ fn of_server(store: String, error: &DbError) -> StoreError {
 }
 
 /// What the server says.
-fn said(error: &DbError) -> String {
+pub(super) fn said(error: &DbError) -> String {
     let mut said = format!("{} (SQLSTATE {})", error.message(), error.code().code());
     for more in [error.detail(), error.hint()].into_iter().flatten() {
         said = format!("{said}; {more}");

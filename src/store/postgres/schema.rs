@@ -7,7 +7,8 @@ use tokio_postgres::{Error, error::SqlState};
 use super::{
     commit::RANDOM_TOKEN,
     connect::{Connection, Connector},
-    error::{explain, is_worth_repeating},
+    error::{explain, is_worth_repeating, said},
+    url::causes,
 };
 use crate::{ports::StoreError, store::OpenError};
 
@@ -119,6 +120,29 @@ pub(super) fn statements(schema: &str, from: i32) -> String {
     all
 }
 
+/// The statements that give a role the rights to these tables that a service needs.
+pub(super) fn grants(schema: &str, role: &str) -> String {
+    let role = role.replace('"', "\"\"");
+    format!(
+        "GRANT USAGE ON SCHEMA {schema} TO \"{role}\";
+GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {schema} TO \"{role}\";
+"
+    )
+}
+
+/// Gives a role the rights to the tables that a service needs.
+///
+/// # Errors
+/// The role does not exist, the user may not do it, or the database can't be used.
+pub(super) async fn grant(connector: &Connector, connection: &Connection, role: &str) -> Result<(), OpenError> {
+    let granted = connection.batch_execute(&grants(connector.url().schema(), role)).await;
+    granted.map_err(|error| {
+        let reason = error.as_db_error().map_or_else(|| causes(&error), said);
+        let problem = format!("the rights can't be granted to {role}: {reason}");
+        StoreError::Unavailable { store: connector.url().to_string(), problem }.into()
+    })
+}
+
 /// Notes that a migration was applied.
 fn note(schema: &str, Migration { version, usable_from, .. }: &Migration) -> String {
     format!("UPDATE {schema}.store_schema SET version = {version}, usable_from = {usable_from};")
@@ -149,6 +173,7 @@ pub(super) async fn migrate(connector: &Connector, connection: &mut Connection) 
                 return Err(OpenError::Foreign { store });
             }
             Err(Failed::Statement(error)) => return Err(refusal(&store, &error)),
+            Err(Failed::NotRead(error)) => return Err(explain(&store, &error).into()),
             Err(Failed::TooNew(too_new)) => return Err(too_new.at_open(store)),
             Ok(migrated) => return Ok(migrated),
         }
@@ -158,7 +183,7 @@ pub(super) async fn migrate(connector: &Connector, connection: &mut Connection) 
 /// Checks that a database has the current schema.
 pub(super) async fn check(connector: &Connector, connection: &Connection) -> Result<(), OpenError> {
     let store = connector.url().to_string();
-    let found = version(connection, connector.url().schema()).await.map_err(|error| refusal(&store, &error))?;
+    let found = version(connection, connector.url().schema()).await.map_err(|error| explain(&store, &error))?;
     let (found, usable_from) = found.unwrap_or_default();
     let (migrations, known) = (connector.migrations(), connector.migrations().latest());
     migrations.check(found, usable_from).map_err(|too_new| too_new.at_open(store.clone()))?;
@@ -180,7 +205,7 @@ pub(super) async fn check_additions(connector: &Connector, connection: &Connecti
                      WHERE c.relkind IN ('r', 'p') AND c.relnamespace = to_regnamespace($1)
                      ORDER BY 1 LIMIT 1";
     let (store, schema) = (connector.url().to_string(), connector.url().schema());
-    let found = connection.query(additions, &[&schema]).await.map_err(|error| refusal(&store, &error))?;
+    let found = connection.query(additions, &[&schema]).await.map_err(|error| explain(&store, &error))?;
     match found.first() {
         Some(row) => Err(OpenError::Trigger { store, trigger: row.get(0) }),
         None => Ok(()),
@@ -190,6 +215,8 @@ pub(super) async fn check_additions(connector: &Connector, connection: &Connecti
 /// Why the migrations were not applied.
 enum Failed {
     Statement(Error),
+    /// The version of tables that are there can't be read.
+    NotRead(Error),
     TooNew(TooNew),
 }
 
@@ -207,7 +234,7 @@ async fn migrate_once(
 ) -> Result<Migrated, Failed> {
     let check =
         |(found, usable_from): (i32, i32)| migrations.check(found, usable_from).map(|()| found).map_err(Failed::TooNew);
-    let (known, latest) = (version(connection, schema).await?.map(check).transpose()?, migrations.latest());
+    let (known, latest) = (version(connection, schema).await.map_err(Failed::NotRead)?.map(check).transpose()?, migrations.latest());
     if let Some(to) = known.filter(|known| *known >= latest) {
         return Ok(Migrated { from: to, to });
     }
@@ -260,11 +287,12 @@ fn is_there(error: &Error) -> bool {
     error.code().is_some_and(|code| codes.contains(code))
 }
 
+/// The error for tables that were not made.
 fn refusal(store: &str, error: &Error) -> OpenError {
     if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) {
         let (store, problem) =
             (store.to_owned(), error.as_db_error().map_or_else(String::new, |it| it.message().into()));
-        let remedy = "run `orchestrator store migrate` as the owner of the schema, whose tables this user may then use";
+        let remedy = "run `orchestrator store migrate` as the owner of the schema, with --grant-to for this user";
         return StoreError::ReadOnly { store, problem: format!("{problem}; {remedy}") }.into();
     }
     explain(store, error).into()

@@ -66,7 +66,7 @@ async fn one(
 }
 
 async fn migrated(of: &str) -> Result<Migrated, OpenError> {
-    migrate(&url(of), Clock::system()).await
+    migrate(&url(of), None, Clock::system()).await
 }
 
 #[tokio::test]
@@ -84,7 +84,7 @@ async fn processes_that_create_a_store_at_once_all_find_it() {
 async fn the_printed_statements_make_the_store_that_a_migration_makes() {
     let Some(server) = shared() else { return };
     let (printed, made) = (server.url(), server.url());
-    connect(&printed).await.unwrap().batch_execute(&tables(&url(&printed))).await.unwrap();
+    connect(&printed).await.unwrap().batch_execute(&tables(&url(&printed), None)).await.unwrap();
     migrated(&made).await.unwrap();
     assert_eq!(migrated(&printed).await.unwrap(), Migrated { from: 1, to: 1 });
     let columns = async |store: &str| {
@@ -246,12 +246,12 @@ async fn a_user_who_may_not_create_tables_uses_those_of_their_owner() {
     assert!(matches!(refused, OpenError::Store(StoreError::ReadOnly { .. })), "{refused}");
     assert!(refused.to_string().contains("`orchestrator store migrate` as the owner"), "{refused}");
     migrated(&owners).await.unwrap();
-    let grant = format!(
-        "GRANT USAGE ON SCHEMA {schema} TO {user};
-         GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {schema} TO {user}"
-    );
-    owner.batch_execute(&grant).await.unwrap();
-    assert_eq!(migrated(&of_user).await.unwrap(), Migrated { from: 1, to: 1 });
+    let refused = migrated(&of_user).await.unwrap_err();
+    assert!(refused.to_string().contains("grant its user the rights"), "{refused}");
+    let granted = migrate(&url(&owners), Some(&user), Clock::system()).await.unwrap();
+    assert_eq!(granted, Migrated { from: 1, to: 1 });
+    assert_eq!(migrated(&of_user).await.unwrap(), granted);
+    drop(opened(&of_user).await);
 }
 
 /// A server that accepts connections and says nothing, and an address at which none is.
@@ -299,7 +299,7 @@ async fn each_error_of_the_server_has_its_remedy() {
     };
     for (codes, remedy, is_final) in [
         (["53100"].as_slice(), "free some space", false),
-        (&["42501"], "make it writable", false),
+        (&["42501"], "--grant-to", false),
         (&["25006"], "name all servers", false),
         (&["53300"], "raise max_connections", false),
         (&["57014"], "has cancelled it", false),

@@ -17,7 +17,7 @@ pub(super) fn explain(path: &Path, error: &rusqlite::Error) -> StoreError {
     match code {
         ErrorCode::DiskFull => StoreError::Full { store, problem },
         ErrorCode::ReadOnly | ErrorCode::CannotOpen | ErrorCode::PermissionDenied => {
-            StoreError::ReadOnly { store, problem }
+            StoreError::ReadOnly { store, problem: format!("{problem}; {WRITABLE}") }
         }
         ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase => StoreError::Corrupt { store, problem },
         ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked => {
@@ -69,6 +69,8 @@ fn io_failure(store: String, problem: &str, extended: i32) -> StoreError {
     StoreError::Unavailable { store, problem }
 }
 
+/// The remedy where this process may not write.
+const WRITABLE: &str = "make it writable for this process";
 /// The remedy for an error that only the system can explain.
 const DISK: &str = "see the log of the system (dmesg) for errors of its disk";
 
@@ -85,7 +87,7 @@ pub(super) fn unwritable(path: &Path, error: &io::Error) -> OpenError {
     match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => StoreError::Full { store, problem }.into(),
         io::ErrorKind::IsADirectory => DatabaseFileError::NotRegular { path: store, found: "a directory" }.into(),
-        _ => StoreError::ReadOnly { store, problem }.into(),
+        _ => StoreError::ReadOnly { store, problem: format!("{problem}; {WRITABLE}") }.into(),
     }
 }
 
