@@ -227,11 +227,43 @@ fn the_pods_have_the_default_ports_and_the_time_to_shut_down() {
         }
         let seconds: u64 = after(&manifest, "terminationGracePeriodSeconds: ").parse().unwrap();
         assert!(Duration::from_secs(seconds) > shutdown(), "{:?}", shutdown());
-        let user = "65532";
-        assert_eq!(after(&manifest, "runAsUser: "), user);
-        assert!(read("Dockerfile").contains(&format!("USER {user}:{user}\n")));
-        let version = cargo()["package"]["version"].as_str().unwrap().to_owned();
-        assert_eq!(after(&manifest, "image: orchestrator:"), version);
+        assert_is_of_this_version(&manifest);
+        // As docs/operations.md says of the memory that a container needs.
+        let limit = after(&configuration(manifests, Path::new("/run")), "max_bytes = ").replace('_', "");
+        assert_eq!(after(&manifest, "              memory: "), "1Gi");
+        assert!(limit.parse::<f64>().unwrap() * 2.5 < f64::from(1 << 30), "{limit}");
+    }
+}
+
+/// Asserts that a manifest has the image and the user of this version.
+fn assert_is_of_this_version(manifest: &str) {
+    let user = "65532";
+    assert_eq!(after(manifest, "runAsUser: "), user);
+    assert!(read("Dockerfile").contains(&format!("USER {user}:{user}\n")));
+    let version = cargo()["package"]["version"].as_str().unwrap().to_owned();
+    assert_eq!(after(manifest, "image: orchestrator:"), version);
+}
+
+#[tokio::test]
+async fn the_jobs_run_commands_over_the_store_of_the_replicas() {
+    let home = Home::new();
+    let url = after(&configuration(OF_REPLICAS, Path::new("/run")), "url = ").trim_matches('"').to_owned();
+    // Exit code 1: the line is right, and its files are not there.
+    for (name, user, more, code) in [
+        ("accept", "orchestrator", None, 1),
+        ("copy", "orchestrator", None, 1),
+        ("migrate", "owner", Some("--print"), 0),
+    ] {
+        let job = read(&format!("{OF_REPLICAS}/jobs/{name}.yaml"));
+        assert_is_of_this_version(&job);
+        assert!(job.contains(&url.replace("//orchestrator@", &format!("//{user}@"))), "{job}");
+        let args = job.split_once("args:\n").unwrap().1.lines().map_while(|line| line.trim().strip_prefix("- "));
+        // A place that no machine has.
+        let args = args.map(|arg| arg.replace("/var/lib/", &home.path("").display().to_string()));
+        let args: Vec<_> = args.chain(more.map(str::to_owned)).collect();
+        let (found, said) = orchestrator(None, &args.iter().map(String::as_str).collect::<Vec<_>>()).await;
+        assert_eq!(found, code, "{said}");
+        assert!(code != 0 || said.contains("TO \"orchestrator\";\n"), "{said}");
     }
 }
 
@@ -245,12 +277,8 @@ fn variables(text: &str) -> BTreeSet<String> {
 async fn replicas_are_configured_as_their_manifests_and_their_compose_file_say() {
     let home = Home::new();
     let pki = home.path("pki").display().to_string();
-    let pods = ["0", "1", "2"].map(|number| format!("orchestrator-{number}.orchestrator-replicas"));
-    let hosts = ["orchestrator"].into_iter().chain(pods.iter().map(String::as_str));
-    let hosts: Vec<_> = hosts.flat_map(|host| ["--host", host]).collect();
-    let readme = read(&format!("{MANIFESTS}/README.md"));
-    assert!(pods.iter().all(|pod| readme.contains(&format!("--host {pod}"))), "{readme}");
-    let (code, text) = orchestrator(None, &[&["certs", "init", "--dir", &pki][..], &hosts].concat()).await;
+    // Replicas recognize each other by their identity, so that it names no pod.
+    let (code, text) = orchestrator(None, &["certs", "init", "--dir", &pki, "--host", "orchestrator"]).await;
     assert_eq!(code, 0, "{text}");
 
     let manifest = read(&format!("{OF_REPLICAS}/statefulset.yaml"));
@@ -259,7 +287,7 @@ async fn replicas_are_configured_as_their_manifests_and_their_compose_file_say()
     assert!(variables(&manifest).contains("ORCHESTRATOR_CLUSTER_REPLICA"));
     let advertised = after(&manifest, "- name: ORCHESTRATOR_CLUSTER_ADVERTISE\n              value: ");
     let advertised = advertised.replace("$(ORCHESTRATOR_CLUSTER_REPLICA)", "orchestrator-0");
-    assert_eq!(advertised, format!("https://{}:{}", pods[0], ports()[0]));
+    assert_eq!(advertised, format!("https://orchestrator-0.orchestrator-replicas:{}", ports()[0]));
     let set = format!("cluster.advertise={advertised:?}");
     let check = ["check", "--config", &file, "--secure", &pki, "--set", &set, "--set", "cluster.replica=\"o\""];
     let (code, text) = orchestrator(None, &check).await;

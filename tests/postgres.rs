@@ -49,7 +49,10 @@ async fn the_tables_of_a_store_are_made_once_and_then_they_are_there() {
     assert_eq!(migrate().await, (0, format!("{url} has the tables of a new store, in version 1\n")));
     assert_eq!(migrate().await, (0, format!("{url} has version 1 already\n")));
     let (code, said) = orchestrator(None, &["store", "migrate", "--grant-to", "nobody here", &url]).await;
-    assert!(code == 1 && said.contains("can't be granted to nobody here: role \"nobody here\" does not exist"), "{said}");
+    assert!(
+        code == 1 && said.contains("can't be granted to nobody here: role \"nobody here\" does not exist"),
+        "{said}"
+    );
 }
 
 #[tokio::test]

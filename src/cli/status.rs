@@ -148,8 +148,9 @@ fn replica(status: &pb::OrchestratorStatus) -> String {
         address => format!("{}, at {address}", replica.name),
     };
     let own = status.replica.as_ref().map(shown).unwrap_or_default();
+    let is_lapsed = status.lease_remaining.is_none_or(|left| (left.seconds, left.nanos) <= (0, 0));
     match (status.role(), &status.leader) {
-        (pb::ReplicaRole::Leader, _) if status.lease_remaining.is_none_or(|left| left.seconds <= 0 && left.nanos <= 0) => {
+        (pb::ReplicaRole::Leader, _) if is_lapsed => {
             format!("{own}, leads, but can't renew its lease: it calls no subsystem")
         }
         (pb::ReplicaRole::Leader, _) => {
@@ -223,6 +224,8 @@ mod tests {
             line(pb::ReplicaRole::Leader, None, lease).unwrap(),
             "a, at http://h:1, leads; its lease ends in 8s"
         );
+        let lapsed = line(pb::ReplicaRole::Leader, None, Some(prost_types::Duration::default())).unwrap();
+        assert!(lapsed.ends_with("leads, but can't renew its lease: it calls no subsystem"), "{lapsed}");
         assert_eq!(line(pb::ReplicaRole::Follower, other, None).unwrap(), "a, at http://h:1, follows b");
         assert_eq!(line(pb::ReplicaRole::Follower, None, None).unwrap(), "a, at http://h:1; no replica leads");
         // It has its store for itself.

@@ -214,9 +214,9 @@ pub(super) async fn check_additions(connector: &Connector, connection: &Connecti
 
 /// Why the migrations were not applied.
 enum Failed {
-    Statement(Error),
     /// The version of tables that are there can't be read.
     NotRead(Error),
+    Statement(Error),
     TooNew(TooNew),
 }
 
