@@ -204,7 +204,7 @@ async fn a_new_store_begins_with_the_key_that_was_made_for_it() {
     assert!(code == 1 && said.contains("keep that one"), "{said}");
     let mut stage = Stage::at(home).await;
     stage.client.run().await.unwrap();
-    let (code, said) = call(&stage.service, &["checkpoint"]).await;
+    let (code, said) = call(&stage.service, &["checkpoint", "--output", "json"]).await;
     assert!(code == 0 && said.contains(public.trim()), "{said}");
 }
 

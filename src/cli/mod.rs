@@ -79,6 +79,8 @@ Exit codes of all commands except serve, health and conformance, whose help list
   12   run: the cycle was CANCELLED or INTERRUPTED
   130  Ctrl-C
 
+Options of the connection, such as --address and --timeout, follow the command.
+
 Environment:
   ORCHESTRATOR_ADDRESS      default of --address
   ORCHESTRATOR_CREDENTIALS  default of --credentials

@@ -303,7 +303,8 @@ pub async fn migrate(url: &PostgresUrl, grant_to: Option<&str>, clock: Clock) ->
     let mut connection = connector.connect(APPLICATION).await?;
     let migrated = schema::migrate(&connector, &mut connection).await?;
     if let Some(role) = grant_to {
-        schema::grant(&connector, &connection, role).await?;
+        let granted = connection.batch_execute(&schema::grants(url.schema(), role)).await;
+        granted.map_err(|error| error::not_granted(url.to_string(), role, &error))?;
     }
     Ok(migrated)
 }
@@ -361,7 +362,7 @@ pub async fn rename(url: &PostgresUrl, id: &str, checks: Checks, clock: Clock) -
     Ok(renamed.first().and_then(|row| optional_text(row, "earlier").ok().flatten()))
 }
 
-/// The statements by which [`migrate`] makes the tables of a new store in the schema of this URL, as one transaction.
+/// The statements by which [`migrate`] makes the tables of a new store in the schema of this URL.
 #[must_use]
 pub fn tables(url: &PostgresUrl, grant_to: Option<&str>) -> String {
     let schema = url.schema();

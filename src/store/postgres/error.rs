@@ -54,8 +54,8 @@ fn of_server(store: String, error: &DbError) -> StoreError {
         "42501" => StoreError::ReadOnly {
             store,
             problem: format!(
-                "{problem}; grant its user the rights, as the owner of the tables: `orchestrator store migrate --grant-to \
-                 USER`"
+                "{problem}; grant its user the rights, as the owner of the tables: `orchestrator store migrate \
+                 --grant-to USER`"
             ),
         },
         "25006" => {
@@ -86,8 +86,14 @@ fn of_server(store: String, error: &DbError) -> StoreError {
     }
 }
 
+/// The error for rights that were not granted to this role, which mostly does not exist.
+pub(super) fn not_granted(store: String, role: &str, error: &Error) -> StoreError {
+    let reason = error.as_db_error().map_or_else(|| causes(error), said);
+    StoreError::Unavailable { store, problem: format!("the rights can't be granted to {role}: {reason}") }
+}
+
 /// What the server says.
-pub(super) fn said(error: &DbError) -> String {
+fn said(error: &DbError) -> String {
     let mut said = format!("{} (SQLSTATE {})", error.message(), error.code().code());
     for more in [error.detail(), error.hint()].into_iter().flatten() {
         said = format!("{said}; {more}");

@@ -7,8 +7,7 @@ use tokio_postgres::{Error, error::SqlState};
 use super::{
     commit::RANDOM_TOKEN,
     connect::{Connection, Connector},
-    error::{explain, is_worth_repeating, said},
-    url::causes,
+    error::{explain, is_worth_repeating},
 };
 use crate::{ports::StoreError, store::OpenError};
 
@@ -130,19 +129,6 @@ GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {schema} TO \"{role
     )
 }
 
-/// Gives a role the rights to the tables that a service needs.
-///
-/// # Errors
-/// The role does not exist, the user may not do it, or the database can't be used.
-pub(super) async fn grant(connector: &Connector, connection: &Connection, role: &str) -> Result<(), OpenError> {
-    let granted = connection.batch_execute(&grants(connector.url().schema(), role)).await;
-    granted.map_err(|error| {
-        let reason = error.as_db_error().map_or_else(|| causes(&error), said);
-        let problem = format!("the rights can't be granted to {role}: {reason}");
-        StoreError::Unavailable { store: connector.url().to_string(), problem }.into()
-    })
-}
-
 /// Notes that a migration was applied.
 fn note(schema: &str, Migration { version, usable_from, .. }: &Migration) -> String {
     format!("UPDATE {schema}.store_schema SET version = {version}, usable_from = {usable_from};")
@@ -172,8 +158,8 @@ pub(super) async fn migrate(connector: &Connector, connection: &mut Connection) 
             Err(Failed::Statement(error)) if error.code() == Some(&SqlState::DUPLICATE_TABLE) => {
                 return Err(OpenError::Foreign { store });
             }
+            Err(Failed::VersionNotRead(error)) => return Err(explain(&store, &error).into()),
             Err(Failed::Statement(error)) => return Err(refusal(&store, &error)),
-            Err(Failed::NotRead(error)) => return Err(explain(&store, &error).into()),
             Err(Failed::TooNew(too_new)) => return Err(too_new.at_open(store)),
             Ok(migrated) => return Ok(migrated),
         }
@@ -214,8 +200,7 @@ pub(super) async fn check_additions(connector: &Connector, connection: &Connecti
 
 /// Why the migrations were not applied.
 enum Failed {
-    /// The version of tables that are there can't be read.
-    NotRead(Error),
+    VersionNotRead(Error),
     Statement(Error),
     TooNew(TooNew),
 }
@@ -234,7 +219,7 @@ async fn migrate_once(
 ) -> Result<Migrated, Failed> {
     let check =
         |(found, usable_from): (i32, i32)| migrations.check(found, usable_from).map(|()| found).map_err(Failed::TooNew);
-    let (known, latest) = (version(connection, schema).await.map_err(Failed::NotRead)?.map(check).transpose()?, migrations.latest());
+    let (known, latest) = (version(connection, schema).await.map_err(Failed::VersionNotRead)?.map(check).transpose()?, migrations.latest());
     if let Some(to) = known.filter(|known| *known >= latest) {
         return Ok(Migrated { from: to, to });
     }
