@@ -43,6 +43,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use jiff::Timestamp;
 use tokio::{
     select,
     sync::{Notify, OwnedMutexGuard, mpsc, oneshot, watch as latest},
@@ -99,6 +100,8 @@ struct Shared {
     clock: Clock,
     /// When the process started.
     started: Moment,
+    /// When this term began.
+    term_began_at: Timestamp,
     engine: Engine,
     /// True if the store is only looked at.
     is_read_only: bool,

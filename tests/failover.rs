@@ -12,7 +12,7 @@ use std::{
     path::Path,
     process::Stdio,
     sync::{Arc, Mutex},
-    time::Duration,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use bytes::Bytes;
@@ -102,11 +102,16 @@ async fn one_leads_and_the_others_name_it(url: &str) {
         assert_eq!(http::get(admin, "/leader").await.status, 503);
         assert_eq!(http::get(admin, "/readyz").await.status, 200);
         assert_eq!(replicas.metric(name, "orchestrator_is_leader").await, Some(0));
+        let metrics = http::get(admin, "/metrics").await.text().await;
+        for of_leaders in ["orchestrator_lease_ttl_seconds", "orchestrator_term_start_time_seconds"] {
+            assert!(!metrics.contains(of_leaders), "{metrics}");
+        }
     }
     let metrics = http::get(replicas.service(leader).admin(), "/metrics").await.text().await;
     for shown in [
         "orchestrator_is_leader 1",
         "orchestrator_lease_remaining_seconds 0.",
+        "orchestrator_lease_ttl_seconds 1\n",
         "orchestrator_can_lead 1",
         "orchestrator_leader_changes_total 1",
         "orchestrator_clock_offset_seconds ",
@@ -143,9 +148,14 @@ async fn another_replica_goes_on_after_a_kill(url: &str) {
     let interrupted = client.admit().await.unwrap();
     replicas.fleet.until("the call", |state| state.runs("s").any(|call| call.cycle_id == interrupted)).await;
     replicas.kill(leader).await;
-    let killed = Instant::now();
+    let (killed, killed_at) = (Instant::now(), SystemTime::now().duration_since(UNIX_EPOCH).unwrap());
     replicas.fleet.run("s", Run::Echo);
     let next = replicas.leader().await;
+    // The counters of a term begin with what the kill has interrupted, so monitoring needs to know when it began.
+    let metrics = http::get(replicas.service(next).admin(), "/metrics").await.text().await;
+    assert!(metrics.contains("orchestrator_cycles_total{state=\"interrupted\",trigger=\"manual\"} 1\n"), "{metrics}");
+    let began = metrics.lines().find_map(|line| line.strip_prefix("orchestrator_term_start_time_seconds "));
+    assert!(began.unwrap().parse::<f64>().unwrap() > killed_at.as_secs_f64(), "{metrics}");
     let mut client = replicas.client(next).await;
     let cycle = client.run().await.unwrap();
     let took = killed.elapsed();

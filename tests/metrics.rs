@@ -295,7 +295,8 @@ async fn ticks_of_loops_are_counted() {
     let ran = ticks("waits", "ran");
     let went_on = until(admin, "ticks that run", |scrape| scrape.get(&ran) > Some(2.0)).await;
     let last_cycle = "orchestrator_loop_last_cycle_timestamp_seconds{loop=\"waits\"}";
-    assert!(went_on.get(last_cycle) > went_on.get("orchestrator_start_time_seconds"));
+    assert!(went_on.get(last_cycle) > went_on.get("orchestrator_term_start_time_seconds"));
+    assert!(went_on.get("orchestrator_term_start_time_seconds") >= went_on.get("orchestrator_start_time_seconds"));
     assert!(went_on.get("orchestrator_cycles_total{state=\"succeeded\",trigger=\"loop\"}") > Some(0.0));
 
     for name in ["skips", "waits"] {
@@ -457,9 +458,10 @@ async fn shown_and_defined_metrics_are_the_same() {
     }
     let shown = |definition: &&orchestrator_core::telemetry::metrics::Definition| {
         // TLS has its own test, and so have replicas and the store in PostgreSQL.
-        const OF_REPLICAS: [&str; 5] = [
+        const OF_REPLICAS: [&str; 6] = [
             "orchestrator_forwarded_calls_total",
             "orchestrator_lease_remaining_seconds",
+            "orchestrator_lease_ttl_seconds",
             "orchestrator_can_lead",
             "orchestrator_leader_changes_total",
             "orchestrator_clock_offset_seconds",

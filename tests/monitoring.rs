@@ -239,6 +239,7 @@ async fn promtool_accepts_the_rules_and_their_tests() {
     }
     for check in [
         &["check", "config", "prometheus.yml"][..],
+        &["check", "config", "prometheus-replicas.yml"],
         &["check", "rules", "recording.yml", "alerts.yml"],
         &["test", "rules", "rules_test.yml"],
     ] {
@@ -347,9 +348,15 @@ async fn prometheus_watches_the_service() {
         }
     }
     let nothing = |expression: &&String| {
-        ["orchestrator_loop_lag_seconds", "retries_total", "disposition!=\"ran\""]
-            .iter()
-            .any(|of| expression.contains(of))
+        let of_replicas = [
+            "orchestrator_lease_ttl_seconds",
+            "orchestrator_can_lead",
+            "orchestrator_store_synchronous",
+            "orchestrator_leader_changes_total",
+            "orchestrator_clock_offset_seconds",
+        ];
+        let of_loops_and_retries = ["orchestrator_loop_lag_seconds", "retries_total", "disposition!=\"ran\""];
+        of_replicas.iter().chain(&of_loops_and_retries).any(|of| expression.contains(of))
     };
     let missing: Vec<_> = empty.iter().filter(|expression| !nothing(expression)).collect();
     assert!(missing.is_empty(), "these have no value: {missing:#?}");

@@ -60,6 +60,11 @@ impl Lease {
         self.0.changed.notify_waiters();
     }
 
+    /// For how long it lasts from a renewal on, to other replicas.
+    pub fn ttl(&self) -> Duration {
+        self.0.ttl
+    }
+
     /// The time for which it is still valid, if it is not renewed.
     pub fn remaining(&self) -> Duration {
         let since = self.state().sent.until(&self.0.clock.moment());

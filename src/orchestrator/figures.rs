@@ -41,6 +41,8 @@ pub struct Figures {
     pub epoch: Epoch,
     /// When this process started.
     pub started_at: Timestamp,
+    /// When it began this term. `None` if it only looks at its store.
+    pub term_began_at: Option<Timestamp>,
     /// True while the process drains: no more cycles are admitted.
     pub draining: bool,
 }
@@ -149,6 +151,7 @@ impl Orchestrator {
             leases: state.registry.leases(),
             epoch: self.0.engine.epoch,
             started_at: self.0.started.time(),
+            term_began_at: (!self.0.is_read_only).then_some(self.0.term_began_at),
             draining: state.draining,
         }
     }

@@ -318,6 +318,7 @@ impl Orchestrator {
             requests: memory.requests.clone(),
             clock,
             started,
+            term_began_at: clock.now(),
             store,
             state: Mutex::new(state),
             order: Arc::new(tokio::sync::Mutex::new(order)),

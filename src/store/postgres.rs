@@ -354,7 +354,7 @@ pub async fn rename(url: &PostgresUrl, id: &str, checks: Checks, clock: Clock) -
     let schema = url.schema();
     // The beat rises, so that a replica which has seen the earlier id does not claim the row meanwhile.
     let rename = format!(
-        "WITH {DURABLE}, earlier AS (SELECT orchestrator_id FROM {schema}.leader WHERE id = 0 FOR UPDATE)
+        "WITH {DURABLE_BESIDE}, earlier AS (SELECT orchestrator_id FROM {schema}.leader WHERE id = 0 FOR UPDATE)
          UPDATE {schema}.leader SET orchestrator_id = $1, beat = beat + 1 FROM durable, earlier WHERE id = 0
          RETURNING earlier.orchestrator_id AS earlier"
     );

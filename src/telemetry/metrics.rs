@@ -295,9 +295,11 @@ fn of_replica(membership: &Membership) -> Vec<MetricFamily> {
     let mut families = vec![IS_LEADER.single(truth(membership.is_leading()))];
     if membership.has_peers() {
         let remaining = membership.lease().map(|lease| LEASE_REMAINING.value(&[], lease.remaining().as_secs_f64()));
+        let ttl = membership.lease().map(|lease| LEASE_TTL.value(&[], lease.ttl().as_secs_f64()));
         let offset = membership.clock_offset().map(|offset| CLOCK_OFFSET.value(&[], offset.as_secs_f64()));
         families.extend([
             LEASE_REMAINING.family(remaining.into_iter().collect()),
+            LEASE_TTL.family(ttl.into_iter().collect()),
             CAN_LEAD.single(truth(membership.unable().is_none())),
             LEADER_CHANGES.single(number(membership.changes())),
             CLOCK_OFFSET.family(offset.into_iter().collect()),
@@ -332,8 +334,10 @@ fn of_process_and_cycles(figures: &Figures) -> Vec<MetricFamily> {
     let cycles = cycles.map(|(state, trigger, cycles)| CYCLES.value(&[state.key(), trigger], number(cycles)));
     let durations = CycleState::ALL.into_iter().filter(|state| *state != CycleState::Interrupted);
     let durations = durations.map(|it| CYCLE_DURATION.durations(&[it.key()], &figures.counts.durations(it)));
+    let term_began = figures.term_began_at.map(|at| TERM_START_TIME.value(&[], unix_time(at)));
     vec![
         START_TIME.single(unix_time(figures.started_at)),
+        TERM_START_TIME.family(term_began.into_iter().collect()),
         EPOCH.single(number(figures.epoch.0)),
         DRAINING.single(truth(figures.draining)),
         CYCLES.family(cycles.collect()),

@@ -219,7 +219,10 @@ async fn migrate_once(
 ) -> Result<Migrated, Failed> {
     let check =
         |(found, usable_from): (i32, i32)| migrations.check(found, usable_from).map(|()| found).map_err(Failed::TooNew);
-    let (known, latest) = (version(connection, schema).await.map_err(Failed::VersionNotRead)?.map(check).transpose()?, migrations.latest());
+    let (known, latest) = (
+        version(connection, schema).await.map_err(Failed::VersionNotRead)?.map(check).transpose()?,
+        migrations.latest(),
+    );
     if let Some(to) = known.filter(|known| *known >= latest) {
         return Ok(Migrated { from: to, to });
     }

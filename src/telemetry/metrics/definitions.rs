@@ -53,6 +53,8 @@ definitions! {
         "1 if this replica leads and runs cycles, else 0.";
     LEASE_REMAINING: Gauge "orchestrator_lease_remaining_seconds" []
         "How long this leader may still call subsystems if its lease is not renewed. Missing unless it leads.";
+    LEASE_TTL: Gauge "orchestrator_lease_ttl_seconds" []
+        "How long the lease of this leader lasts for other replicas: cluster.lease_ttl. Missing unless it leads.";
     CAN_LEAD: Gauge "orchestrator_can_lead" []
         "1 if this replica would take over, else 0: the log says why. Missing if no other process can share the store.";
     LEADER_CHANGES: Counter "orchestrator_leader_changes_total" []
@@ -65,6 +67,9 @@ definitions! {
          that of the leader. Missing before it is known.";
     START_TIME: Gauge "orchestrator_start_time_seconds" []
         "When this process started, as Unix time.";
+    TERM_START_TIME: Gauge "orchestrator_term_start_time_seconds" []
+        "When the term of this leader began, as Unix time: for a process that has its store for itself, at its start. \
+         Missing unless it leads.";
     EPOCH: Gauge "orchestrator_epoch" []
         "The term of this process. It increases at every start.";
     DRAINING: Gauge "orchestrator_draining" []
