@@ -423,27 +423,6 @@ async fn a_replica_that_knows_records_which_the_database_lacks_does_not_lead_and
 }
 
 #[tokio::test]
-async fn a_follower_finds_out_that_it_can_lead_without_a_log_of_what_a_start_says() {
-    const SAID: &str = "renamed by the configuration file";
-    let Some(server) = shared() else { return };
-    let declare =
-        |name: &str, more: &str| format!("[[subsystems]]\nname = {name:?}\nendpoint = \"http://127.0.0.1:9\"\n{more}");
-    let configs = std::cell::RefCell::new(vec![declare("y", "former_names = [\"x\"]\n"), declare("x", "")]);
-    let config = |_: &Path, _: &Home| configs.borrow_mut().pop().unwrap();
-    let mut replicas = Replicas::start_with(server, &["a", "b"], "10s", "http", config).await;
-    // From now on, the store has something of it.
-    let suspend = pb::SuspendSubsystemRequest { name: "x".into() };
-    replicas.client("a").await.suspend_subsystem(suspend).await.unwrap();
-    assert!(replicas.take("b").stop().await.success());
-    replicas.serve("b").await;
-    let log = replicas.home("b").logged("this replica can lead", 2).await;
-    assert!(!log.contains(SAID), "{log}");
-    assert!(replicas.take("a").stop().await.success());
-    replicas.service("b").leads().await;
-    replicas.home("b").logged(SAID, 1).await;
-}
-
-#[tokio::test]
 async fn a_follower_warns_once_of_what_differs_in_the_configuration_of_the_leader() {
     const WARNING: &str = "the leader has another configuration than this replica";
     let Some(server) = shared() else { return };

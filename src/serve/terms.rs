@@ -13,7 +13,6 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
-use tracing::{Dispatch, instrument::WithSubscriber};
 
 use super::{StartError, declared, in_common, log, settings};
 use crate::{
@@ -482,17 +481,13 @@ impl Shared {
     /// Does what begins a term, over a store that is only looked at.
     async fn rehearse(&self, config: &Config) -> Result<(), StartError> {
         let Self { parts, store, .. } = self;
-        let rehearsal = async {
-            let Some(taken_over) = log::rehearse(config, &parts.host, &**store).await? else { return Ok(()) };
-            check_history(config, parts, taken_over.contents.last_revision)?;
-            let (orchestrator, mut tasks) = start(config, parts, taken_over, parts.dialer.clone()).await?;
-            orchestrator.drain();
-            // It has nothing to write.
-            let _ = tasks.finished().await;
-            Ok(())
-        };
-        // Each one would log what a start does.
-        rehearsal.with_subscriber(Dispatch::none()).await
+        let Some(taken_over) = log::rehearse(config, &parts.host, &**store).await? else { return Ok(()) };
+        check_history(config, parts, taken_over.contents.last_revision)?;
+        let (orchestrator, mut tasks) = start(config, parts, taken_over, parts.dialer.clone()).await?;
+        orchestrator.drain();
+        // It has nothing to write.
+        let _ = tasks.finished().await;
+        Ok(())
     }
 
     /// Ends the term of this epoch.

@@ -206,7 +206,8 @@ impl History {
             }
         }
         for (revision, record) in &self.read {
-            if records.get(*revision as usize - 1) != Some(record) {
+            let index = usize::try_from(*revision - 1).unwrap();
+            if records.get(index) != Some(record) {
                 broken(format!("the record of revision {revision} was read, and is lost"));
             }
         }

@@ -61,7 +61,8 @@ async fn a_replica_whose_term_is_over_before_it_has_begun_follows_at_once() {
         has_claimed.store(true, Ordering::Relaxed);
         let replica = Replica { name: "other".into(), address: None };
         let lease_ttl = Duration::from_secs(10);
-        let claim = Claim { id: ClaimId(1), replica, lease_ttl, at_least: Epoch::default() };
+        let orchestrator_id = seen.orchestrator_id.clone().unwrap();
+        let claim = Claim { id: ClaimId(1), replica, orchestrator_id, lease_ttl, at_least: Epoch::default() };
         assert!(matches!(other.claim(&seen, &claim).await.unwrap(), Claimed::Won(_)));
         Instant::now()
     };

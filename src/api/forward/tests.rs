@@ -449,9 +449,9 @@ async fn what_the_leader_acknowledges_is_noted_before_its_answer_is_passed_on() 
 #[tokio::test]
 async fn an_answer_of_a_leader_without_an_acknowledged_record_is_no_later_end_of_the_history() {
     let fake = FakeLeader::start();
-    let (_change, roles) = watch::channel(Role::Follower { leader: Some(leader("a")) });
     let history = history();
-    let forwarder = Forwarder::new("follower", roles, history.clone(), (fake.connect.clone(), TIMEOUT), 2, memory());
+    let forwarder =
+        Forwarder::new(member(Some(leader("a"))), history.clone(), (fake.connect.clone(), TIMEOUT), 2, memory());
     let run = async |acknowledged| {
         let answer = forwarder.send(call(Rpc::RunCycle, &[("orchestrator-acknowledged", acknowledged)], b"x")).await;
         answer.unwrap();
@@ -490,8 +490,8 @@ async fn an_event_that_the_store_keeps_a_follower_from_taking_is_asked_for_again
     let store = SimulatedDatabase::new(false).share(Clock::system(), Clock::system(), Box::new(slow));
     let history = History::new(store, &memory(), &serve::settings(&Config::default()));
     history.raise(at(5, 1));
-    let (_change, roles) = watch::channel(Role::Follower { leader: Some(leader("a")) });
-    let forwarder = Forwarder::new("follower", roles, history.clone(), (fake.connect.clone(), TIMEOUT), 2, memory());
+    let forwarder =
+        Forwarder::new(member(Some(leader("a"))), history.clone(), (fake.connect.clone(), TIMEOUT), 2, memory());
     let of_stream = forwarder.clone();
     let _following = AbortOnDropHandle::new(tokio::spawn(async move { of_stream.follow().await }));
     for _ in 0..3 {
@@ -508,10 +508,11 @@ async fn an_event_that_the_store_keeps_a_follower_from_taking_is_asked_for_again
 #[tokio::test(start_paused = true)]
 async fn watches_end_when_there_is_no_leader_for_a_minute_or_one_without_a_lease() {
     let fake = FakeLeader::start();
-    let (change, roles) = watch::channel(Role::Leader { epoch: Epoch(1) });
+    let membership = member(None);
+    membership.set(Role::Leader { epoch: Epoch(1) });
     let history = history();
     history.raise(Position::default());
-    let forwarder = Forwarder::new("a", roles, history.clone(), (fake.connect.clone(), TIMEOUT), 2, memory());
+    let forwarder = Forwarder::new(membership.clone(), history.clone(), (fake.connect.clone(), TIMEOUT), 2, memory());
     let _ends = AbortOnDropHandle::new(tokio::spawn(async move { forwarder.end_watches().await }));
     let watched = || history.watch(From::Now, WatchFilter::default(), false);
     // How long a watch goes on, up to some minutes.
@@ -534,7 +535,7 @@ async fn watches_end_when_there_is_no_leader_for_a_minute_or_one_without_a_lease
         tokio::task::yield_now().await;
     }
     assert_eq!(goes_on().await, None);
-    change.send_replace(Role::Follower { leader: None });
+    membership.set(Role::Follower { leader: None });
     assert_eq!(goes_on().await, Some(PATIENCE));
 }
 

@@ -161,11 +161,11 @@ async fn a_leader_goes_on_while_a_later_version_adds_to_its_tables_and_they_take
     assert_eq!(migrated(&store_url).await.unwrap(), Migrated { from: 2, to: 2 });
     // Its statements were prepared for the tables as they were.
     works(&*older, first, 3).await;
-    let second = claimed(&later, "later").await;
+    let second = claimed(&later, &claim_of("later")).await;
     works(&later, second, 5).await;
     let fenced = older.commit(Arc::new(recorded(5..=6, first))).await.unwrap_err();
     assert_eq!(fenced, StoreError::Fenced { by: second });
-    let third = claimed(&*older, "older").await;
+    let third = claimed(&*older, &claim_of("older")).await;
     works(&*older, third, 7).await;
     // Also a process of the older version that starts now.
     let (again, fourth) = led(&store_url, "older").await;
@@ -194,7 +194,7 @@ async fn a_migration_that_older_versions_cannot_use_ends_the_term_of_one_of_them
     assert_eq!(older.take_over(Seals::Checked(keys())).await.unwrap_err(), too_new);
     leadership.release(claimed_in_vain).await.unwrap();
     assert!(matches!(migrated(&store_url).await, Err(OpenError::TooNew { found: 2, known: 1, .. })));
-    let second = claimed(&later, "later").await;
+    let second = claimed(&later, &claim_of("later")).await;
     works(&later, second, 3).await;
 }
 
@@ -560,12 +560,12 @@ async fn led(url: &str, name: &str) -> (Arc<dyn Store>, Epoch) {
 /// A store that was taken over by this claim.
 async fn led_by(url: &str, claim: &Claim) -> (Arc<dyn Store>, Epoch) {
     let store = crate::store::open(&StoreUrl::parse(url).unwrap(), CHECKS, Clock::system()).await.unwrap();
-    let epoch = claimed(&*store, name).await;
+    let epoch = claimed(&*store, claim).await;
     (store, epoch)
 }
 
-/// The term of a replica with this name, which claims this store and takes it over.
-async fn claimed(store: &dyn Store, name: &str) -> Epoch {
+/// The term of a replica that claims this store so, and takes it over.
+async fn claimed(store: &dyn Store, claim: &Claim) -> Epoch {
     let leadership = store.leadership().unwrap();
     let seen = leadership.observe().await.unwrap();
     let Claimed::Won(epoch) = leadership.claim(&seen, claim).await.unwrap() else { panic!("{seen:?}") };
