@@ -230,7 +230,7 @@ fn the_pods_have_the_default_ports_and_the_time_to_shut_down() {
         assert_is_of_this_version(&manifest);
         // As docs/operations.md says of the memory that a container needs.
         let limit = after(&configuration(manifests, Path::new("/run")), "max_bytes = ").replace('_', "");
-        assert_eq!(after(&manifest, "              memory: "), "1Gi");
+        assert_eq!(after(manifest.split_once("limits:\n").unwrap().1, "memory: "), "1Gi");
         assert!(limit.parse::<f64>().unwrap() * 2.5 < f64::from(1 << 30), "{limit}");
     }
 }

@@ -296,8 +296,8 @@ fn goes_elsewhere(error: &tokio_postgres::Error) -> bool {
 /// them. Then gives the role `grant_to` the rights that a service needs.
 ///
 /// # Errors
-/// The user may not do it, the role does not exist, a later version of this software was there, the schema has tables of
-/// other software, or no server of the URL takes writes.
+/// The user may not do it, the role does not exist, a later version of this software was there, the schema has tables
+/// of other software, or no server of the URL takes writes.
 pub async fn migrate(url: &PostgresUrl, grant_to: Option<&str>, clock: Clock) -> Result<Migrated, OpenError> {
     let connector = Connector::new(url.clone(), clock).await?;
     let mut connection = connector.connect(APPLICATION).await?;
