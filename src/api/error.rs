@@ -137,7 +137,9 @@ pub(super) fn not_leader(membership: &Membership) -> Status {
         model::Role::Follower { leader: None } | model::Role::Leader { .. } => {
             let message = match membership.unable() {
                 Some(why) => format!("no replica leads now, and {} can't: {why}", membership.replica().name),
-                None => "no replica leads now; try again".to_owned(),
+                None => "no replica leads now: the last leader has ended, or could not renew its lease, as while the \
+                         database does not answer or its standby is away; try again"
+                    .to_owned(),
             };
             return with_retry(message, "NO_LEADER", HashMap::new());
         }

@@ -84,7 +84,11 @@ impl Candidate {
         while !cancelled.is_cancelled() {
             match self.look().await {
                 Ok(Some(won)) => return Some(won),
-                Ok(None) => self.is_blind = false,
+                Ok(None) => {
+                    if mem::take(&mut self.is_blind) {
+                        tracing::info!("it is known again which replica leads");
+                    }
+                }
                 Err(error) => {
                     if !mem::replace(&mut self.is_blind, true) {
                         tracing::warn!(%error, "it is not known which replica leads");

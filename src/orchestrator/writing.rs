@@ -175,6 +175,7 @@ impl State {
         if !self.store_error.send_if_modified(|error| error.take_if(|error| kind(error)).is_some()) {
             return false;
         }
+        tracing::info!("the store takes writes again");
         for admitted in self.live.values() {
             admitted.resume();
         }

@@ -63,7 +63,7 @@ impl Forwarder {
     /// more.
     pub async fn follow(&self) {
         let mut roles = self.0.membership.roles();
-        let (mut told, mut pause) = (None, FIRST_PAUSE);
+        let (mut failing, mut told, mut pause) = (None, false, FIRST_PAUSE);
         loop {
             let follows = |role: &Role| matches!(role, Role::Follower { leader: Some(_) });
             let leader = match roles.wait_for(follows).await.as_deref() {
@@ -79,14 +79,16 @@ impl Forwarder {
                 continue;
             }
             if self.0.is_current.send_replace(false) {
-                (told, pause) = (None, FIRST_PAUSE);
+                (failing, pause) = (None, FIRST_PAUSE);
             }
             let Some(Err(status)) = ended else { continue };
-            // Once for each leader: it may take long until it can be reached.
-            if told.as_ref() != Some(&leader) {
+            // Once for each leader: it may take long until it can be reached. And not at first: a replica that has just
+            // claimed to lead begins its term a moment later.
+            if failing.as_ref() != Some(&leader) {
+                (failing, told) = (Some(leader), false);
+            } else if !mem::replace(&mut told, true) {
                 let (of, why) = (&leader.replica.name, status.message());
                 tracing::warn!(leader = %of, "the history of the leader is not followed, and is tried again: {why}");
-                told = Some(leader);
             }
             select! {
                 biased;
