@@ -34,7 +34,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         ],
     ),
     ("store", &["clock", "fault", "file", "ledger", "model", "pem", "ports"]),
-    ("cluster", &["clock", "host", "model", "ports", "random"]),
+    ("cluster", &["clock", "fault", "host", "model", "ports", "random"]),
     ("transport", &[]),
     ("dial", &["access", "clock", "memory", "model", "offload", "pem", "ports", "proto", "transport", "turn"]),
     ("listen", &["memory", "pem", "proto", "transport", "turn"]),

@@ -504,8 +504,8 @@ impl Registry {
         Some(Left { endpoint, name: name.clone(), was_last: others == 0 })
     }
 
-    /// Renews the lease of an entry for a caller that may change it, if it has one that has not expired by `held`, or by
-    /// now: its end may already be being written.
+    /// Renews the lease of an entry for a caller that may change it, if it has one that has not expired by `held`, or
+    /// by now: its end may already be being written.
     pub(super) fn renew(&mut self, name: &Name, by: &Registrar, held: Option<Instant>) -> Result<Lease, NotRenewed> {
         let not_found = || NotRenewed::SubsystemNotFound(self.not_registered(name.clone()));
         let entry = self.get(name).ok_or_else(not_found)?;

@@ -60,9 +60,9 @@ impl LastClaim {
         });
     }
 
-    /// Waits until a statement in the term of this epoch, which was just sent, has waited too long for its answer, as if
-    /// its session had stopped: a renewal that was sent later was acknowledged, so the statement waits for no standby;
-    /// and it has no answer for a TTL more, while the lease goes on to be renewed. Returns what was found.
+    /// Waits until a statement in the term of this epoch, which was just sent, has waited too long for its answer, as
+    /// if its session had stopped: a renewal that was sent later was acknowledged, so the statement waits for no
+    /// standby; and it has no answer for a TTL more, while the lease goes on to be renewed. Returns what was found.
     pub(super) async fn goes_on_without(&self, epoch: Epoch) -> String {
         let mut last = self.0.subscribe();
         let mut sent = Instant::now();
