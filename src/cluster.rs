@@ -237,7 +237,7 @@ impl Membership {
     }
 }
 
-/// Notes a reason, or that there is none. Returns whether that is new.
+/// Replaces a reason, or removes it. Returns true if it was another one.
 fn replace(now: &mut Option<Arc<str>>, why: Option<&str>) -> bool {
     let is_new = now.as_deref() != why;
     if is_new {

@@ -820,7 +820,11 @@ fn refuse_limits_out_of_reach(read: &mut Reader<'_>, config: &Config) {
     }
 }
 
-fn orchestrator_id(text: &str) -> Result<String, String> {
+/// Parses the id of an orchestrator, or the name of a replica.
+///
+/// # Errors
+/// What to give instead.
+pub(crate) fn orchestrator_id(text: &str) -> Result<String, String> {
     if is_orchestrator_id(text) {
         Ok(text.to_owned())
     } else {
@@ -967,10 +971,8 @@ fn collector(text: &str) -> Result<String, String> {
 }
 
 /// The entries of a list, by name.
-fn by_name<T>(entries: &[T], name: impl Fn(&T) -> &Name) -> Vec<&T> {
-    let mut entries: Vec<_> = entries.iter().collect();
-    entries.sort_by_key(|entry| name(*entry));
-    entries
+fn by_name<T>(entries: &[T], name: fn(&T) -> &Name) -> BTreeMap<&Name, &T> {
+    entries.iter().map(|entry| (name(entry), entry)).collect()
 }
 
 /// The added, removed and changed entries of a list, by name.
@@ -980,8 +982,7 @@ fn changed_entries<'a, T: PartialEq>(
     new: &'a [T],
     name: fn(&T) -> &Name,
 ) -> impl Iterator<Item = String> {
-    let by_name = |list: &'a [T]| list.iter().map(|it| (name(it), it)).collect::<BTreeMap<_, _>>();
-    let (old, new) = (by_name(old), by_name(new));
+    let (old, new) = (by_name(old, name), by_name(new, name));
     let names: BTreeSet<_> = old.keys().chain(new.keys()).copied().collect();
     names.into_iter().filter_map(move |name| {
         let what = match (old.get(name), new.get(name)) {

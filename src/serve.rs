@@ -104,8 +104,8 @@ pub enum StartError {
     Key(#[from] KeyFileError),
     /// The store is not what was signed last.
     #[error(
-        "{url}: {found}. Find out what has happened; {}then have it go on as it is, with a new log, by `orchestrator store \
-         accept {url}` (with --key-file for each of ledger.key_files)",
+        "{url}: {found}. Find out what has happened; {}then have it go on as it is, with a new log, by `orchestrator \
+         store accept {url}` (with --key-file for each of ledger.key_files)",
         with_others(url, found)
     )]
     NotContinued {

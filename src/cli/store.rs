@@ -10,9 +10,9 @@ use super::{
     output::{clean, count, grouped, print},
 };
 use crate::{
+    config,
     host::Host,
     ledger::{LogBegan, LogBeganReason},
-    model::is_orchestrator_id,
     record,
     store::{self, Accepted, Compacted, EntryCodec, KeyFileError, LogKeys, Migrated, Moved, PostgresUrl, StoreUrl},
 };
@@ -186,7 +186,7 @@ struct Rename {
     #[arg(value_name = "URL", value_parser = PostgresUrl::parse)]
     url: PostgresUrl,
     /// The new orchestrator_id: 1 to 128 letters, digits and signs, without spaces
-    #[arg(value_name = "ID", value_parser = orchestrator_id)]
+    #[arg(value_name = "ID", value_parser = config::orchestrator_id)]
     id: String,
 }
 
@@ -307,14 +307,6 @@ impl Store {
             print("restart the replicas that know of records which it lacks: their logs say so\n")?;
         }
         Ok(Exit::Done)
-    }
-}
-
-fn orchestrator_id(text: &str) -> Result<String, String> {
-    if is_orchestrator_id(text) {
-        Ok(text.to_owned())
-    } else {
-        Err("give 1 to 128 letters, digits and signs, without spaces".into())
     }
 }
 

@@ -26,7 +26,6 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Declared, LiveCycle, Orchestrator, Position, Published, RecordHasNoRoom, Refusal, Settings, State, Update,
     WatchFilter, Watched, figures::Watchers, live::Live, offload::offload, registry::FormerNames,
-    reload::DeclaredNames,
 };
 #[cfg(feature = "simulation")]
 use crate::fault::Fault;
@@ -58,8 +57,8 @@ struct Inner {
     /// The part of it for `Extent::recent`.
     _recent: Option<Held>,
     limits: Mutex<Limits>,
-    /// The names in the configuration file.
-    declared: Mutex<Arc<DeclaredNames>>,
+    /// The names of the subsystems in the configuration file, with their former names.
+    declared: Mutex<Arc<BTreeMap<Name, Arc<[Name]>>>>,
     extent: Mutex<Extent>,
     /// The newest revision, for watchers.
     shown: latest::Sender<Revision>,
@@ -264,20 +263,16 @@ impl History {
         *self.0.declared.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(declared.names());
     }
 
-    fn declared(&self) -> Arc<DeclaredNames> {
-        self.0.declared.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
     /// Reads the former names of subsystems from the store. An orchestrator of this process knows them itself.
     ///
     /// # Errors
     /// The store can't be read.
     pub async fn read_names(&self) -> Result<(), Refusal> {
         let stored = self.0.store.former_names().await?;
-        let declared = self.declared();
-        let asked = declared.subsystems.iter().map(|(name, former)| (name, &**former));
+        let declared = self.0.declared.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let asked = declared.iter().map(|(name, former)| (name, &**former));
         let asked = asked.chain(stored.iter().map(|(name, former)| (name, &**former)));
-        let names = FormerNames::of(asked, |name| declared.subsystems.contains_key(name));
+        let names = FormerNames::of(asked, |name| declared.contains_key(name));
         self.rename(&Arc::new(names.into_renamed()));
         Ok(())
     }

@@ -248,21 +248,17 @@ impl State {
         if self.leases_held.is_some() { Vec::new() } else { self.registry.expired(Instant::now(), max) }
     }
 
-    /// From now on no lease expires: those who should renew them may be refused.
+    /// From now on no lease expires: renewals may be refused.
     pub(super) fn hold_leases(&mut self) {
         self.leases_held.get_or_insert_with(Instant::now);
     }
 
-    /// Once changes can be written again, the leases that had not expired before begin anew. Returns true if they do.
-    pub(super) fn release_leases(&mut self) -> bool {
-        if self.has_lapsed || self.store_error.borrow().is_some() {
-            return false;
-        }
-        let held = self.leases_held.take();
-        if let Some(held) = held {
+    /// Once changes can be written again, the leases that had not expired before begin anew.
+    pub(super) fn release_leases(&mut self) {
+        let can_write = !self.has_lapsed && self.store_error.borrow().is_none();
+        if can_write && let Some(held) = self.leases_held.take() {
             self.registry.begin_leases_anew(held);
         }
-        held.is_some()
     }
 }
 

@@ -60,19 +60,11 @@ pub struct Declared {
 }
 
 impl Declared {
-    /// The declared subsystems with their former names.
-    pub(super) fn names(&self) -> DeclaredNames {
+    /// The names of the declared subsystems, with their former names.
+    pub(super) fn names(&self) -> BTreeMap<Name, Arc<[Name]>> {
         let former = |name: &Name| self.former_names.get(name).cloned().unwrap_or_default();
-        let subsystems = self.subsystems.iter().map(|subsystem| (subsystem.name.clone(), former(&subsystem.name)));
-        DeclaredNames { subsystems: subsystems.collect() }
+        self.subsystems.iter().map(|subsystem| (subsystem.name.clone(), former(&subsystem.name))).collect()
     }
-}
-
-/// The names that the configuration file declares.
-#[derive(Default)]
-pub(super) struct DeclaredNames {
-    /// The subsystems, with their former names.
-    pub(super) subsystems: BTreeMap<Name, Arc<[Name]>>,
 }
 
 impl Orchestrator {

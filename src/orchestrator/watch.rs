@@ -431,9 +431,10 @@ impl Watcher {
     /// is sent at once.
     async fn read_page(&mut self) -> Result<(), Refusal> {
         let history = &self.history;
+        let bytes = history.max_record().max(Self::PAGE.bytes).min(history.memory().max());
         let mut room = select! {
             biased;
-            room = history.memory().hold(history.max_record().max(Self::PAGE.bytes).min(history.memory().max())) => room,
+            room = history.memory().hold(bytes) => room,
             () = history.closed().cancelled() => return Err(Refusal::Draining),
         };
         let records = match history.store().cycles_after(self.cursor.revision, Self::PAGE).await {

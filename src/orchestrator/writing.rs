@@ -170,18 +170,6 @@ impl Queue {
 }
 
 impl State {
-    /// The store no longer has this kind of error: new callers wait for records. Returns true if leases begin anew.
-    fn recovers_from(&mut self, kind: impl Fn(&StoreError) -> bool) -> bool {
-        if !self.store_error.send_if_modified(|error| error.take_if(|error| kind(error)).is_some()) {
-            return false;
-        }
-        tracing::info!("the store takes writes again");
-        for admitted in self.live.values() {
-            admitted.resume();
-        }
-        self.release_leases()
-    }
-
     /// The refusal for a cycle whose record can't be written now. It names the cycle if its id is noted.
     pub(super) fn unavailable(&self, cycle_id: CycleId, error: StoreError) -> NotRecorded {
         NotRecorded::StoreUnavailable(Some(cycle_id).filter(|id| *id <= self.noted), error)
@@ -189,6 +177,19 @@ impl State {
 }
 
 impl Shared {
+    /// The store no longer has this kind of error: new callers wait for records, and leases begin anew.
+    fn recovers_from(&self, state: &mut State, kind: impl Fn(&StoreError) -> bool) {
+        if !state.store_error.send_if_modified(|error| error.take_if(|error| kind(error)).is_some()) {
+            return;
+        }
+        tracing::info!("the store takes writes again");
+        for admitted in state.live.values() {
+            admitted.resume();
+        }
+        state.release_leases();
+        self.leases_changed.notify_one();
+    }
+
     /// Writes the change of this turn with its audit event, and applies it in memory. `build` makes the write of
     /// subsystems and loops from the state at that time. Notifies the caller if the commit is late.
     ///
@@ -282,9 +283,7 @@ impl Shared {
             let mut state = self.state();
             state.counts.commit_failed();
             // The commit has returned.
-            if state.recovers_from(StoreError::is_late) {
-                self.leases_changed.notify_one();
-            }
+            self.recovers_from(&mut state, StoreError::is_late);
             drop(state);
             return Err((batch, error));
         }
@@ -295,9 +294,7 @@ impl Shared {
         {
             let mut state = self.state();
             state.counts.committed(durability, took);
-            if state.recovers_from(|error| !error.is_final()) {
-                self.leases_changed.notify_one();
-            }
+            self.recovers_from(&mut state, |error| !error.is_final());
             state.loops.written(mark);
             state.noted = last_cycle_id;
             if durability == Durability::Durable {
@@ -344,8 +341,8 @@ impl Shared {
                         for change in &mut *batch {
                             change.late(error);
                         }
-                    } else if self.state().recovers_from(|error| !error.is_final()) {
-                        self.leases_changed.notify_one();
+                    } else {
+                        self.recovers_from(&mut self.state(), |error| !error.is_final());
                     }
                     late = reported;
                 }

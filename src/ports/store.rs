@@ -822,9 +822,9 @@ pub enum StoreError {
     },
     /// It shows an earlier term than one that was seen before.
     #[error(
-        "the database has the leader of epoch {found}, and one of epoch {known} was seen: an earlier primary answers, or \
-         an older copy has replaced the database. Rebuild an earlier primary as a standby; if you have restored an older \
-         backup on purpose, restart all replicas"
+        "the database has the leader of epoch {found}, and one of epoch {known} was seen: an earlier primary answers, \
+         or an older copy has replaced the database. Rebuild an earlier primary as a standby; if you have restored an \
+         older backup on purpose, restart all replicas"
     )]
     Outdated {
         /// The epoch of its last term.

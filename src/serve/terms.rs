@@ -105,7 +105,7 @@ struct Beginning {
     begun: BoxFuture<'static, Result<Started, StartError>>,
 }
 
-/// What has ended while a term began.
+/// The end of the beginning of a term.
 enum Ended {
     /// The term, by the claim of another replica for this epoch. Or what renews its lease, by a defect.
     Term(Result<Epoch, JoinError>),

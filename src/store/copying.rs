@@ -284,8 +284,8 @@ pub enum CopyError {
     Memory,
     /// The last process that served it did not write everything, or still runs.
     #[error(
-        "{store} was not closed: a process serves it, or was killed. Stop that process; if there is none, start one and \
-         stop it, so that the store has everything"
+        "{store} was not closed: a process serves it, or was killed. Stop that process; if there is none, start one \
+         and stop it, so that the store has everything"
     )]
     NotClosed {
         /// The URL of the store.

@@ -36,7 +36,10 @@ pub enum KeyFileError {
         problem: io::Error,
     },
     /// It does not contain a key.
-    #[error("the key {}: {problem}; restore it from a backup, or name another file in ledger.key_files", .path.display())]
+    #[error(
+        "the key {}: {problem}; restore it from a backup, or name another file in ledger.key_files",
+        .path.display()
+    )]
     Invalid {
         /// The file.
         path: PathBuf,

@@ -174,8 +174,8 @@ pub enum OpenError {
     },
     /// An earlier version of this software has written it last, and it is only looked at.
     #[error(
-        "{store} has schema version {found}, and can't be read without migrating it to version {known}: look at it with \
-         the version of this software that wrote it, or at a copy that this version has served"
+        "{store} has schema version {found}, and can't be read without migrating it to version {known}: look at it \
+         with the version of this software that wrote it, or at a copy that this version has served"
     )]
     NotMigrated {
         /// The location of the store.
@@ -193,8 +193,8 @@ pub enum OpenError {
     },
     /// Other software has added a trigger to it.
     #[error(
-        "{store} has the trigger {trigger:?}, which this software has not created: it could change what is written. Find \
-         out where it comes from, and drop it"
+        "{store} has the trigger {trigger:?}, which this software has not created: it could change what is written. \
+         Find out where it comes from, and drop it"
     )]
     Trigger {
         /// The location of the store.

@@ -114,7 +114,7 @@ impl Connection {
         Used { timeline: self.timeline, end: self.task.abort_handle() }
     }
 
-    /// Ends it, while its server does not answer. What waits for an answer over it then fails.
+    /// Ends it, while its server does not answer. Statements that wait for an answer over it then fail.
     pub(super) fn give_up(&self) {
         self.task.abort();
     }
@@ -224,7 +224,7 @@ impl Connector {
     /// time, since a failover may change where they lead. The server shows the session under the name `application`.
     ///
     /// # Errors
-    /// There is none; the message says why of each.
+    /// No host is one; the message has the reason of each.
     pub(super) async fn connect(&self, application: &str) -> Result<Connection, StoreError> {
         let password = self.password().await?;
         if self.url.of_hosts().nth(1).is_some() && !self.has_asked.swap(true, Ordering::AcqRel) {
@@ -267,7 +267,7 @@ impl Connector {
         !connection.is_closed() && self.outdated(connection.timeline).is_none()
     }
 
-    /// What is wrong with a server that has this timeline, if a later one is known.
+    /// The problem of a server that has this timeline, if a later one is known.
     pub(super) fn outdated(&self, timeline: Option<i32>) -> Option<String> {
         let newest = self.newest.load(Ordering::Acquire);
         let timeline = timeline.filter(|timeline| *timeline < newest)?;

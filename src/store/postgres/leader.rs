@@ -119,8 +119,8 @@ impl LeaderRow {
 
 /// Ends a session of a replica that has locked a row and does not go on: its process, or its connection, has stopped
 /// between two messages of a commit, or within a transaction, and no timeout of the server would free the row. Never
-/// one that waits for a standby: its commit may be kept. Its name may be that of any earlier term, or of a
-/// statement outside of one.
+/// one that waits for a standby: its commit may be kept. Its name may be that of any earlier term, or of a statement
+/// outside of one.
 pub(super) async fn end_stalled(connector: &Connector, line: &mut Line) -> Result<(), StoreError> {
     let schema = connector.url().schema();
     let text = format!(
@@ -304,7 +304,7 @@ mod tests {
         let found = claim.goes_on_without(epoch);
         tokio::pin!(found);
         assert!(timeout(TTL, &mut found).await.is_err());
-        // What waits for a standby keeps later renewals waiting as well.
+        // While a commit waits for a standby, later renewals wait as well.
         acknowledged(epoch, sent_before);
         assert!(timeout(100 * TTL, &mut found).await.is_err());
         acknowledged(epoch, Instant::now());

@@ -123,9 +123,8 @@ pub(super) fn statements(schema: &str, from: i32) -> String {
 pub(super) fn grants(schema: &str, role: &str) -> String {
     let role = role.replace('"', "\"\"");
     format!(
-        "GRANT USAGE ON SCHEMA {schema} TO \"{role}\";
-GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {schema} TO \"{role}\";
-"
+        "GRANT USAGE ON SCHEMA {schema} TO \"{role}\";\n\
+         GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {schema} TO \"{role}\";\n"
     )
 }
 
@@ -219,10 +218,8 @@ async fn migrate_once(
 ) -> Result<Migrated, Failed> {
     let check =
         |(found, usable_from): (i32, i32)| migrations.check(found, usable_from).map(|()| found).map_err(Failed::TooNew);
-    let (known, latest) = (
-        version(connection, schema).await.map_err(Failed::VersionNotRead)?.map(check).transpose()?,
-        migrations.latest(),
-    );
+    let known = version(connection, schema).await.map_err(Failed::VersionNotRead)?.map(check).transpose()?;
+    let latest = migrations.latest();
     if let Some(to) = known.filter(|known| *known >= latest) {
         return Ok(Migrated { from: to, to });
     }
