@@ -165,6 +165,13 @@ async fn a_follower_reads_the_history_itself_and_goes_on_without_a_leader() {
     patiently("the stream of the leader", listed).await;
     assert_eq!(client.cycle(4).await.unwrap(), direct);
     assert_eq!(replicas.metric("a", &answered("GetCycle")).await, None, "the leader was not asked");
+    // A page goes on from one of another replica, which may know more records.
+    let before = |revision: &str| pb::ListCyclesRequest { page_token: revision.into(), ..Default::default() };
+    for (revision, asked) in [("5", None), ("9", Some(1))] {
+        let page = client.list_cycles(before(revision)).await.unwrap().into_inner();
+        assert_eq!(page.cycles.len(), 4);
+        assert_eq!(replicas.metric("a", &answered("ListCycles")).await, asked, "before {revision}");
+    }
     // A cycle that is not there may be at the leader.
     let refused = client.cycle(7).await.unwrap_err();
     assert_eq!(reason(&refused), because(Code::NotFound, "CYCLE_NOT_FOUND", [("cycle_id", "7")]));
@@ -173,6 +180,8 @@ async fn a_follower_reads_the_history_itself_and_goes_on_without_a_leader() {
     assert_eq!(client.cycle(1).await.unwrap(), cycles[0]);
     let listed = client.history().await.unwrap();
     assert_eq!(listed.into_iter().map(|bytes| decode(bytes).cycle_id).collect::<Vec<_>>(), [1, 2, 3, 4]);
+    assert_eq!(client.list_cycles(before("5")).await.unwrap().into_inner().cycles.len(), 4);
+    assert_eq!(reason(&client.list_cycles(before("9")).await.unwrap_err()).why, "NO_LEADER");
     let admin = replicas.service("b").admin();
     assert_eq!(http::get(admin, "/api/cycles/1").await.status, 200);
     assert_eq!(reason(&client.cycle(7).await.unwrap_err()).why, "NO_LEADER");

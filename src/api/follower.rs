@@ -16,7 +16,7 @@ use super::{
     request, response,
     rpc::{Asks, Rpc},
 };
-use crate::{orchestrator::Refusal, proto::orchestrator::v1 as pb};
+use crate::{model::Revision, orchestrator::Refusal, proto::orchestrator::v1 as pb};
 
 impl Api {
     /// The forwarder, while this replica does not lead.
@@ -59,13 +59,19 @@ impl Api {
     }
 
     /// A page of the history, by any replica. A follower that does not follow the leader's stream may lack the newest
-    /// records, so it answers only if the leader can't.
+    /// records, so it answers only if the leader can't. If it lacks some that the page before, of another replica, has
+    /// left for this one, it does not answer.
     pub(super) async fn read_cycles(&self, request: Request<pb::ListCyclesRequest>) -> Answer<pb::ListCyclesResponse> {
         let read = |mut call: Reading<pb::ListCyclesRequest>| async move {
-            if let Some(forwarder) = self.follows().filter(|forwarder| !forwarder.is_current()) {
-                match self.pass_on(forwarder, &call).await {
-                    Err(status) if is_of_replica(&status) && call.history().known().is_some() => {}
-                    answered => return answered,
+            if let Some(forwarder) = self.follows() {
+                // Other tokens are refused below.
+                let before = call.request().page_token.parse().map(Revision).unwrap_or_default();
+                let lacks_some = || call.history().known().is_none_or(|known| known.revision.next() < before);
+                if !forwarder.is_current() || lacks_some() {
+                    match self.pass_on(forwarder, &call).await {
+                        Err(status) if is_of_replica(&status) && !lacks_some() => {}
+                        answered => return answered,
+                    }
                 }
             }
             let request = call.take_request();

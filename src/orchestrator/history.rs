@@ -284,7 +284,7 @@ impl History {
 
     /// All records up to this position are acknowledged.
     pub fn raise(&self, to: Position) {
-        self.extent().raise(to);
+        self.extend(|extent| extent.raise(to));
         self.show();
     }
 
@@ -325,6 +325,8 @@ impl History {
     /// The store can't be read.
     pub async fn goes_on(&self, known: Option<Position>, end: Position) -> Result<bool, Refusal> {
         let Some(known) = known else { return Ok(true) };
+        // A server that does not go as far says nothing about it.
+        self.require(end);
         let is_there = known.revision <= end.revision
             && match self.check(known).await {
                 Err(Refusal::HistoryRewritten { .. }) => false,
@@ -428,7 +430,7 @@ impl History {
 
     /// Adds an acknowledged record, and with it all before it.
     pub fn add(&self, record: Arc<Record>) {
-        self.extent().add(record);
+        self.extend(|extent| extent.add(record));
     }
 
     /// Notifies watchers of the records that were added.
@@ -460,7 +462,8 @@ impl History {
     /// A page of records before the revision `before`, newest first, of at most `max_records`.
     ///
     /// # Errors
-    /// The store can't be read, or the memory for reads is full.
+    /// The store can't be read, the memory for reads is full, or another replica may have added records before
+    /// `before`.
     pub async fn cycles(
         &self,
         before: Option<Revision>,
@@ -476,6 +479,10 @@ impl History {
         let mut room = self.room(2 * self.max_record().max(MAX_BYTES)).await?;
         let parts = self.with_all_names(&parts);
         let end = self.readable().next();
+        if self.is_unconfirmed() && before.is_some_and(|before| before > end) {
+            // The page before may be of the replica that leads now.
+            return Err(Refusal::NotFollowing);
+        }
         let mut before = before.map_or(end, |before| before.min(end));
         let mut page = Page::default();
         let (mut bytes, mut looked_into) = (0, 0);
@@ -564,6 +571,20 @@ impl History {
     /// The newest record.
     pub(super) fn newest(&self) -> Position {
         self.extent().newest.unwrap_or_default()
+    }
+
+    /// Extends what is shown. Reads fail from then on where the store does not go as far.
+    fn extend(&self, extend: impl FnOnce(&mut Extent)) {
+        let mut extent = self.extent();
+        extend(&mut extent);
+        // Under the lock: the last call counts.
+        if let Some(newest) = extent.newest {
+            self.require(newest);
+        }
+    }
+
+    fn require(&self, Position { revision, epoch }: Position) {
+        self.0.store.require(revision, epoch.unwrap_or_default());
     }
 
     /// Readers get the records up to this revision.
@@ -671,9 +692,11 @@ impl History {
         read: impl Future<Output = Result<Option<Found>, StoreError>>,
     ) -> Result<Option<Record>, Refusal> {
         let mut room = self.room(self.max_record()).await?;
+        // What is acknowledged while it is read may be another record than the one that is found.
+        let readable = self.readable();
         match read.await?.transpose() {
             Ok(found) => {
-                let found = found.filter(|record| record.revision <= self.readable());
+                let found = found.filter(|record| record.revision <= readable);
                 Ok(found.map(|record| with_room(record, &mut room)))
             }
             Err(unreadable) => {

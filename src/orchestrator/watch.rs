@@ -437,6 +437,8 @@ impl Watcher {
             room = history.memory().hold(bytes) => room,
             () = history.closed().cancelled() => return Err(Refusal::Draining),
         };
+        // The store may have records whose commits are not acknowledged yet, which a failover could lose.
+        let newest = history.newest().revision;
         let records = match history.store().cycles_after(self.cursor.revision, Self::PAGE).await {
             Ok(records) => records,
             Err(ResumeError::NotRetained { oldest, newest }) => {
@@ -450,8 +452,6 @@ impl Watcher {
             }
             Err(ResumeError::Store(error)) => return Err(error.into()),
         };
-        // The store may have records whose commits are not acknowledged yet, which a failover could lose.
-        let newest = history.newest().revision;
         let revision = |found: &Found| found.as_ref().map_or_else(|it| it.revision, |record| record.revision);
         let records: Vec<_> = records.into_iter().take_while(|found| revision(found) <= newest).collect();
         let have = which_have(&records, &self.history.with_all_names(&self.filter.parts)).await;

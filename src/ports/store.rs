@@ -66,6 +66,12 @@ pub trait Store: Send + Sync + 'static {
     /// last one is given.
     fn trouble(&self) -> BoxStream<'static, Option<StoreError>>;
 
+    /// From now on, reads of the history fail as [unavailable](StoreError::Unavailable) where it has no record with
+    /// this revision yet, or was last written by an earlier term than `epoch`. That record is acknowledged, but of the
+    /// servers of one database, one that answers can be the primary before the present one. A later call replaces this
+    /// one, also if its record is an earlier one, and so does a take-over, with the newest record that was taken over.
+    fn require(&self, _revision: Revision, _epoch: Epoch) {}
+
     /// The record of a cycle, if it exists.
     ///
     /// # Errors

@@ -47,7 +47,7 @@ use self::{
     error::{ends_connection, explain, is_worth_repeating},
     leader::{LastClaim, LeaderRow, epoch_of_leader},
     parameter::Parameter,
-    rows::{Access, Failed, Snapshot, at_once},
+    rows::{Access, Failed, Required, Snapshot, at_once},
     writer::{Writer, failure, read},
 };
 pub use self::{schema::Migrated, url::PostgresUrl};
@@ -144,7 +144,8 @@ impl PostgresStore {
         writing: Option<Writing>,
     ) -> Self {
         let idle = Mutex::new(vec![Arc::new(connection)]);
-        let readers = Arc::new(Readers { connector, idle, permits: Arc::new(Semaphore::new(READERS)) });
+        let (permits, required) = (Arc::new(Semaphore::new(READERS)), Mutex::default());
+        let readers = Arc::new(Readers { connector, idle, permits, required });
         Self::over(readers, (checks, clock), log, writing)
     }
 
@@ -193,6 +194,8 @@ struct Readers {
     connector: Arc<Connector>,
     idle: Mutex<Vec<Arc<Connection>>>,
     permits: Arc<Semaphore>,
+    /// The record that a server must have: see [`Store::require`].
+    required: Mutex<Required>,
 }
 
 /// A connection for one read at a time, until this is dropped.
@@ -224,6 +227,10 @@ impl Readers {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn required(&self) -> MutexGuard<'_, Required> {
+        self.required.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// An idle connection, or a new one. With `anew`, not the one that was used last.
     async fn take(self: &Arc<Self>, anew: bool) -> Result<Reader, StoreError> {
         let permit = self.permits.clone().acquire_owned().await;
@@ -241,7 +248,8 @@ impl Readers {
     }
 
     /// Reads as of one moment. A connection that has ended meanwhile, has statements for other tables, or leads to an
-    /// earlier primary, is replaced once. If this is dropped, the reading goes on to its end, and counts until then.
+    /// earlier primary, which may be known by the records that it lacks, is replaced once. If this is dropped, the
+    /// reading goes on to its end, and counts until then.
     async fn read<T: Send + 'static>(
         self: &Arc<Self>,
         read: impl Fn(&mut Snapshot<'_>) -> Result<T, Failed> + Clone + Send + 'static,
@@ -250,14 +258,20 @@ impl Readers {
             let reader = self.take(is_last).await?;
             let schema = self.connector.url().schema();
             let read = read.clone();
+            let required = *self.required();
             let (timeline, used) = (reader.as_ref().timeline(), reader.as_ref().used());
+            let read = move |snapshot: &mut Snapshot<'_>, (): &mut ()| {
+                snapshot.check(required)?;
+                read(snapshot)
+            };
             let (_, result) = select! {
                 biased;
-                read = at_once(reader, schema, Access::Within(STATEMENT), (), move |snapshot, ()| read(snapshot)) => read,
+                read = at_once(reader, schema, Access::Within(STATEMENT), (), read) => read,
                 never = self.connector.end_once_passed(used, None) => match never {},
             };
             match result {
                 Err(Failed::Statement(error)) if goes_elsewhere(&error) && !is_last => {}
+                Err(Failed::Behind { .. }) if !is_last => self.connector.ask_all_again(),
                 // A standby was promoted meanwhile, and may have more by now.
                 Ok(_) if let Some(problem) = self.connector.outdated(timeline) => {
                     if is_last {
@@ -391,7 +405,9 @@ impl Store for PostgresStore {
                 self.log.set(&taken.term.frontier.log);
                 return Ok(Contents { epoch: taken.term.current, ..taken.contents });
             };
-            jobs.take_over(seals).await
+            let contents = jobs.take_over(seals).await?;
+            self.require(contents.last_revision, Epoch::default());
+            Ok(contents)
         })
     }
 
@@ -401,6 +417,10 @@ impl Store for PostgresStore {
 
     fn trouble(&self) -> BoxStream<'static, Option<StoreError>> {
         self.trouble.reports()
+    }
+
+    fn require(&self, revision: Revision, epoch: Epoch) {
+        *self.readers.required() = Required { revision, epoch };
     }
 
     fn cycle(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<Found>, StoreError>> {

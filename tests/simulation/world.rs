@@ -381,9 +381,9 @@ impl Simulation {
         *self.world.hosts.lock().unwrap() = hosts;
     }
 
-    /// The number of one of the processes: often the one that leads.
+    /// The number of one of the processes: mostly the one that leads.
     fn some_process(&mut self) -> usize {
-        let leader = self.database.leader().filter(|_| self.rng.bool());
+        let leader = self.database.leader().filter(|_| self.rng.u32(..4) > 0);
         let leads = leader.and_then(|leader| self.services.iter().position(|service| service.host == leader));
         leads.unwrap_or_else(|| self.rng.usize(..self.services.len()))
     }
@@ -535,15 +535,15 @@ impl Simulation {
             }
             100..130 => self.fail_over().await,
             130.. => {
-                let late = self.rng.u64(500..2500);
+                let late = self.rng.u64(1000..2500);
                 self.note(format_args!("{current} learns {late} ms late that it leads, and then nothing"));
                 let own = self.services[number].own.clone();
                 own.lock().unwrap().lead = Some(Treatment { late, ..self.usual });
-                let pause = self.up_to(4000);
+                let pause = Duration::from_secs(2) + self.up_to(2000);
                 sleep(pause).await;
                 let nothing = Treatment { reaches: Reaches::Nothing, ..self.usual };
                 *own.lock().unwrap() = Own { all: self.rng.bool().then_some(nothing), lead: Some(nothing) };
-                let pause = self.up_to(5000);
+                let pause = Duration::from_secs(2) + self.up_to(2000);
                 sleep(pause).await;
                 *own.lock().unwrap() = Own::default();
                 self.note(format_args!("{current} reaches the database"));

@@ -385,12 +385,6 @@ impl Process {
         sleep(fate.returns).await;
         if fate.refused { Err(unavailable("it was refused")) } else { Ok(found) }
     }
-
-    /// The rows, to be read as those of a store in memory.
-    async fn rows(&self, clock: Clock) -> Result<MemoryStore, StoreError> {
-        let kept = self.read(|rows| rows.now.kept.clone()).await?;
-        Ok(MemoryStore { clock, kept: Mutex::new(kept) })
-    }
 }
 
 fn unavailable(problem: &str) -> StoreError {
@@ -551,14 +545,30 @@ struct SimulatedStore {
     term: AsyncMutex<Option<Term>>,
     /// The log as of the last commit.
     log: Mutex<Log>,
+    /// See [`Store::require`].
+    required: Mutex<(Revision, Epoch)>,
     trouble: Trouble,
 }
 
 impl SimulatedStore {
     fn of(process: Arc<Process>, leader: Option<Arc<LeaderRow>>, clock: Clock) -> Arc<Self> {
         let trouble = Trouble::new(STORE.into(), "it is simulated");
-        let (term, log) = (AsyncMutex::new(None), Mutex::default());
-        Arc::new(Self { process, leader, clock, term, log, trouble })
+        let (term, log, required) = (AsyncMutex::new(None), Mutex::default(), Mutex::default());
+        Arc::new(Self { process, leader, clock, term, log, required, trouble })
+    }
+
+    fn required(&self) -> MutexGuard<'_, (Revision, Epoch)> {
+        self.required.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The rows, to be read as those of a store in memory.
+    async fn rows(&self) -> Result<MemoryStore, StoreError> {
+        let (revision, epoch) = *self.required();
+        let kept = self.process.read(|rows| rows.now.kept.clone()).await?;
+        if kept.frontier.last_revision < revision || kept.epoch < epoch {
+            return Err(unavailable("an earlier primary has answered"));
+        }
+        Ok(MemoryStore { clock: self.clock, kept: Mutex::new(kept) })
     }
 
     async fn take_over(&self) -> Result<Contents, StoreError> {
@@ -583,6 +593,7 @@ impl SimulatedStore {
         let open = kept.open.keys().copied().collect();
         let frontier = Frontier { open, ..kept.frontier.clone() };
         *term = Some(Term { epoch, current: kept.epoch, frontier, chain });
+        *self.required() = (contents.last_revision, Epoch::default());
         Ok(contents)
     }
 
@@ -635,12 +646,16 @@ impl Store for SimulatedStore {
         self.trouble.reports()
     }
 
+    fn require(&self, revision: Revision, epoch: Epoch) {
+        *self.required() = (revision, epoch);
+    }
+
     fn cycle(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<Found>, StoreError>> {
-        Box::pin(async move { self.process.rows(self.clock).await?.cycle(cycle_id).await })
+        Box::pin(async move { self.rows().await?.cycle(cycle_id).await })
     }
 
     fn cycle_of_request(&self, request: RequestKey) -> BoxFuture<'_, Result<Option<Found>, StoreError>> {
-        Box::pin(async move { self.process.rows(self.clock).await?.cycle_of_request(request).await })
+        Box::pin(async move { self.rows().await?.cycle_of_request(request).await })
     }
 
     fn cycles_before(
@@ -649,11 +664,11 @@ impl Store for SimulatedStore {
         filter: Filter,
         limits: PageLimits,
     ) -> BoxFuture<'_, Result<Page, StoreError>> {
-        Box::pin(async move { self.process.rows(self.clock).await?.cycles_before(before, filter, limits).await })
+        Box::pin(async move { self.rows().await?.cycles_before(before, filter, limits).await })
     }
 
     fn cycles_after(&self, revision: Revision, limits: PageLimits) -> BoxFuture<'_, Result<Vec<Found>, ResumeError>> {
-        Box::pin(async move { self.process.rows(self.clock).await?.cycles_after(revision, limits).await })
+        Box::pin(async move { self.rows().await?.cycles_after(revision, limits).await })
     }
 
     fn events_before(
@@ -662,7 +677,7 @@ impl Store for SimulatedStore {
         filter: EventFilter,
         limit: usize,
     ) -> BoxFuture<'_, Result<EventPage, StoreError>> {
-        Box::pin(async move { self.process.rows(self.clock).await?.events_before(before, filter, limit).await })
+        Box::pin(async move { self.rows().await?.events_before(before, filter, limit).await })
     }
 
     fn excess(&self, retention: Retention, now: Timestamp, limit: usize) -> BoxFuture<'_, Result<Excess, StoreError>> {
@@ -674,15 +689,15 @@ impl Store for SimulatedStore {
     }
 
     fn leaf(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<u64>, StoreError>> {
-        Box::pin(async move { self.process.rows(self.clock).await?.leaf(cycle_id).await })
+        Box::pin(async move { self.rows().await?.leaf(cycle_id).await })
     }
 
     fn nodes(&self, nodes: Vec<Node>) -> BoxFuture<'_, Result<Option<Vec<Hash>>, StoreError>> {
-        Box::pin(async move { self.process.rows(self.clock).await?.nodes(nodes).await })
+        Box::pin(async move { self.rows().await?.nodes(nodes).await })
     }
 
     fn parts(&self, leaves: Range<u64>, limits: PageLimits) -> BoxFuture<'_, Result<Option<Vec<Part>>, StoreError>> {
-        Box::pin(async move { self.process.rows(self.clock).await?.parts(leaves, limits).await })
+        Box::pin(async move { self.rows().await?.parts(leaves, limits).await })
     }
 
     fn publish_checkpoint(&self, checkpoint: String) -> BoxFuture<'_, Result<(), StoreError>> {
@@ -697,6 +712,6 @@ impl Store for SimulatedStore {
     }
 
     fn size(&self) -> BoxFuture<'_, Result<StoreSize, StoreError>> {
-        Box::pin(async move { self.process.rows(self.clock).await?.size().await })
+        Box::pin(async move { self.rows().await?.size().await })
     }
 }

@@ -242,6 +242,11 @@ impl Connector {
         Err(self.unavailable(format!("can't connect to {}", problems.join("; and to "))))
     }
 
+    /// Has the next connection ask all hosts for their timelines: one of them may be an earlier primary.
+    pub(super) fn ask_all_again(&self) {
+        self.has_asked.store(false, Ordering::Release);
+    }
+
     /// Connects to all hosts that take writes and are no earlier primaries: while an earlier one goes on, there can be
     /// two that do.
     async fn connect_to_all(&self) -> Vec<Connection> {

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     ledger::{Hash, Node},
-    model::Revision,
+    model::{Epoch, Revision},
     store::{
         contents::{Read, Tables},
         entries::{MAX_CONTROL, MOST_BYTES, Rows, StoredEntry, Table},
@@ -40,6 +40,18 @@ pub(super) enum Failed {
     Late(Duration),
     /// It is not what this software has written.
     Wrong(Wrong),
+    /// The server lacks the required record: the newest one that it has, with the last term.
+    Behind {
+        found: Required,
+        required: Required,
+    },
+}
+
+/// A record that the server of a snapshot must have: the revision, and the earliest term that it can be of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Required {
+    pub(super) revision: Revision,
+    pub(super) epoch: Epoch,
 }
 
 impl From<Error> for Failed {
@@ -60,6 +72,11 @@ impl fmt::Display for Failed {
             Self::Statement(error) => error.fmt(f),
             Self::Late(limit) => write!(f, "the server has not answered within {limit:?}"),
             Self::Wrong(wrong) => wrong.fmt(f),
+            Self::Behind { found, required } => write!(
+                f,
+                "the server has the history up to revision {} of epoch {}, and revision {} of epoch {} was acknowledged",
+                found.revision, found.epoch, required.revision, required.epoch
+            ),
         }
     }
 }
@@ -193,6 +210,18 @@ impl<'c> Snapshot<'c> {
             Failed::Late(limit)
         });
         Ok(answered??)
+    }
+
+    /// Checks that the history is as long as it must be.
+    pub(super) fn check(&self, required: Required) -> Result<(), Failed> {
+        if required == Required::default() {
+            return Ok(());
+        }
+        let row = self.one("SELECT last_revision, epoch FROM SCHEMA.meta", &[])?;
+        let found =
+            Required { revision: Revision(number(&row, "last_revision")?), epoch: Epoch(number(&row, "epoch")?) };
+        let is_there = found.revision >= required.revision && found.epoch >= required.epoch;
+        if is_there { Ok(()) } else { Err(Failed::Behind { found, required }) }
     }
 
     /// The only row of a query.

@@ -956,6 +956,35 @@ async fn an_earlier_primary_that_goes_on_beside_the_one_that_was_promoted_is_not
 }
 
 #[tokio::test]
+async fn a_replica_that_knows_of_a_record_does_not_read_from_an_earlier_primary_that_lacks_it() {
+    let Some(primary) = Server::start("", None) else { return };
+    let standby = primary.standby();
+    primary.wait_for_standby().await;
+    let schema = url(&primary.url()).schema().to_owned();
+    let of = |hosts: &str| format!("postgres://owner@{hosts}/postgres?schema={schema}");
+    let (store, first) = led(&of(&primary.host()), "a").await;
+    commit(&*store, recorded(1..=2, first)).await;
+    let both = StoreUrl::parse(&of(&format!("{},{}", primary.host(), standby.host()))).unwrap();
+    let follower = crate::store::open(&both, CHECKS, Clock::system()).await.unwrap();
+    let read = async || follower.cycles_after(Revision(0), ALL).await.map(|found| revisions(&found));
+    assert_eq!(read().await.unwrap(), [1, 2]);
+    // The earlier primary goes on.
+    standby.promote().await;
+    let (other, second) = led(&of(&standby.host()), "b").await;
+    commit(&*other, recorded(3..=4, second)).await;
+    assert_eq!(read().await.unwrap(), [1, 2], "it does not know of the other server yet");
+    follower.require(Revision(4), second);
+    assert_eq!(read().await.unwrap(), [1, 2, 3, 4]);
+    for (revision, epoch) in [(5, second), (4, second.next())] {
+        follower.require(Revision(revision), epoch);
+        let error = read().await.unwrap_err().to_string();
+        assert!(error.contains(&format!("revision {revision} of epoch {epoch} was acknowledged")), "{error}");
+    }
+    follower.require(Revision(4), first);
+    assert_eq!(read().await.unwrap(), [1, 2, 3, 4]);
+}
+
+#[tokio::test]
 async fn an_output_that_was_changed_without_the_key_is_not_sealed_under_a_new_name() {
     let Some(server) = shared() else { return };
     let store_url = server.url();
