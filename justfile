@@ -49,10 +49,10 @@ bench:
 # under siege.
 soak:
     ORCHESTRATOR_TEST_CASES=100000 cargo test --release --test properties
-    ORCHESTRATOR_TORTURE_KILLS=1000 cargo test --release --test torture
-    ORCHESTRATOR_TEST_FUZZ_SECONDS=900 cargo test --release --test fuzz -- --test-threads 1 --skip stranger
-    ORCHESTRATOR_TEST_FUZZ_CASES=1000000 cargo test --release --test fuzz stranger -- --nocapture
-    cargo test --release --test siege -- --ignored --nocapture
+    ORCHESTRATOR_TORTURE_KILLS=1000 cargo test --release --test outside torture::
+    ORCHESTRATOR_TEST_FUZZ_SECONDS=900 cargo test --release --test outside fuzz:: -- --test-threads 1 --skip stranger
+    ORCHESTRATOR_TEST_FUZZ_CASES=1000000 cargo test --release --test outside fuzz::no_stranger -- --nocapture
+    cargo test --release --test outside siege:: -- --ignored --nocapture
 
 # The contract, by buf's rules and against the released ones. Needs npm.
 lint-proto:

@@ -14,7 +14,7 @@
 //! Prints a table for people, and one line of JSON per fleet.
 
 mod bare;
-#[path = "../../tests/common/postgres.rs"]
+#[path = "../../tests/outside/common/postgres.rs"]
 #[allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "it is made for tests")]
 mod postgres;
 

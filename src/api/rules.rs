@@ -1,5 +1,5 @@
 //! The access rules: which roles may call each RPC, and which targets each request has. The table in
-//! `docs/security.md` is for users, and `tests/access.rs` calls every method in every role.
+//! `docs/security.md` is for users, and `tests/outside/access.rs` calls every method in every role.
 
 use crate::{
     access::{Registering, Role, Targets},

@@ -35,10 +35,10 @@ use crate::{
     },
 };
 
-#[path = "../../../tests/common/pki.rs"]
+#[path = "../../../tests/outside/common/pki.rs"]
 #[allow(dead_code, unreachable_pub)]
 mod pki;
-#[path = "../../../tests/common/postgres.rs"]
+#[path = "../../../tests/outside/common/postgres.rs"]
 #[allow(dead_code, unreachable_pub)]
 pub(in crate::store) mod server;
 
