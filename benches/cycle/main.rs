@@ -7,13 +7,15 @@
 //! nobody makes; `audited` has the event of a call with each cycle. `scraped` is `sqlite` with all metrics written once
 //! a round, which is far more often than monitoring reads them; `traced` is `sqlite` with every span of every cycle
 //! exported; `tls` is `sqlite` with a fleet that is called over TLS; `postgres` has the record in PostgreSQL on this
-//! machine, where that is installed. Metrics count the cycles of all sides. The rounds of all sides alternate. One
-//! server process serves all sides; it contains the collector, which discards the spans.
+//! machine, where that is installed, and `standby` is the same with a standby that each commit waits for. Metrics count
+//! the cycles of all sides. The rounds of all sides alternate. One server process serves all sides; it contains the
+//! collector, which discards the spans. The module `commits` measures what the stores take of that.
 //!
-//! `cargo bench --bench cycle` measures every fleet; `cargo bench --bench cycle -- 28x1` only the one of that name.
-//! Prints a table for people, and one line of JSON per fleet.
+//! `cargo bench --bench cycle` measures every fleet and the commits; `cargo bench --bench cycle -- 28x1` only the fleet
+//! of that name, and `-- commits` only the commits. Prints tables for people, and one line of JSON per row.
 
 mod bare;
+mod commits;
 #[path = "../../tests/outside/common/postgres.rs"]
 #[allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "it is made for tests")]
 mod postgres;
@@ -117,24 +119,29 @@ fn main() -> Result<()> {
     let all: Vec<_> = first.into_iter().chain(args).collect();
     let measure = all.iter().any(|arg| arg == "--bench");
     let wanted = all.iter().find(|arg| !arg.starts_with('-'));
+    let is_wanted = |name: &str| wanted.is_none_or(|wanted| wanted == name);
 
     let open_files = raise_open_files()?;
-    println!(
-        "{:>12} {:>7} {:>10} {:>10} {:>14} {:>12} {:>12} {:>11}",
-        "fleet", "side", "p50 ms", "p99 ms", "CPU ms/cycle", "p50 / floor", "CPU / floor", "CPU / bare"
-    );
-    for fleet in FLEETS {
+    let servers = Runtime::new()?.block_on(Servers::start());
+    if is_wanted(commits::NAME) {
+        Runtime::new()?.block_on(commits::compare(measure, servers.as_ref()))?;
+    }
+    let fleets: Vec<_> = FLEETS.into_iter().filter(|fleet| is_wanted(&fleet.name())).collect();
+    if !fleets.is_empty() {
+        println!(
+            "{:>12} {:>8} {:>10} {:>10} {:>14} {:>12} {:>12} {:>11}",
+            "fleet", "side", "p50 ms", "p99 ms", "CPU ms/cycle", "p50 / floor", "CPU / floor", "CPU / bare"
+        );
+    }
+    for fleet in fleets {
         let name = fleet.name();
-        if wanted.is_some_and(|wanted| *wanted != name) {
-            continue;
-        }
         if open_files.is_some_and(|limit| limit < fleet.open_files()) {
             println!("{name:>12} left out: it needs {} open files; raise the hard limit", fleet.open_files());
             continue;
         }
         let fleet = if measure { fleet } else { Fleet { cycles: 1, rounds: 1, ..fleet } };
         let server = NoopServer::start(NOOP, fleet.endpoints)?;
-        Runtime::new()?.block_on(compare(&fleet, &server))?;
+        Runtime::new()?.block_on(compare(&fleet, &server, servers.as_ref()))?;
         if !measure {
             break;
         }
@@ -162,6 +169,16 @@ fn with_certificate() -> Result<()> {
 // ---------------------------------------------------------------------------------------------------------------
 // Measuring
 
+/// The p50 and p99 of these durations, in milliseconds. There is at least one.
+fn quantiles(durations: &mut [Duration]) -> [f64; 2] {
+    durations.sort_unstable();
+    [0.5, 0.99].map(|quantile| {
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)]
+        let index = ((durations.len() - 1) as f64 * quantile).round() as usize;
+        durations[index].as_secs_f64() * 1e3
+    })
+}
+
 /// The measured cost of the cycles of one side.
 #[derive(Default)]
 struct Measured {
@@ -170,22 +187,16 @@ struct Measured {
 }
 
 impl Measured {
-    fn quantile(&mut self, quantile: f64) -> f64 {
-        self.cycles.sort_unstable();
-        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)]
-        let index = ((self.cycles.len() - 1) as f64 * quantile).round() as usize;
-        self.cycles[index].as_secs_f64() * 1e3
-    }
-
     /// p50, p99 and CPU of a cycle, in milliseconds.
     #[allow(clippy::cast_precision_loss)]
     fn figures(&mut self) -> [f64; 3] {
         let cpu = self.cpu.as_secs_f64() * 1e3 / self.cycles.len() as f64;
-        [self.quantile(0.5), self.quantile(0.99), cpu]
+        let [p50, p99] = quantiles(&mut self.cycles);
+        [p50, p99, cpu]
     }
 }
 
-async fn compare(fleet: &Fleet, server: &NoopServer) -> Result<()> {
+async fn compare(fleet: &Fleet, server: &NoopServer, servers: Option<&Servers>) -> Result<()> {
     let (endpoints, tls) = server.endpoints.split_at(fleet.endpoints);
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
     let sqlite = |name: &str| StoreUrl::Sqlite(directory.path().join(name));
@@ -207,10 +218,8 @@ async fn compare(fleet: &Fleet, server: &NoopServer) -> Result<()> {
     if !tls.is_empty() {
         sides.push(Side::Ours("tls", ours(tls, sqlite("tls.db")).await?));
     }
-    // With a server of its own, which waits for the disk as well.
-    let postgres = postgres::Server::start("-c fsync=on", None);
-    if let Some(server) = &postgres {
-        sides.push(Side::Ours("postgres", ours(endpoints, StoreUrl::parse(&server.url())?).await?));
+    for (name, server) in servers.iter().flat_map(|servers| servers.sides()) {
+        sides.push(Side::Ours(name, ours(endpoints, StoreUrl::parse(&server.url())?).await?));
     }
     let mut sides: Vec<_> = sides.into_iter().map(|side| (side, Measured::default())).collect();
     // The first round of each side fills caches and buffers.
@@ -242,7 +251,7 @@ async fn compare(fleet: &Fleet, server: &NoopServer) -> Result<()> {
         let to_bare = bare.map(|bare| cpu / bare);
         let shown = to_bare.map(|ratio| format!("{ratio:.3}")).unwrap_or_default();
         let ratios = format!("{p50_ratio:>12.2} {cpu_ratio:>12.2} {shown:>11}");
-        println!("{name:>12} {side_name:>7} {p50:>10.3} {p99:>10.3} {cpu:>14.3} {ratios}");
+        println!("{name:>12} {side_name:>8} {p50:>10.3} {p99:>10.3} {cpu:>14.3} {ratios}");
         let json = serde_json::json!({
             "fleet": name, "side": side_name, "p50_ms": p50, "p99_ms": p99, "cpu_ms": cpu,
             "p50_to_floor": p50_ratio, "cpu_to_floor": cpu_ratio, "cpu_to_bare": to_bare,
@@ -309,6 +318,29 @@ impl Side {
             Self::Floor(_) => Ok(()),
             Self::Ours(_, ours) => ours.end().await,
         }
+    }
+}
+
+/// PostgreSQL on this machine, where that is installed. All servers wait for the disk.
+struct Servers {
+    alone: postgres::Server,
+    primary: postgres::Server,
+    /// Commits of the primary wait for it.
+    _standby: postgres::Server,
+}
+
+impl Servers {
+    async fn start() -> Option<Self> {
+        const FSYNC: &str = "-c fsync=on";
+        let [alone, primary] = [postgres::Server::start(FSYNC, None)?, postgres::Server::start(FSYNC, None)?];
+        let standby = primary.standby();
+        primary.wait_for_standby().await;
+        Some(Self { alone, primary, _standby: standby })
+    }
+
+    /// The sides with their stores on a server, by name.
+    fn sides(&self) -> [(&'static str, &postgres::Server); 2] {
+        [("postgres", &self.alone), ("standby", &self.primary)]
     }
 }
 

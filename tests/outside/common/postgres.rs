@@ -81,6 +81,8 @@ rm -rf "$directory"
 /// A server that ends with the test. Its superuser is `owner`, and its database for tests `postgres`.
 pub struct Server {
     directory: PathBuf,
+    /// The options it was started with.
+    options: String,
     /// Ends once its input is closed.
     process: Child,
 }
@@ -124,7 +126,7 @@ impl Server {
         }
         let files = files.unwrap_or(Path::new("")).display().to_string();
         let (directory, process) = started(as_user(SCRIPT).args([options, &files]));
-        Some(Self { directory, process })
+        Some(Self { directory, options: options.to_owned(), process })
     }
 
     /// Starts a server with a database `small` on a disk of 24 MiB at this path, which it alone sees. `None` as in
@@ -145,7 +147,7 @@ impl Server {
             return None;
         }
         let (directory, process) = started(&mut with_disk(as_user(SCRIPT).args(["", ""])));
-        let (server, path) = (Self { directory, process }, path.display());
+        let (server, path) = (Self { directory, options: String::new(), process }, path.display());
         server.run(&format!("mkdir {path}/tables")).await;
         server.execute(&format!("CREATE TABLESPACE small LOCATION '{path}/tables'")).await;
         server.execute("CREATE DATABASE small TABLESPACE small").await;
@@ -167,10 +169,11 @@ impl Server {
         self.execute(&format!("COPY (SELECT 1) TO PROGRAM 'cat > /dev/null; {command}'")).await;
     }
 
-    /// Starts a standby of this server, with the name `standby`.
+    /// Starts a standby of this server with the same options, and with the name `standby`.
     pub fn standby(&self) -> Self {
-        let (directory, process) = started(as_user(SCRIPT).args(["", "", &self.directory.display().to_string()]));
-        Self { directory, process }
+        let (options, primary) = (self.options.clone(), self.directory.display().to_string());
+        let (directory, process) = started(as_user(SCRIPT).args([&options, "", &primary]));
+        Self { directory, options, process }
     }
 
     /// Ends the server at once, as when its machine fails.
