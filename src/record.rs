@@ -21,7 +21,7 @@ use crate::{
     model::{
         CallPath, CycleId, CycleRequest, CycleState, Epoch, FinishedCycle, Freshness, Identity, Issue, Name, Output,
         ParentCycle, Payload, Revision, Severity, SkipReason, SpanContext, SubsystemReport, SubsystemState, Trigger,
-        excerpt,
+        text::shortened,
     },
     ports::{Checks, Record, TriggerKind},
     proto::{duration, orchestrator::v1 as pb, read_duration, read_timestamp, subsystem::v1 as pbs, timestamp},
@@ -320,7 +320,7 @@ fn leave_out_details(part: &mut pb::SubsystemTelemetry) {
 }
 
 fn shorten_messages(part: &mut pb::SubsystemTelemetry) {
-    part.error_message.truncate(excerpt(&part.error_message, SHORT_MESSAGE).len());
+    part.error_message = shortened(&*part.error_message, SHORT_MESSAGE).into_owned();
 }
 
 fn leave_out_messages(part: &mut pb::SubsystemTelemetry) {
@@ -406,7 +406,7 @@ pub fn part(report: &SubsystemReport, cycle_started_at: Option<Timestamp>) -> pb
         queued_ms: queued.as_secs_f64() * 1e3,
         attempts: *attempts,
         error_code: state.code().map(|code| code.name().to_owned()).unwrap_or_default(),
-        error_message: message(state).to_owned(),
+        error_message: message(state),
         issues: issues.iter().map(issue).collect(),
         metrics: metrics.clone(),
         output: recorded_output.as_ref().map(|output| output.as_bytes().clone()).unwrap_or_default(),
@@ -416,8 +416,8 @@ pub fn part(report: &SubsystemReport, cycle_started_at: Option<Timestamp>) -> pb
 }
 
 /// An error message, cut to its limit in a record.
-pub fn message(state: &SubsystemState) -> &str {
-    excerpt(state.message(), MAX_MESSAGE)
+pub fn message(state: &SubsystemState) -> String {
+    shortened(state.message(), MAX_MESSAGE).into_owned()
 }
 
 fn issue(issue: &Issue) -> pbs::Issue {
@@ -588,7 +588,7 @@ mod tests {
             critical_path: vec![],
             subsystems: vec![
                 Arc::new(report("a", SubsystemState::Succeeded)),
-                Arc::new(report("b", SubsystemState::Failed(Code::Internal, "é".repeat(1000)))),
+                Arc::new(report("b", SubsystemState::Failed(Code::Internal, "aé".repeat(1000)))),
             ],
         }
     }
@@ -610,6 +610,7 @@ mod tests {
         }
         let b = &telemetry.subsystems[1];
         assert_eq!((b.error_code.as_str(), b.error_message.len()), ("INTERNAL", MAX_MESSAGE));
+        assert!(b.error_message.ends_with("éa…"));
     }
 
     #[test]

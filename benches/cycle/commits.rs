@@ -3,8 +3,8 @@
 //! A cycle has two. `begin` notes that it has begun, which has to survive only the process: in a file, it waits for no
 //! disk. `commit` has its record, of 20 KB, and the outputs of 28 subsystems, and is durable. The floor is the smallest
 //! durable write in the same place: the overwriting of a block of a file, or the change of a number in a row over a
-//! connection to the same server. `bare`, `sqlite`, `postgres` and `standby` are the stores of the sides of these names.
-//! The rounds of all stores alternate, and within them the three writes.
+//! connection to the same server. `bare`, `sqlite`, `postgres` and `standby` are the stores of the sides of the same
+//! names. The rounds of all stores alternate, and within them the three writes.
 
 use std::{
     fs::File,

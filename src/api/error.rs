@@ -16,7 +16,10 @@ use super::{
 use crate::{
     access::{NoSession, Role, Unauthenticated},
     cluster::Membership,
-    model::{self, CycleId, Epoch, Leader, Name, Replica, Violation, Violations, excerpt, text::count},
+    model::{
+        self, CycleId, Epoch, Leader, Name, Replica, Violation, Violations,
+        text::{count, shortened},
+    },
     orchestrator::{NotOwner, Refusal},
     ports::{StoreError, Unreadable, UnreadableEvent},
 };
@@ -194,7 +197,7 @@ fn with_retry(message: String, reason: &str, metadata: HashMap<String, String>) 
 
 /// A status of the contract of subsystems, which has plain codes.
 pub(super) fn plain(code: Code, message: &str) -> Status {
-    Status::new(code, shortened(message.to_owned(), MAX_MESSAGE))
+    Status::new(code, shortened(message, MAX_MESSAGE))
 }
 
 /// The same status for a parent, which retries UNAVAILABLE only: a full line or memory is that for now.
@@ -210,13 +213,13 @@ pub(super) fn retryable(status: Status) -> Status {
 
 /// The status of a request with malformed fields, each named.
 fn invalid(violations: Violations) -> Status {
-    let message = shortened(violations.to_string(), MAX_MESSAGE);
+    let message = shortened(violations.to_string(), MAX_MESSAGE).into_owned();
     let mut details = ErrorDetails::with_error_info("INVALID_FIELDS", DOMAIN, HashMap::new());
-    let shortened = violations
+    let shorter = violations
         .0
         .into_iter()
-        .map(|Violation { field, problem }| Violation { field, problem: shortened(problem, MAX_PROBLEM) });
-    for Violation { field, problem } in while_it_fits(shortened, |it| it.field.len() + it.problem.len()) {
+        .map(|Violation { field, problem }| Violation { field, problem: shortened(problem, MAX_PROBLEM).into_owned() });
+    for Violation { field, problem } in while_it_fits(shorter, |it| it.field.len() + it.problem.len()) {
         details.add_bad_request_violation(field, problem);
     }
     Status::with_error_details(Code::InvalidArgument, message, details)
@@ -231,10 +234,6 @@ fn while_it_fits<T>(items: impl Iterator<Item = T>, bytes: impl Fn(&T) -> usize)
         taken += bytes(item) + AROUND;
         taken <= MAX_DETAILS
     })
-}
-
-fn shortened(text: String, max: usize) -> String {
-    if text.len() <= max { text } else { format!("{}…", excerpt(&text, max)) }
 }
 
 /// The status of an answer that would be larger than clients accept, of this subsystem or of all.
@@ -255,7 +254,7 @@ pub(super) fn denied(denied: &Denied) -> Status {
         }
         Denied::Unauthenticated(_) => (Code::Unauthenticated, vec![]),
         Denied::NotAllowed { call, target, .. } => {
-            let target = shortened(target.clone(), MAX_VALUE);
+            let target = shortened(target, MAX_VALUE).into_owned();
             (Code::PermissionDenied, vec![("rpc", (*call).to_owned()), ("target", target)])
         }
         Denied::NotOwner { call, refusal, .. } => {

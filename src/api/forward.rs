@@ -69,7 +69,7 @@ use super::{
 use crate::{
     cluster::Membership,
     memory::{Held, Memory},
-    model::{Code, Epoch, Leader, Role, excerpt},
+    model::{Code, Epoch, Leader, Role, text::shortened},
     orchestrator::{History, Position, Refusal},
     proto::{framing, timeout},
 };
@@ -341,7 +341,7 @@ fn not_grpc(response: &http::Response<Body>) -> Option<Failed> {
     }
     let why = format!(
         "its answer, with the HTTP status {status} and {}, is not that of a gRPC server: check its cluster.advertise",
-        excerpt(kind, 64)
+        shortened(kind, 64)
     );
     // A proxy may have passed the call on before it failed, but not one that has refused the request itself.
     Some(if status.is_client_error() || status.is_redirection() {

@@ -471,7 +471,7 @@ fn progress(cycle: &LiveCycle, updates: &[Update], lost: u64) -> pb::CycleProgre
         elapsed_ms: milliseconds(*elapsed),
         attempts: *attempts,
         error_code: state.as_ref().and_then(SubsystemState::code).map(|code| code.to_string()).unwrap_or_default(),
-        error_message: state.as_ref().map(|state| record::message(state).to_owned()).unwrap_or_default(),
+        error_message: state.as_ref().map(record::message).unwrap_or_default(),
     });
     pb::CycleProgress { cycle_id: cycle.cycle_id.0, updates: updates.collect(), dropped: lost }
 }

@@ -30,7 +30,7 @@ use super::{
 use crate::{
     model::{
         CallPath, CycleId, CycleRequest, CycleState, Epoch, Name, ParentCycle, PathError, Payload, Served, excerpt,
-        is_orchestrator_id,
+        is_orchestrator_id, text::shortened,
     },
     orchestrator::Status as OrchestratorStatus,
     ports::Record,
@@ -364,7 +364,7 @@ fn answer(record: &Record) -> Result<pbs::RunCycleResponse, Status> {
         CycleState::Succeeded => Vec::new(),
         CycleState::Degraded => {
             const MAX_MESSAGE: usize = 4 << 10;
-            let message = excerpt(&summary, MAX_MESSAGE).to_owned();
+            let message = shortened(summary, MAX_MESSAGE).into_owned();
             vec![pbs::Issue { severity: pbs::Severity::Error.into(), code: "CYCLE_DEGRADED".into(), message }]
         }
         CycleState::Failed | CycleState::Cancelled | CycleState::Interrupted => {

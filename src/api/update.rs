@@ -4,7 +4,7 @@ use prost_types::FieldMask;
 
 use super::{request, response};
 use crate::{
-    model::{Payload, Subsystem, Violations, excerpt},
+    model::{Payload, Subsystem, Violations, text::shortened},
     proto::orchestrator::v1 as pb,
 };
 
@@ -123,7 +123,7 @@ impl Update {
 fn not_fields(unknown: &[&String]) -> String {
     /// Most bytes of a path that is not known.
     const MAX: usize = 32;
-    let shown = excerpt(unknown[0], MAX);
+    let shown = shortened(unknown[0], MAX);
     let more = if unknown.len() > 1 { format!(" and {} more", unknown.len() - 1) } else { String::new() };
     let (are, fields) = if unknown.len() > 1 { ("are", "fields") } else { ("is", "a field") };
     let known = PATHS.iter().filter(|path| !path.contains('.')).map(|field| {

@@ -313,11 +313,13 @@ struct Failure {
     message: String,
     /// The name that was not found, if that is the reason.
     unknown: Option<known::Unknown>,
+    /// True if the service knows the caller, who has no right to this call.
+    is_denied: bool,
 }
 
 impl Failure {
     fn new(exit: Exit, message: impl Into<String>) -> Self {
-        Self { exit, message: message.into(), unknown: None }
+        Self { exit, message: message.into(), unknown: None, is_denied: false }
     }
 
     /// The same failure, with another line in its message.

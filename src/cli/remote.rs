@@ -473,7 +473,8 @@ impl<F: clap::Args> Remote<F> {
         let unknown = details.error_info().and_then(unknown);
         // As if this program had found the bad value.
         let exit = if status.code() == Code::InvalidArgument { Exit::Usage } else { Exit::Refused };
-        Failure { unknown, ..Failure::new(exit, message) }
+        let is_denied = status.code() == Code::PermissionDenied;
+        Failure { unknown, is_denied, ..Failure::new(exit, message) }
     }
 
     /// The problem and its remedy in terms of commands, for reasons whose message from the service names RPCs.

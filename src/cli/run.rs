@@ -10,7 +10,7 @@ use super::{
     Exit, Failure,
     cycles::{cycle, why as why_skipped},
     known,
-    output::{clean, is_error_terminal, json, note, one_of, parse_duration, print, telemetry, word},
+    output::{clean, clean_lines, is_error_terminal, json, note, one_of, parse_duration, print, telemetry, word},
     parameters::Parameters,
     plan::plan,
     progress::Bar,
@@ -31,7 +31,8 @@ pub(super) const OVERLAP_POLICIES: &[pb::OverlapPolicy] = &[
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Waits until the cycle is recorded and shows its result. Meanwhile it shows the progress on stderr: live on a \
-terminal, otherwise line by line (not with --output json).
+terminal, otherwise line by line (not with --output json). Callers without the \
+right to watch all cycles see only the result.
 
 Ctrl-C or --timeout does not stop the cycle; use `orchestrator cancel`. If the service restarts or does not respond, \
 this command waits for it, up to a minute. A restart interrupts a running cycle, which is recorded as INTERRUPTED; a \
@@ -193,7 +194,8 @@ fn nothing_called(record: &pb::CycleTelemetry) -> Option<String> {
 /// Longest wait for a service that is unreachable. A restart takes only seconds.
 const GIVE_UP_AFTER: Duration = Duration::from_mins(1);
 
-/// Requests the cycle, and follows the stream until it is recorded.
+/// Requests the cycle, and follows the stream until it is recorded. A caller without the right to watch all cycles
+/// waits for the answer instead.
 async fn run_and_follow(
     remote: &Remote,
     request: pb::RunCycleRequest,
@@ -202,7 +204,17 @@ async fn run_and_follow(
 ) -> Result<pb::RunCycleResponse, Failure> {
     // Watching starts before the cycle can, so that no event of it is missed.
     let watch = pb::WatchCyclesRequest { progress: view.wants_progress(), ..pb::WatchCyclesRequest::default() };
-    let mut events = Events::open(remote, watch, Some(GIVE_UP_AFTER)).await?;
+    let mut events = match Events::open(remote, watch, Some(GIVE_UP_AFTER)).await {
+        Ok(events) => events,
+        Err(failure) if failure.is_denied => {
+            if view.wants_progress() {
+                view.note(&clean_lines(&format!("no progress is shown: {}", failure.message)));
+            }
+            let request = pb::RunCycleRequest { r#async: false, ..request };
+            return request_cycle(remote, request, |text| view.note(text)).await;
+        }
+        Err(failure) => return Err(failure),
+    };
     // The first event contains the revision from which the stream can be resumed.
     events.next(|text| view.note(text)).await?;
     let response = request_cycle(remote, request, |text| view.note(text)).await?;
@@ -267,10 +279,13 @@ async fn recorded(remote: &Remote, cycle_id: u64) -> Option<Bytes> {
     Some(answer.into_inner().telemetry)
 }
 
-/// Makes the asynchronous call, which returns at once.
+/// Makes the call. It returns at once, unless it is to return the record of its cycle.
 async fn ask(remote: &Remote, request: pb::RunCycleRequest) -> Result<pb::RunCycleResponse, Failure> {
-    let mut client = remote.connect().await?;
-    match remote.quickly(client.run_cycle(request)).await {
+    let (mut client, health) = remote.connect_for_long().await?;
+    let is_quick = request.r#async || request.validate_only;
+    let call = client.run_cycle(request);
+    let answer = if is_quick { remote.quickly(call).await } else { remote.patiently(&health, call).await };
+    match answer {
         Ok(response) => Ok(response.into_inner()),
         Err(failure) => Err(known::explain(failure, remote, &mut client).await),
     }

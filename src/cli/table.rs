@@ -372,24 +372,39 @@ impl Column {
     }
 }
 
-/// Text in lines of this width, broken only between words. A longer word has a line of its own, which the terminal
-/// continues on the next one, so that it can be copied.
+/// Text in lines of this width, broken only between words, never between a number and its unit. A longer word has a
+/// line of its own, which the terminal continues on the next one, so that it can be copied.
 pub(super) fn wrap(text: &str, width: usize) -> Vec<String> {
     let mut lines = vec![String::new()];
     let mut used = 0;
     // Blanks before a word stay: text may be aligned by them.
-    for word in text.split_inclusive(' ') {
+    for word in words(text) {
         let length = measure_text_width(word.trim_end());
         if used > 0 && used + length > width {
             lines.push(String::new());
             used = 0;
         }
         if let Some(line) = lines.last_mut() {
-            *line += word;
-            used += measure_text_width(word);
+            *line += &word;
+            used += measure_text_width(&word);
         }
     }
     lines.iter().map(|line| line.trim_end().to_owned()).collect()
+}
+
+/// The words of a text, with the blanks behind them. A number and its unit are one word.
+fn words(text: &str) -> Vec<String> {
+    const UNITS: [&str; 4] = ["%", "ms", "pp", "s"];
+    let mut words: Vec<String> = Vec::new();
+    for word in text.split_inclusive(' ') {
+        let is_unit = UNITS.contains(&word.trim_end_matches([' ', ',']));
+        let is_number = |before: &&mut String| before.trim_end().ends_with(|end: char| end.is_ascii_digit());
+        match words.last_mut().filter(|before| is_unit && is_number(before)) {
+            Some(number) => *number += word,
+            None => words.push(word.to_owned()),
+        }
+    }
+    words
 }
 
 /// The lines up to where they fill two lines of a terminal of this width, with an ellipsis if that is not all.
@@ -510,6 +525,9 @@ beta       22  SUCCEEDED
         assert_eq!(wrap("one two three", 8), ["one two", "three"]);
         assert_eq!(wrap("a http://example.org:50051 b", 10), ["a", "http://example.org:50051", "b"]);
         assert_eq!(wrap("", 8), [""]);
+        assert_eq!(wrap("p50 12.5 ms, p95 0 %", 12), ["p50 12.5 ms,", "p95 0 %"]);
+        assert_eq!(wrap("p50 12.5 ms, p95 0 %", 10), ["p50", "12.5 ms,", "p95 0 %"], "nor a number from its unit");
+        assert_eq!(wrap("the letter s", 11), ["the letter", "s"]);
         let cut = |text: &str| cut(wrap(text, 8), 8, "…");
         assert_eq!(cut("one two three"), ["one two", "three"]);
         assert_eq!(cut("one two three four"), ["one two", "three …"]);

@@ -44,7 +44,7 @@ use crate::{
     access::{Reach, Revoked},
     clock::Clock,
     memory::{Held, Memory},
-    model::{CallPath, Endpoint, Identity, Limits, Name, SpanContext, Subsystem, excerpt},
+    model::{CallPath, Endpoint, Identity, Limits, Name, SpanContext, Subsystem, text::shortened},
     offload::offload_within,
     ports::{CallError, Callee, InitializeCall, Left, Reply, RunCall, Snapshot, Subsystems},
     proto::framing::framed,
@@ -159,7 +159,7 @@ impl Dialer {
             if breaks_connection {
                 self.put_apart(to.subsystem);
             }
-            CallError { message: excerpt(&error.message, Self::MAX_MESSAGE).to_owned(), ..error }
+            CallError { message: shortened(&*error.message, Self::MAX_MESSAGE).into_owned(), ..error }
         })?;
         // It is not retried.
         drop(call);

@@ -44,7 +44,7 @@ use crate::{
     memory::{Held, Memory},
     model::{
         Code, CycleId, CycleRequest, Epoch, FinishedCycle, Freshness, Input, Name, SkipReason, SubsystemState, Trigger,
-        excerpt,
+        text::shortened,
     },
     ports::{CallError, Reply, RunCall, Spans, Subsystems},
     random::Random,
@@ -502,7 +502,7 @@ impl<'a> Run<'a> {
         drop(remembered);
         if opens {
             let (cycle_id, subsystem) = (self.cycle.cycle_id.0, &member.subsystem.name);
-            let error = excerpt(state.message(), MAX_LOGGED);
+            let error = &*shortened(state.message(), MAX_LOGGED);
             tracing::warn!(cycle_id, %subsystem, error, "its circuit breaker has opened: it is not called for a while");
         }
     }

@@ -1,6 +1,6 @@
 use std::{borrow::Cow, fmt, sync::Arc};
 
-use super::Name;
+use super::{Name, text::shortened};
 
 /// The identity of a caller or of a server, as far as the service knows it. Shown as `nobody`, or as its kind, a colon
 /// and its name, such as `token:monitoring`.
@@ -65,7 +65,7 @@ pub struct IdentityError(String);
 impl IdentityError {
     fn form(text: &str) -> Self {
         const SHOWN: usize = 64;
-        Self(text.chars().take(SHOWN).collect())
+        Self(shortened(text, SHOWN).into_owned())
     }
 }
 

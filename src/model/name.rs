@@ -4,7 +4,7 @@ use std::{borrow::Borrow, collections::HashSet, fmt, sync::Arc};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-use super::excerpt;
+use super::text::shortened;
 
 /// The name of a subsystem or of a loop: 1 to 63 characters, a letter, then letters, digits, `_`, `-` or `.`.
 ///
@@ -28,7 +28,7 @@ impl Name {
         if starts_well && goes_on_well && name.len() <= Self::MAX_LEN {
             Ok(Self(name.into()))
         } else {
-            Err(NameError(excerpt(name, NameError::SHOWN).to_owned()))
+            Err(NameError(shortened(name, NameError::SHOWN).into_owned()))
         }
     }
 
@@ -132,7 +132,7 @@ mod tests {
         assert!(Name::parse(&format!("{longest}a")).is_err());
         assert!(Name::parse(&format!("{}!", &longest[1..])).is_err());
         let error = Name::parse(&"b".repeat(1_000_000)).unwrap_err().to_string();
-        assert!(error.starts_with(&format!("\"{}\" is not a name", "b".repeat(64))), "{error}");
+        assert!(error.starts_with(&format!("\"{}…\" is not a name", "b".repeat(61))), "{error}");
     }
 
     #[test]

@@ -3,6 +3,8 @@
 
 use std::borrow::Cow;
 
+use super::excerpt;
+
 /// True if the character controls a terminal, changes the text direction, or is invisible. Variation selectors are
 /// allowed.
 ///
@@ -55,6 +57,17 @@ fn escape(text: &str, is_to_escape: impl Fn(char) -> bool, put: impl Fn(char, &m
     escaped.into()
 }
 
+/// The text if it has at most `max` bytes, else its start with an ellipsis, which together have at most `max`.
+#[must_use]
+pub fn shortened<'a>(text: impl Into<Cow<'a, str>>, max: usize) -> Cow<'a, str> {
+    const ELLIPSIS: &str = "…";
+    let text = text.into();
+    if text.len() <= max {
+        return text;
+    }
+    format!("{}{ELLIPSIS}", excerpt(&text, max.saturating_sub(ELLIPSIS.len()))).into()
+}
+
 /// `1 entry`, `2 entries`, `1,000 open calls`: a number of things, each of which is called `one`.
 #[must_use]
 pub fn count(number: impl Into<u64>, one: &str) -> String {
@@ -92,6 +105,13 @@ mod tests {
             [(0, "loop"), (1, "loop"), (1000, "open call"), (1, "entry"), (2, "entry"), (9, "day"), (2, "watch")];
         let counted = counted.map(|(number, one): (u64, _)| count(number, one)).join(", ");
         assert_eq!(counted, "0 loops, 1 loop, 1,000 open calls, 1 entry, 2 entries, 9 days, 2 watches");
+    }
+
+    #[test]
+    fn a_text_above_its_limit_ends_with_an_ellipsis_within_it() {
+        assert_eq!(shortened("abcdef", 6), "abcdef");
+        assert_eq!(shortened("abcdefg", 6), "abc…");
+        assert_eq!(shortened("éééé", 7), "éé…", "no character is cut");
     }
 
     #[test]

@@ -24,7 +24,7 @@ use tonic::{Request, Response, Status};
 use super::{Answer, Cycle, Failure, Input, Object, Subsystem};
 use crate::{
     listen::Broken,
-    model::{Name, Payload, Severity, excerpt},
+    model::{Name, Payload, Severity, excerpt, text::shortened},
     offload::offload,
     proto::{
         read_timestamp,
@@ -308,7 +308,7 @@ impl<T: Subsystem> Implementation for T {
 /// The status for work that ended without a result.
 fn ended(end: JoinError) -> Status {
     match end.try_into_panic() {
-        Ok(panic) => Status::internal(excerpt(&format!("it panicked: {}", panic_message(&*panic)), MAX_MESSAGE)),
+        Ok(panic) => Status::internal(shortened(format!("it panicked: {}", panic_message(&*panic)), MAX_MESSAGE)),
         Err(_) => Status::cancelled("stopped: a later cycle or epoch has begun, or the server is stopping"),
     }
 }
@@ -316,7 +316,7 @@ fn ended(end: JoinError) -> Status {
 fn status(Failure { code, message }: Failure) -> Status {
     // A failure is an error even if its code is OK.
     let code = if code == super::Code::Ok { super::Code::Unknown } else { code };
-    Status::new(tonic::Code::from_i32(code as i32), excerpt(&message, MAX_MESSAGE))
+    Status::new(tonic::Code::from_i32(code as i32), shortened(message, MAX_MESSAGE))
 }
 
 // ---------------------------------------------------------------------------------------------------------------

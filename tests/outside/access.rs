@@ -429,6 +429,38 @@ loops = ["a"]
 }
 
 #[tokio::test]
+async fn a_caller_that_may_run_only_one_subsystem_gets_the_result_of_its_cycle() {
+    let grants = r#"
+[[access.grants]]
+who = ["token:ops"]
+role = "operator"
+subsystems = ["a"]
+[[access.grants]]
+who = ["token:admin"]
+role = "admin"
+"#;
+    let stage = Stage::new("enforce", grants, &["ops", "admin"]).await;
+    for name in ["a", "b"] {
+        let registration = Some(crate::common::service::registration(name, "http://127.0.0.1:1"));
+        let request = pb::RegisterSubsystemRequest { registration, lease: None };
+        stage.call(Some("admin"), "RegisterSubsystem", &request).await.unwrap();
+    }
+    let token = stage.home.path("ops.token");
+    write_private(&token, &stage.texts["ops"]);
+    let address = stage.service.address().to_string();
+    let run =
+        async |flags: &[&str]| orchestrator(Some(&token), &[&["run", "--address", &address], flags].concat()).await;
+    let (exit, text) = run(&["--subsystem", "a"]).await;
+    assert!(exit == 11 && text.contains("FAILED") && text.contains("no progress is shown: "), "{exit} {text}");
+    let (exit, text) = run(&["--subsystem", "a", "--quiet"]).await;
+    assert!(exit == 11 && text.contains("FAILED") && !text.contains("no progress"), "{exit} {text}");
+    for others in [&["--subsystem", "a,b"][..], &[]] {
+        let (exit, text) = run(others).await;
+        assert!(exit == 1 && text.contains("NOT_ALLOWED"), "{others:?}: {exit} {text}");
+    }
+}
+
+#[tokio::test]
 async fn nothing_of_a_stranger_is_read() {
     let stage = Stage::with_roles().await;
     let first = async |name, method| {

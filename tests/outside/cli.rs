@@ -629,6 +629,20 @@ async fn a_report_agrees_with_the_records() {
 }
 
 #[tokio::test]
+async fn a_report_fits_a_narrow_terminal_with_each_number_beside_its_unit() {
+    let (_home, fleet, service, mut client) = house(&[]).await;
+    two_periods(&fleet, &mut client).await;
+    let (code, report) = on_a_terminal(&mut Cli::of(&service).command("report"), 40).await;
+    let lines: Vec<_> = report.lines().map(plain).collect();
+    assert!(code == 0 && lines.len() > 20, "{report}");
+    for line in lines {
+        let first = line.split_whitespace().next().unwrap_or_default();
+        let is_unit = ["%", "ms", "s", "pp"].contains(&first.trim_end_matches(','));
+        assert!(line.chars().count() <= 40 && !is_unit, "{line:?} in\n{report}");
+    }
+}
+
+#[tokio::test]
 async fn a_report_without_calls_has_no_rate_of_success() {
     let (_home, _fleet, service, mut client) = house(&[]).await;
     client.run().await.unwrap();
@@ -1422,7 +1436,7 @@ async fn on_a_terminal_a_cycle_shows_its_progress_and_tables_fit() {
     let (_home, fleet, service, mut client) = house(&["a", "b"]).await;
     let cli = Cli::of(&service);
     fleet.run("a", Run::Hold);
-    fleet.run("b", Run::Fail(Code::Internal, "long ".repeat(60)));
+    fleet.run("b", Run::Fail(Code::Internal, "long ".repeat(36)));
     let mut run = cli.command("run");
     let (release, run) = tokio::join!(
         async {

@@ -207,6 +207,33 @@ async fn its_subsystems_can_be_changed_and_the_changes_stay_in_the_given_store()
     demo.ended().await;
 }
 
+#[tokio::test]
+async fn a_renamed_subsystem_keeps_its_new_name_in_the_given_store() {
+    let home = tempfile::tempdir().unwrap();
+    let store = format!("sqlite:{}", home.path().join("demo.db").display());
+    let args = ["--listen", "127.0.0.1:0", "--store", &store, "--interval", "100ms"];
+    let demo = Demo::start(&args).await;
+    let mut client = demo.client().await;
+    let before = client.subsystem("NeuralMesh").await.unwrap().registration.unwrap();
+    let (name, new_name) = ("NeuralMesh".to_owned(), "Mesh".to_owned());
+    let request = pb::RenameSubsystemRequest { name, new_name, ..pb::RenameSubsystemRequest::default() };
+    client.rename_subsystem(request).await.unwrap();
+    demo.signal(Signal::TERM);
+    demo.ended().await;
+
+    let demo = Demo::start(&args).await;
+    let mut client = demo.client().await;
+    client.stop_interval_loop(pb::StopIntervalLoopRequest { name: "heartbeat".into() }).await.unwrap();
+    let after = client.subsystem("Mesh").await.unwrap().registration.unwrap();
+    assert_ne!(after.endpoint, before.endpoint, "its process is another one");
+    assert_eq!(pb::Registration { name: before.name.clone(), endpoint: before.endpoint.clone(), ..after }, before);
+    let cycle = client.run().await.unwrap();
+    let names: Vec<_> = cycle.subsystems.iter().map(|part| part.name.as_str()).collect();
+    assert!(names.len() == 28 && names.contains(&"Mesh") && !names.contains(&"NeuralMesh"), "{names:?}");
+    demo.signal(Signal::TERM);
+    demo.ended().await;
+}
+
 #[cfg(target_os = "linux")]
 #[tokio::test]
 async fn it_stops_on_a_signal_while_its_output_is_not_read() {

@@ -5,7 +5,7 @@ use super::super::{
     output::{clean, count, escape_json, milliseconds, subsystem_state},
     subsystems::{STATUS, facts},
 };
-use super::model::Live;
+use super::{model::Live, pieces::cut};
 use crate::{model::Payload, proto::orchestrator::v1 as pb};
 
 /// Most columns of a line of the output; `subsystems show` prints longer lines.
@@ -51,7 +51,7 @@ pub(super) fn entries(status: &pb::SubsystemStatus) -> Vec<Entry> {
                 let json = format!("{:#}", serde_json::Value::from(payload.to_json()));
                 let mut lines = json.lines();
                 let shown = lines.by_ref().take(MAX_LINES);
-                entries.extend(shown.map(|line| Entry::Text(escape_json(line).chars().take(MAX_COLUMNS).collect())));
+                entries.extend(shown.map(|line| Entry::Text(cut(&escape_json(line), MAX_COLUMNS))));
                 let more = lines.count();
                 if more > 0 {
                     entries.push(Entry::Text(format!("… and {}", count(more as u64, "more line"))));

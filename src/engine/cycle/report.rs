@@ -10,7 +10,8 @@ use crate::{
     engine::{LastPart, Part, member::Turn, plan::chain},
     ledger::Hash,
     model::{
-        CycleState, FinishedCycle, Name, Output, SkipReason, SubsystemReport, SubsystemState, excerpt, text::clean,
+        CycleState, FinishedCycle, Name, Output, SkipReason, SubsystemReport, SubsystemState,
+        text::{clean, shortened},
     },
 };
 
@@ -162,7 +163,7 @@ fn sum_up(reports: &[(Arc<SubsystemReport>, bool)], end: End) -> (CycleState, St
 }
 
 fn failure(name: &Name, state: &SubsystemState) -> String {
-    let message = clean(excerpt(state.message(), MAX_LOGGED)).replace(';', ",");
+    let message = clean(&shortened(state.message(), MAX_LOGGED)).replace(';', ",");
     let message = message.trim();
     match state {
         SubsystemState::Failed(code, _) => format!("{name} {code}: {message}"),
