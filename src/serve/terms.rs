@@ -13,6 +13,7 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+use tracing::{instrument::WithSubscriber, subscriber::NoSubscriber};
 
 use super::{StartError, declared, in_common, log, settings};
 use crate::{
@@ -478,16 +479,19 @@ impl Shared {
         }
     }
 
-    /// Does what begins a term, over a store that is only looked at.
+    /// Does what begins a term, over a store that is only looked at. What it would log is logged once the term begins.
     async fn rehearse(&self, config: &Config) -> Result<(), StartError> {
         let Self { parts, store, .. } = self;
-        let Some(taken_over) = log::rehearse(config, &parts.host, &**store).await? else { return Ok(()) };
-        check_history(config, parts, taken_over.contents.last_revision)?;
-        let (orchestrator, mut tasks) = start(config, parts, taken_over, parts.dialer.clone()).await?;
-        orchestrator.drain();
-        // It has nothing to write.
-        let _ = tasks.finished().await;
-        Ok(())
+        let begun = async {
+            let Some(taken_over) = log::rehearse(config, &parts.host, &**store).await? else { return Ok(()) };
+            check_history(config, parts, taken_over.contents.last_revision)?;
+            let (orchestrator, mut tasks) = start(config, parts, taken_over, parts.dialer.clone()).await?;
+            orchestrator.drain();
+            // It has nothing to write.
+            let _ = tasks.finished().await;
+            Ok(())
+        };
+        begun.with_subscriber(NoSubscriber::new()).await
     }
 
     /// Ends the term of this epoch.

@@ -1,7 +1,7 @@
 //! Replicas that don't lead, over a store in PostgreSQL with a real server, where it is installed: they answer as the
 //! leader does.
 
-use std::{collections::BTreeMap, path::Path, time::Duration};
+use std::{cell::RefCell, collections::BTreeMap, path::Path, time::Duration};
 
 use crate::common::{
     door::Door,
@@ -425,6 +425,28 @@ async fn a_replica_that_knows_records_which_the_database_lacks_does_not_lead_and
     let leads = async { while http::get(again.admin(), "/leader").await.status != 200 {} };
     patiently("the other replica to lead", leads).await;
     assert_eq!(http::get(replicas.service("b").admin(), "/leader").await.status, 503);
+}
+
+#[tokio::test]
+async fn a_follower_finds_out_that_it_can_lead_without_a_log_of_what_a_start_says() {
+    const SAID: &str = "renamed by the configuration file";
+    let Some(server) = shared() else { return };
+    let declare =
+        |name: &str, more: &str| format!("[[subsystems]]\nname = {name:?}\nendpoint = \"http://127.0.0.1:9\"\n{more}");
+    let configs = RefCell::new(vec![declare("y", "former_names = [\"x\"]\n"), declare("x", "")]);
+    let config = |_: &Path, _: &Home| configs.borrow_mut().pop().unwrap();
+    let mut replicas = Replicas::start_with(server, &["a", "b"], "10s", "http", config).await;
+    replicas.home("b").logged("this replica can lead", 1).await;
+    // From now on, the store has something of it.
+    let suspend = pb::SuspendSubsystemRequest { name: "x".into() };
+    replicas.client("a").await.suspend_subsystem(suspend).await.unwrap();
+    assert!(replicas.take("b").stop().await.success());
+    replicas.serve("b").await;
+    let log = replicas.home("b").logged("this replica can lead", 2).await;
+    assert!(!log.contains(SAID), "{log}");
+    assert!(replicas.take("a").stop().await.success());
+    replicas.service("b").leads().await;
+    replicas.home("b").logged(SAID, 1).await;
 }
 
 #[tokio::test]
