@@ -165,6 +165,8 @@ struct State {
     has_lapsed: bool,
     /// Since when no lease of a subsystem expires, while no change can be written.
     leases_held: Option<Instant>,
+    /// When the process was last known to run. Only while there are leases.
+    ran_at: Option<Instant>,
     counts: Counts,
 }
 

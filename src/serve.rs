@@ -315,7 +315,7 @@ impl Service {
         };
 
         let (health, health_service) = tonic_health::server::health_reporter();
-        let health_of_role = tokio::spawn(keep_health(health.clone(), membership.clone()));
+        let health_of_role = tokio::spawn(keep_health(health.clone(), api.clone()));
         if is_insecure {
             tracing::warn!(
                 "other machines may be able to use this service without any right: access.mode is not \"enforce\", and \
@@ -605,22 +605,24 @@ fn replica(config: &Config) -> Replica {
     Replica { name, address: config.cluster.advertise.clone() }
 }
 
-/// Tells clients of the health service whether this replica leads, and whether it can read its store.
-async fn keep_health(health: HealthReporter, membership: Membership) {
-    /// Nothing tells that a lease has ended.
+/// Tells clients of the health service whether this replica leads, and whether it can read its store and is of use.
+async fn keep_health(health: HealthReporter, api: Api) {
+    /// Nothing tells that a lease has ended, or why a replica is not ready.
     const LOOKS: Duration = Duration::from_secs(1);
+    let membership = api.membership();
     let (mut roles, mut sees) = (membership.roles(), membership.sees());
     let mut told = None;
     let serving = |is_serving| if is_serving { ServingStatus::Serving } else { ServingStatus::NotServing };
     loop {
         let has_role = roles.borrow_and_update().epoch().is_some();
-        let reads = has_role || *sees.borrow_and_update() || !membership.has_peers();
-        let now = (membership.is_leading(), reads);
+        sees.mark_unchanged();
+        let serves = has_role || !membership.has_peers() || api.check_ready().is_ok();
+        let now = (membership.is_leading(), serves);
         // A watcher gets each status that is set.
         if told.replace(now) != Some(now) {
             health.set_service_status(LEADER, serving(now.0)).await;
             for service in ["", SERVICE] {
-                health.set_service_status(service, serving(reads)).await;
+                health.set_service_status(service, serving(serves)).await;
             }
         }
         // The senders are in `membership`.

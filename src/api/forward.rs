@@ -23,7 +23,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     task::{Context, Poll, ready},
     time::Duration,
@@ -85,6 +85,8 @@ struct Shared {
     history: History,
     /// True while it follows the history of the leader.
     is_current: watch::Sender<bool>,
+    /// False while the leader can't be reached, and before one was.
+    reaches: AtomicBool,
     connections: Connections,
     /// Memory for what the leader sends ahead.
     answers: Memory,
@@ -142,8 +144,8 @@ impl Forwarder {
         answers: Memory,
     ) -> Self {
         let connections = Connections::new(connect, max_calls);
-        let (is_current, counts, ending) = Default::default();
-        Self(Arc::new(Shared { membership, history, is_current, connections, answers, counts, ending }))
+        let (is_current, reaches, counts, ending) = Default::default();
+        Self(Arc::new(Shared { membership, history, is_current, reaches, connections, answers, counts, ending }))
     }
 
     /// Number of ended calls that the leader was to answer.
@@ -164,6 +166,11 @@ impl Forwarder {
     /// True while the history of this replica follows that of the leader.
     pub(super) fn is_current(&self) -> bool {
         *self.0.is_current.borrow()
+    }
+
+    /// False while the leader can't be reached, and before one was: see [`Forwarder::keep_contact`].
+    pub(super) fn reaches_leader(&self) -> bool {
+        self.0.reaches.load(Ordering::Relaxed)
     }
 
     /// True while this replica does not lead.

@@ -74,12 +74,14 @@ impl Leading {
         }
     }
 
-    /// Checks that cycles and changes are accepted, or, by a follower, that the store can be read.
+    /// Checks that cycles and changes are accepted, or, by a follower, that the store can be read, and that it could
+    /// take over.
     pub(super) fn check_ready(&self) -> Result<(), NotReady> {
         match self.get() {
             Some(orchestrator) => orchestrator.check_ready(),
-            None if *self.membership.sees().borrow() => Ok(()),
-            None => Err(NotReady::StoreUnreadable),
+            None if !*self.membership.sees().borrow() => Err(NotReady::StoreUnreadable),
+            None if self.membership.unable().is_some() => Err(NotReady::UnableToLead),
+            None => Ok(()),
         }
     }
 

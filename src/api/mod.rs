@@ -226,13 +226,17 @@ impl Api {
         self.gate.judge.end_session(text);
     }
 
-    /// Checks that cycles and changes are accepted, or, by a follower, that the store can be read. Public: the reason
-    /// reveals nothing.
+    /// Checks that cycles and changes are accepted; by a follower, that the store can be read, that it could take over,
+    /// and that it reaches the leader. Public: the reason reveals nothing.
     ///
     /// # Errors
-    /// The service drains, or its store can't be written or read.
+    /// The service drains, its store can't be written or read, or it is of no use as a follower.
     pub fn check_ready(&self) -> Result<(), NotReady> {
-        self.gate.leading.check_ready()
+        self.gate.leading.check_ready()?;
+        match self.follows() {
+            Some(forwarder) if !forwarder.reaches_leader() => Err(NotReady::LeaderUnreached),
+            _ => Ok(()),
+        }
     }
 
     /// Checks that a restart is not the only way to write again.

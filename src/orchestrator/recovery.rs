@@ -116,6 +116,7 @@ impl Orchestrator {
             draining: false,
             has_lapsed: false,
             leases_held: None,
+            ran_at: None,
             counts: Counts::default(),
         };
         match contents.last_record.take() {

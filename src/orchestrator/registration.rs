@@ -23,6 +23,11 @@ use crate::{
     ports::{Left, StoreError, Write},
 };
 
+/// While there are leases, the process finds out at this interval whether it has run all the time.
+const PULSE: Duration = Duration::from_millis(500);
+/// It did not, if it is late by this: short beside leases, and longer than a busy machine keeps a process waiting.
+const STOPPED: Duration = Duration::from_secs(1);
+
 /// The result of registering a subsystem.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
@@ -204,8 +209,8 @@ impl Orchestrator {
         let _open = self.open_change();
         let lease = {
             let mut state = self.0.state();
-            let held = state.leases_held;
-            state.registry.renew(name, by, held)?
+            let at = state.leases_held.unwrap_or_else(|| state.last_ran());
+            state.registry.renew(name, by, at)?
         };
         Ok(self.lease_ends_at(&lease))
     }
@@ -245,12 +250,32 @@ impl State {
 
     /// At most `max` subsystems whose lease has expired.
     fn expired(&self, max: usize) -> Vec<Name> {
-        if self.leases_held.is_some() { Vec::new() } else { self.registry.expired(Instant::now(), max) }
+        if self.leases_held.is_some() { Vec::new() } else { self.registry.expired(self.last_ran(), max) }
     }
 
     /// From now on no lease expires: renewals may be refused.
     pub(super) fn hold_leases(&mut self) {
-        self.leases_held.get_or_insert_with(Instant::now);
+        let now = self.last_ran();
+        self.leases_held.get_or_insert(now);
+    }
+
+    /// Now. Or, if the process did not run since it was last known to, until a moment ago, that time: since then it
+    /// could take no renewal.
+    fn last_ran(&self) -> Instant {
+        let now = Instant::now();
+        self.ran_at.filter(|ran| now.duration_since(*ran) > PULSE + STOPPED).unwrap_or(now)
+    }
+
+    /// The process runs. Returns for how long it did not, if that was long: then the leases that had not expired before
+    /// begin anew.
+    fn runs(&mut self) -> Option<Duration> {
+        let (now, last) = (Instant::now(), self.last_ran());
+        let stopped = Some(now.duration_since(last)).filter(|stopped| !stopped.is_zero());
+        if stopped.is_some() && self.leases_held.is_none() {
+            self.registry.begin_leases_anew(last);
+        }
+        self.ran_at = self.registry.next_expiry().map(|_| now);
+        stopped
     }
 
     /// Once changes can be written again, the leases that had not expired before begin anew.
@@ -576,22 +601,49 @@ impl Shared {
         Ok(())
     }
 
-    /// Unregisters subsystems whose lease has expired. While no change can be written, none expires.
+    /// Unregisters subsystems whose lease has expired. While no change can be written, or the process does not run, none
+    /// expires.
     pub(super) async fn expire_leases(self: Arc<Self>) {
         /// Pause after a failed write.
         const RETRY: Duration = Duration::from_secs(1);
         loop {
             let next = self.state().next_expiry();
-            select! {
-                biased;
-                () = self.leases_changed.notified() => continue,
-                () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {}
+            let is_due = async {
+                select! {
+                    biased;
+                    () = self.leases_changed.notified() => false,
+                    () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => true,
+                }
+            };
+            if !self.noticing_stops(is_due).await {
+                continue;
             }
-            let forgotten = self.forget_expired().await;
+            let forgotten = self.noticing_stops(self.forget_expired()).await;
             self.state().counts.leases.tried(&forgotten, self.clock.now());
             if let Err(error) = forgotten {
                 tracing::error!(%error, "can't unregister subsystems with expired leases; retrying");
-                sleep(RETRY).await;
+                self.noticing_stops(sleep(RETRY)).await;
+            }
+        }
+    }
+
+    /// Awaits this. Meanwhile it notices, while there are leases, whether the process did not run: it was stopped, its
+    /// machine stood still, or nothing had a turn.
+    async fn noticing_stops<T>(&self, awaited: impl Future<Output = T>) -> T {
+        tokio::pin!(awaited);
+        loop {
+            let counts = self.state().ran_at.is_some();
+            let result = select! {
+                biased;
+                result = &mut awaited => Some(result),
+                () = sleep(PULSE), if counts => None,
+            };
+            if let Some(stopped) = self.state().runs() {
+                tracing::warn!(?stopped, "this process did not run for a while: the leases of subsystems begin anew");
+                self.leases_changed.notify_one();
+            }
+            if let Some(result) = result {
+                return result;
             }
         }
     }

@@ -504,18 +504,17 @@ impl Registry {
         Some(Left { endpoint, name: name.clone(), was_last: others == 0 })
     }
 
-    /// Renews the lease of an entry for a caller that may change it, if it has one that has not expired by `held`, or
-    /// by now: its end may already be being written.
-    pub(super) fn renew(&mut self, name: &Name, by: &Registrar, held: Option<Instant>) -> Result<Lease, NotRenewed> {
+    /// Renews the lease of an entry for a caller that may change it, if it has one that has not expired by the time
+    /// `at`: otherwise its end may already be being written.
+    pub(super) fn renew(&mut self, name: &Name, by: &Registrar, at: Instant) -> Result<Lease, NotRenewed> {
         let not_found = || NotRenewed::SubsystemNotFound(self.not_registered(name.clone()));
         let entry = self.get(name).ok_or_else(not_found)?;
         by.check(entry)?;
         let lease = entry.lease().ok_or_else(|| NotRenewed::NoLease(name.clone()))?;
-        let now = Instant::now();
-        if lease.expires <= held.unwrap_or(now) {
+        if lease.expires <= at {
             return Err(not_found());
         }
-        let lease = Lease::new(lease.length, now);
+        let lease = Lease::new(lease.length, Instant::now());
         self.set_lease(name, lease);
         Ok(lease)
     }

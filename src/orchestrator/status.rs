@@ -73,7 +73,7 @@ impl WaitingCycle {
     pub const MAX: usize = 256;
 }
 
-/// Why no cycle or change is accepted now. The text reveals nothing of the machine.
+/// Why this process should get no calls now. The text reveals nothing of the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NotReady {
     /// The process drains.
@@ -85,6 +85,12 @@ pub enum NotReady {
     /// The process follows, and can't read the store.
     #[error("the store can't be read")]
     StoreUnreadable,
+    /// The process follows, and could not take over.
+    #[error("this replica can't lead: see its log, or unable_to_lead in its status")]
+    UnableToLead,
+    /// The process follows, and can't have the leader answer calls.
+    #[error("this replica does not reach the leader: see its log")]
+    LeaderUnreached,
 }
 
 /// No more writes are possible, so the process ends.

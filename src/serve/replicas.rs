@@ -20,6 +20,10 @@ use crate::{
     transport::Transport,
 };
 
+/// Longest time, beside the TTL of its lease, in which a leader may be out of reach of a replica that stays ready: it
+/// may have ended, or begin its term over a large store, and then all followers would be out of service at once.
+const UNREACHED: Duration = Duration::from_mins(1);
+
 /// The other replicas, as this one reaches them.
 pub(super) struct Replicas {
     connector: Arc<Connector>,
@@ -27,8 +31,8 @@ pub(super) struct Replicas {
     sums: Sums,
     /// Follow the leader, and report calls to it. `None` if it would not take the word of this replica.
     following: Option<[AbortOnDropHandle<()>; 2]>,
-    /// Ends the watches while there is no leader.
-    _watches: AbortOnDropHandle<()>,
+    /// Notes whether the leader can be reached, and ends the watches while there is none.
+    _contact: AbortOnDropHandle<()>,
 }
 
 /// Connects to other replicas as to subsystems: with the same certificate, and trusting the same authorities.
@@ -81,11 +85,12 @@ impl Replicas {
             let reports = tokio::spawn(async move { reports.report(&sums).await });
             [follows, reports].map(AbortOnDropHandle::new)
         };
-        let of_watches = forwarder.clone();
-        let watches = AbortOnDropHandle::new(tokio::spawn(async move { of_watches.end_watches().await }));
         let is_trusted = config.access.mode == Mode::Off || !config.cluster.peers.is_empty();
         let following = is_trusted.then(follow);
-        Self { connector, forwarder, sums, following, _watches: watches }
+        let patience = is_trusted.then(|| UNREACHED.saturating_add(config.cluster.lease_ttl));
+        let keeps = forwarder.clone();
+        let contact = AbortOnDropHandle::new(tokio::spawn(async move { keeps.keep_contact(patience).await }));
+        Self { connector, forwarder, sums, following, _contact: contact }
     }
 
     /// Has the leader answer calls.

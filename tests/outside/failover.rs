@@ -96,7 +96,7 @@ async fn one_leads_and_the_others_name_it(url: &str) {
         assert_eq!(replicas.follows(name).await, leader);
         let admin = replicas.service(name).admin();
         assert_eq!(http::get(admin, "/leader").await.status, 503);
-        assert_eq!(http::get(admin, "/readyz").await.status, 200);
+        replicas.ready(name).await;
         assert_eq!(replicas.metric(name, "orchestrator_is_leader").await, Some(0));
         let metrics = http::get(admin, "/metrics").await.text().await;
         for of_leaders in ["orchestrator_lease_ttl_seconds", "orchestrator_term_start_time_seconds"] {
@@ -198,7 +198,7 @@ async fn another_replica_goes_on_after_a_stop(url: &str) {
 }
 
 #[tokio::test]
-async fn a_replica_without_the_key_of_the_others_does_not_lead() {
+async fn a_replica_without_the_key_of_the_others_is_not_ready_and_does_not_lead() {
     let Some(server) = shared() else { return };
     let store = server.url();
     let mut replicas = one(&store).await;
@@ -207,9 +207,15 @@ async fn a_replica_without_the_key_of_the_others_does_not_lead() {
     let mut others = Replicas::none("1s").await;
     others.add("b", &store).await;
     others.serve("b").await;
-    assert!(replicas.take("a").stop().await.success());
     let log = others.home("b").logged("this replica can't lead", 1).await;
     assert!(log.contains("the key that sealed it is missing"), "{log}");
+    let probed = http::get(others.service("b").admin(), "/readyz").await;
+    assert_eq!(probed.status, 503);
+    let why = probed.text().await;
+    assert!(why.contains("this replica can't lead"), "{why}");
+    assert!(!is_serving(others.service("b"), "").await);
+    replicas.ready("a").await;
+    assert!(replicas.take("a").stop().await.success());
     let refused = others.client("b").await.run().await.unwrap_err();
     assert_eq!(reason(&refused).why, "NO_LEADER");
     assert!(refused.message().contains("b can't: ") && refused.message().contains("copy their key"), "{refused:?}");

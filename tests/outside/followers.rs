@@ -103,6 +103,7 @@ async fn a_follower_serves_json_and_events_and_its_own_probes() {
     assert!(http::get(admin, "/api/log/entries").await.line().await.starts_with('{'));
     let missing = http::get(admin, "/api/cycles/7").await;
     assert_eq!((missing.status, missing.json().await["error"]["reason"].clone()), (404, json!("CYCLE_NOT_FOUND")));
+    replicas.ready("b").await;
     for (path, leader, follower) in [("/leader", 200, 503), ("/readyz", 200, 200), ("/livez", 200, 200)] {
         for (name, expected) in [("a", leader), ("b", follower)] {
             assert_eq!(http::get(replicas.service(name).admin(), path).await.status, expected, "{name}{path}");
@@ -309,6 +310,7 @@ async fn without_its_leader_a_follower_says_so_at_once() {
     });
     replicas.fleet.until("the call", |state| state.runs("s").next().is_some()).await;
     let address = format!("http://{}", replicas.doors[0].as_ref().unwrap().address());
+    replicas.ready("b").await;
     replicas.kill("a").await;
     let of_a = [("leader", "a"), ("leader_address", address.as_str())];
     let lost = patiently("the answer to break off", waiting).await.unwrap().unwrap_err();
@@ -319,6 +321,7 @@ async fn without_its_leader_a_follower_says_so_at_once() {
     assert_eq!(reason(&refused), because(Code::Unavailable, "NO_LEADER", of_a));
     let answer = http::get(replicas.service("b").admin(), "/api/status").await;
     assert_eq!((answer.status, answer.json().await["error"]["reason"].clone()), (503, json!("NO_LEADER")));
+    // The failover takes its time, in which no follower reaches a leader.
     assert_eq!(http::get(replicas.service("b").admin(), "/readyz").await.status, 200);
 }
 
@@ -768,6 +771,37 @@ async fn a_leader_takes_no_word_of_a_replica_that_is_not_a_peer_but_takes_tokens
 
 // ---------------------------------------------------------------------------------------------------------------
 // Something else at the address of the leader
+
+#[tokio::test]
+async fn a_replica_with_the_certificate_of_another_fleet_is_not_ready() {
+    let Some(server) = shared() else { return };
+    let fleets = ["fleet", "fleet", "another"].map(|fleet| (fleet, Authority::new(fleet)));
+    let next = std::cell::Cell::new(0);
+    let config = |_: &Path, home: &Home| {
+        // Of one fleet, all certificates are by the first authority.
+        let (fleet, authority) = &fleets[if next.replace(next.get() + 1) == 2 { 2 } else { 0 }];
+        let core = authority.service_with(|params| {
+            let identity = format!("spiffe://{fleet}/core");
+            params.subject_alt_names.push(SanType::URI(identity.try_into().unwrap()));
+        });
+        let ca = authority.write(home.path("ca.pem"));
+        let (certificate, key) = core.write(ca.parent().unwrap(), "core");
+        format!(
+            "peers = [\"cert:spiffe://{fleet}/core\"]\n[server.tls]\ncert_file = {certificate:?}\nkey_file = \
+             {key:?}\nclient_ca_file = {ca:?}\nclient_auth = \"optional\"\n[dial]\nca_file = {ca:?}\n"
+        )
+    };
+    let replicas = Replicas::start_with(server, &["a", "b", "c"], "10s", "https", config).await;
+    for name in ["a", "b"] {
+        replicas.ready(name).await;
+    }
+    let log = replicas.home("c").logged("the history of the leader is not followed", 1).await;
+    assert!(log.contains("invalid peer certificate"), "{log}");
+    let could_lead = async { while replicas.metric("c", "orchestrator_can_lead").await != Some(1) {} };
+    patiently("the replica to know that it could lead", could_lead).await;
+    let probed = http::get(replicas.service("c").admin(), "/readyz").await;
+    assert_eq!((probed.status, probed.text().await.as_str()), (503, "this replica does not reach the leader: see its log"));
+}
 
 /// Ends the connections to the replica behind a door, and waits until the follower of this client knows it.
 async fn shut(door: &Door, client: &mut Client) {

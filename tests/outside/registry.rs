@@ -15,7 +15,7 @@ use orchestrator_core::proto::{
 };
 use rustix::process::Signal;
 use serde_json::json;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tonic::{Code, Response, Status};
 
 const NOWHERE: &str = "http://127.0.0.1:1";
@@ -549,6 +549,23 @@ async fn a_lease_ends_unless_it_is_renewed() {
     assert_eq!(renew(client, "short").await.unwrap_err(), not_found("short"));
     let mut stage = stage.restarted().await;
     assert_eq!(registered(&mut stage.client).await, ["long", "none"]);
+}
+
+#[tokio::test]
+async fn no_lease_ends_while_the_process_is_stopped() {
+    let mut stage = Stage::new().await;
+    lease(&mut stage.client, "a", ms(2000)).await.unwrap();
+    let suspend = pb::SuspendSubsystemRequest { name: "a".into() };
+    stage.client.suspend_subsystem(suspend).await.unwrap();
+    stage.service.signal(Signal::STOP);
+    // A process that is stopped does nothing that could be awaited.
+    sleep(Duration::from_secs(4)).await;
+    stage.service.signal(Signal::CONT);
+    renew(&mut stage.client, "a").await.unwrap();
+    assert!(stage.client.subsystem("a").await.unwrap().suspended, "it is the same registration");
+    stage.home.logged("did not run for a while", 1).await;
+    patiently("the end of the lease", async { while registered(&mut stage.client).await.contains(&"a".to_owned()) {} })
+        .await;
 }
 
 #[tokio::test]

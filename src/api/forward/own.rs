@@ -1,7 +1,7 @@
 //! The calls that a follower makes to the leader itself: it follows the history there, and reports the calls of its
 //! callers that it has answered or denied, for the audit.
 
-use std::{future::pending, mem, time::Duration};
+use std::{future::pending, mem, sync::atomic::Ordering, time::Duration};
 
 use bytes::Bytes;
 use prost::Message;
@@ -163,32 +163,37 @@ impl Forwarder {
         Ok(())
     }
 
-    /// Ends the watches at this replica once it has neither led, under a valid lease, nor followed a leader for a
-    /// while: their clients may find a replica that does. Returns only if the role of this replica does not change any
-    /// more.
-    pub async fn end_watches(&self) {
+    /// Notes whether this replica reaches its leader, and ends the watches at it once it has neither led, under a valid
+    /// lease, nor followed a leader for a while: their clients may find a replica that does.
+    ///
+    /// A leader that is known and that was not followed for the time `patience` counts as one that can't be reached. So
+    /// does each one at first: a new replica is of no use before it has led, or followed one. The time until another
+    /// replica leads does not count. `None`: nothing follows the history of the leader, and it always counts as one
+    /// that can be reached.
+    ///
+    /// Returns only if the role of this replica does not change any more.
+    pub async fn keep_contact(&self, patience: Option<Duration>) {
         let (mut roles, mut current) = (self.0.membership.roles(), self.0.is_current.subscribe());
         let mut unconfirmed = self.0.history.unconfirmed();
-        let mut until = None;
+        let mut unfed = Lasting::up_to(PATIENCE);
+        let mut unreached = Lasting::up_to(patience.unwrap_or_default());
+        let mut has_reached = patience.is_none();
         loop {
-            let has_role = roles.borrow_and_update().epoch().is_some();
-            let leads = has_role && !*unconfirmed.borrow_and_update();
-            let is_fed = *current.borrow_and_update() || leads;
-            until = (!is_fed).then(|| until.unwrap_or_else(|| Instant::now() + PATIENCE));
-            self.0.history.set_fed(until.is_none_or(|until| Instant::now() < until));
-            let is_over = async {
-                match until.filter(|until| Instant::now() < *until) {
-                    Some(until) => sleep_until(until).await,
-                    None => pending().await,
-                }
-            };
+            let (role, follows) = (roles.borrow_and_update().clone(), *current.borrow_and_update());
+            let leads = role.epoch().is_some() && !*unconfirmed.borrow_and_update();
+            self.0.history.set_fed(!unfed.is_too_long(!follows && !leads));
+            has_reached |= follows || role.epoch().is_some();
+            let knows_another = patience.is_some() && matches!(role, Role::Follower { leader: Some(_) });
+            let reaches = has_reached && !unreached.is_too_long(knows_another && !follows);
+            self.0.reaches.store(reaches, Ordering::Relaxed);
             select! {
                 biased;
                 changed = roles.changed() => if changed.is_err() { return },
                 // The senders are in `self`.
                 _ = current.changed() => {}
                 _ = unconfirmed.changed() => {}
-                () = is_over => {}
+                () = unfed.is_over() => {}
+                () = unreached.is_over() => {}
             }
         }
     }
@@ -275,6 +280,33 @@ impl Forwarder {
         let sent = self.deliver(rpc, headers, message, Instant::now()).await?;
         let messages = Messages::of(sent.response, self.0.answers.clone())?;
         Ok(OwnAnswer { messages, _place: sent.place, _room: sent.room })
+    }
+}
+
+/// A state that may last for some time.
+struct Lasting {
+    limit: Duration,
+    /// When it will have lasted for that time.
+    until: Option<Instant>,
+}
+
+impl Lasting {
+    fn up_to(limit: Duration) -> Self {
+        Self { limit, until: None }
+    }
+
+    /// Notes whether the state lasts. Returns true once it has lasted for too long.
+    fn is_too_long(&mut self, lasts: bool) -> bool {
+        self.until = lasts.then(|| self.until.unwrap_or_else(|| Instant::now() + self.limit));
+        self.until.is_some_and(|until| until <= Instant::now())
+    }
+
+    /// Waits until the state has lasted for too long, unless it already has.
+    async fn is_over(&self) {
+        match self.until.filter(|until| Instant::now() < *until) {
+            Some(until) => sleep_until(until).await,
+            None => pending().await,
+        }
     }
 }
 

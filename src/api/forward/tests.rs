@@ -513,7 +513,7 @@ async fn watches_end_when_there_is_no_leader_for_a_minute_or_one_without_a_lease
     let history = history();
     history.raise(Position::default());
     let forwarder = Forwarder::new(membership.clone(), history.clone(), (fake.connect.clone(), TIMEOUT), 2, memory());
-    let _ends = AbortOnDropHandle::new(tokio::spawn(async move { forwarder.end_watches().await }));
+    let _ends = AbortOnDropHandle::new(tokio::spawn(async move { forwarder.keep_contact(None).await }));
     let watched = || history.watch(From::Now, WatchFilter::default(), false);
     // How long a watch goes on, up to some minutes.
     let goes_on = async || {
@@ -537,6 +537,40 @@ async fn watches_end_when_there_is_no_leader_for_a_minute_or_one_without_a_lease
     assert_eq!(goes_on().await, None);
     membership.set(Role::Follower { leader: None });
     assert_eq!(goes_on().await, Some(PATIENCE));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_follower_reaches_a_leader_once_it_follows_it_and_until_it_has_not_for_too_long() {
+    let fake = FakeLeader::start();
+    let (forwarder, membership) = follower(fake.connect.clone(), Some(leader("a")), memory());
+    let keeps = forwarder.clone();
+    let _keeps = AbortOnDropHandle::new(tokio::spawn(async move { keeps.keep_contact(Some(PATIENCE)).await }));
+    let reaches_after = async |time| {
+        time::sleep(time).await;
+        forwarder.reaches_leader()
+    };
+    let follows = |follows| forwarder.0.is_current.send_replace(follows);
+    let moment = Duration::from_millis(1);
+    assert!(!reaches_after(moment).await);
+    membership.set(Role::Follower { leader: None });
+    assert!(!reaches_after(3 * PATIENCE).await, "it has reached none yet");
+    membership.set(Role::Follower { leader: Some(leader("a")) });
+    assert!(!reaches_after(moment).await);
+    follows(true);
+    assert!(reaches_after(3 * PATIENCE).await);
+    follows(false);
+    assert!(reaches_after(PATIENCE - moment).await);
+    assert!(!reaches_after(2 * moment).await);
+    follows(true);
+    assert!(reaches_after(moment).await);
+    follows(false);
+    membership.set(Role::Follower { leader: None });
+    assert!(reaches_after(3 * PATIENCE).await, "there is none that it could reach");
+    membership.set(Role::Follower { leader: Some(leader("b")) });
+    assert!(reaches_after(PATIENCE - moment).await);
+    assert!(!reaches_after(2 * moment).await);
+    membership.set(Role::Leader { epoch: Epoch(9) });
+    assert!(reaches_after(moment).await);
 }
 
 #[tokio::test(start_paused = true)]

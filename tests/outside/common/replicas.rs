@@ -186,6 +186,12 @@ impl Replicas {
         patiently("the replica to know its leader", follows).await
     }
 
+    /// Waits until a replica is ready: a follower reaches its leader, and could take over.
+    pub async fn ready(&self, name: &str) {
+        let admin = self.service(name).admin();
+        patiently("the replica to be ready", async { while http::get(admin, "/readyz").await.status != 200 {} }).await;
+    }
+
     /// The value of a metric of a replica.
     pub async fn metric(&self, name: &str, metric: &str) -> Option<u64> {
         let metrics = http::get(self.service(name).admin(), "/metrics").await.text().await;
