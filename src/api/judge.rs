@@ -17,7 +17,7 @@ use super::{
     usage::LimitReached,
 };
 use crate::{
-    access::{Authenticated, CallerLimits, Mode, Policy, Rights, Role, Sessions, Targets, Unauthenticated},
+    access::{Authenticated, CallerLimits, Credential, Mode, Policy, Rights, Role, Sessions, Targets, Unauthenticated},
     clock::Clock,
     listen::{Peer, Repeated},
     model::{self, AuditTargets, Cause, Decision, Identity, Name, OwnEvent, text::clean},
@@ -336,8 +336,14 @@ impl Judge {
             return nobody;
         }
         let now = self.0.clock.now();
-        match policy.authenticate(&caller.credential(now), now) {
+        let credential = caller.credential(now);
+        match policy.authenticate(&credential, now) {
             Ok(Authenticated { identity, groups, expires_at }) => {
+                let expires_at = match &credential {
+                    // That of the replica is no concern of its callers.
+                    Credential::Forwarded { of, .. } => policy.authenticate(of, now).ok().and_then(|it| it.expires_at),
+                    _ => expires_at,
+                };
                 Who { rights: policy.rights(&identity, &groups), identity, expires_at, ..nobody }
             }
             Err(why) => Who { problem: Some(why), ..nobody },

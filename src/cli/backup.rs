@@ -9,7 +9,7 @@ use std::{
 use super::{
     Exit, Failure,
     output::{clean, print},
-    store::{ENTRIES, LogArgs, told},
+    store::{LogArgs, entries, told},
     verify::{differences, findings, open_with_any},
 };
 use crate::{
@@ -164,7 +164,7 @@ impl Restore {
             Some(checkpoint) => differences(&backup.display(), copy, &checkpoint, keys).map(drop),
             None => Ok(()),
         };
-        let restored = store::restore(&backup, &url, (keys, log.origin), ENTRIES, replace, verify)?;
+        let restored = store::restore(&backup, &url, (keys, log.origin), entries("restore"), replace, verify)?;
         print(&told(&restored))?;
         Ok(Exit::Done)
     }

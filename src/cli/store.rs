@@ -13,6 +13,7 @@ use crate::{
     config,
     host::Host,
     ledger::{LogBegan, LogBeganReason},
+    model::Cause,
     record,
     store::{self, Accepted, Compacted, EntryCodec, KeyFileError, LogKeys, Migrated, Moved, PostgresUrl, StoreUrl},
 };
@@ -299,7 +300,7 @@ impl Store {
             }
         };
         let keys = log.keys(&url).map_err(|error| refused(&error))?;
-        let accepted = store::accept(&url, keys, log.origin, ENTRIES, Host::system().clock)
+        let accepted = store::accept(&url, keys, log.origin, entries("store accept"), Host::system().clock)
             .await
             .map_err(|error| refused(&error))?;
         print(&told(&accepted))?;
@@ -334,8 +335,11 @@ fn moved_to(Moved { from, to, records, events, last_cycle_id, key_file }: &Moved
     lines.iter().map(|line| clean(line) + "\n").collect()
 }
 
-/// The entries of a log that begins when an operator accepts a store.
-pub(super) const ENTRIES: EntryCodec = EntryCodec { checks: record::CHECKS, began };
+/// The entries of a log that begins when an operator accepts a store, by the command with this name.
+pub(super) fn entries(command: &'static str) -> EntryCodec {
+    let event = record::encode_event(&Cause::of_service(command).event(Host::system().clock.now()));
+    EntryCodec { checks: record::CHECKS, event, began }
+}
 
 fn began(previous: String, missing: Vec<Range<u64>>) -> Bytes {
     record::encode_began(&LogBegan { reason: LogBeganReason::Accepted, previous, missing })

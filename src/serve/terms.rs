@@ -379,6 +379,10 @@ impl Terms {
             tokio::spawn(async move { keep_leading(&lease, keeping, &orchestrator).await })
         };
         self.api.lead(orchestrator.clone());
+        if let Some(shared) = &self.shared {
+            // It may have been without a leader for so long that watches had ended: new ones begin from now on.
+            shared.parts.history.set_fed(true);
+        }
         self.api.membership().set_unable(None);
         self.api.membership().leads(epoch, lease);
         let term = Term { candidate, epoch, _keeping: AbortOnDropHandle::new(keeping) };

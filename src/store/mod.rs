@@ -47,7 +47,7 @@ use crate::{
     file,
     ledger::{Checkpoint, Hash, SealKeys, Signer},
     model::{CycleId, Name},
-    ports::{Checks, Record, Store, StoreError},
+    ports::{AuditEntry, Checks, Record, Store, StoreError, Write},
 };
 
 /// The location of a store.
@@ -258,11 +258,13 @@ pub struct Accepted {
     pub missing: u64,
 }
 
-/// Checks the entries of a log, and makes one.
-#[derive(Clone, Copy, Debug)]
+/// Checks the entries of a log, and makes those by which a store is accepted.
+#[derive(Clone, Debug)]
 pub struct EntryCodec {
     /// What entries have to pass.
     pub checks: Checks,
+    /// The audit event of what the operator does.
+    pub event: AuditEntry,
     /// Makes the control entry of a new log, of the checkpoint beside its store, and of the leaves that are missing.
     pub began: fn(String, Vec<Range<u64>>) -> Bytes,
 }
@@ -292,14 +294,18 @@ fn accept_file(
     path: &Path,
     keys: LogKeys,
     origin: Option<String>,
-    EntryCodec { checks, began }: EntryCodec,
+    EntryCodec { checks, event, began }: EntryCodec,
 ) -> Result<Accepted, AcceptError> {
     let url = &StoreUrl::Sqlite(path.to_owned());
     let LogKeys { keys, new } = keys;
     let signer = Signer::of(origin, keys);
     let previous = published(url);
-    let began = |missing| began(previous.clone().unwrap_or_default(), missing);
-    let (accepted, log) = sqlite::accept(path, (SealKeys::of(&signer), new), checks, began)?;
+    let write = |missing| Write {
+        audit: vec![event],
+        began: Some(began(previous.clone().unwrap_or_default(), missing)),
+        ..Write::default()
+    };
+    let (accepted, log) = sqlite::accept(path, (SealKeys::of(&signer), new), checks, write)?;
     let publish = || {
         previous.map(|previous| keep_published(url, &previous)).transpose()?;
         file::replace(&checkpoint_of(path), &signer.sign(log.size(), log.root()))

@@ -109,6 +109,7 @@ impl PostgresStore {
         let connector = Arc::new(connector);
         let url = connector.url();
         let mut connection = connector.connect(APPLICATION).await?;
+        connector.check_session(&connection).await?;
         schema::migrate(&connector, &mut connection).await?;
         schema::check_additions(&connector, &connection).await?;
         report_asynchronous(&connector, &connection).await?;
@@ -328,7 +329,7 @@ pub(super) async fn accept(
     url: &PostgresUrl,
     LogKeys { keys, new }: LogKeys,
     origin: Option<String>,
-    EntryCodec { checks, began }: EntryCodec,
+    EntryCodec { checks, event, began }: EntryCodec,
     clock: Clock,
 ) -> Result<Accepted, AcceptError> {
     let connector = Connector::new(url.clone(), clock).await.map_err(OpenError::from)?;
@@ -339,7 +340,7 @@ pub(super) async fn accept(
     new.save()?;
     let lacks = missing.iter().map(|leaves| leaves.end - leaves.start).sum();
     let began = Some(began(checkpoint.unwrap_or_default(), missing));
-    let write = Write { epoch, last_cycle_id, began, ..Write::default() };
+    let write = Write { epoch, last_cycle_id, audit: vec![event], began, ..Write::default() };
     store.commit(Arc::new(write)).await.map_err(OpenError::from)?;
     let log = store.log().frontier;
     store.publish_checkpoint(signer.sign(log.size(), log.root())).await.map_err(OpenError::from)?;

@@ -30,6 +30,7 @@ use tonic::{
     metadata::{BinaryMetadataValue, MetadataValue},
     transport::{Channel, ClientTlsConfig, Endpoint},
 };
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 /// A connection to a replica.
 async fn channel(service: &Service) -> Channel {
@@ -684,6 +685,7 @@ async fn a_user_of_the_machine_of_a_follower_is_another_one_than_that_of_the_lea
         let (code, said) = crate::common::command::run(whoami).await;
         assert_eq!(code, 0, "{said}");
         assert!(said.contains(&identity) && said.contains("ADMIN") == is_admin, "{replica}: {said}");
+        assert!(!said.contains("expires"), "the certificate of the replica is not that of its caller: {said}");
     }
 }
 
@@ -792,15 +794,21 @@ async fn a_replica_with_the_certificate_of_another_fleet_is_not_ready() {
         )
     };
     let replicas = Replicas::start_with(server, &["a", "b", "c"], "10s", "https", config).await;
-    for name in ["a", "b"] {
-        replicas.ready(name).await;
-    }
-    let log = replicas.home("c").logged("the history of the leader is not followed", 1).await;
+    let is_serving = async |name: &str, authority: &Authority| {
+        let address = replicas.service(name).address();
+        let endpoint = Endpoint::from_shared(format!("https://{address}")).unwrap();
+        let endpoint = endpoint.tls_config(authority.trusted().domain_name("localhost")).unwrap();
+        let mut health = HealthClient::new(endpoint.connect().await.unwrap());
+        let answer = health.check(HealthCheckRequest::default()).await.unwrap().into_inner();
+        answer.status() == ServingStatus::Serving
+    };
+    let serving = async { while !is_serving("b", &fleets[0].1).await {} };
+    patiently("the replica of this fleet to be ready", serving).await;
+    let of_another = replicas.home("c");
+    of_another.logged("this replica can lead", 1).await;
+    let log = of_another.logged("the history of the leader is not followed", 1).await;
     assert!(log.contains("invalid peer certificate"), "{log}");
-    let could_lead = async { while replicas.metric("c", "orchestrator_can_lead").await != Some(1) {} };
-    patiently("the replica to know that it could lead", could_lead).await;
-    let probed = http::get(replicas.service("c").admin(), "/readyz").await;
-    assert_eq!((probed.status, probed.text().await.as_str()), (503, "this replica does not reach the leader: see its log"));
+    assert!(!is_serving("c", &fleets[2].1).await);
 }
 
 /// Ends the connections to the replica behind a door, and waits until the follower of this client knows it.

@@ -7,7 +7,7 @@ use crate::common::{
     command::orchestrator,
     network::Network,
     patiently,
-    postgres::{Server, shared, shared_pooler},
+    postgres::{Server, shared, shared_pooler, through},
     service::{Home, Service, decode, next_recorded, reason},
 };
 use orchestrator_core::ledger::SigningKey;
@@ -91,6 +91,15 @@ async fn what_was_acknowledged_behind_a_pooler_is_there_as_well() {
     is_there_after_the_process_was_killed(home_at(&pooler.url(&server.url()))).await;
 }
 
+#[tokio::test]
+async fn a_store_behind_a_pooler_that_the_url_does_not_tell_of_is_refused_with_the_remedy() {
+    let (Some(server), Some(pooler)) = (shared(), shared_pooler()) else { return };
+    let home = home_at(&through(pooler.directory(), &server.url()));
+    let ended = home.try_serve().await.map(drop).unwrap_err();
+    assert_eq!(ended.code(), Some(1), "{}", home.log());
+    assert!(home.log().contains("add pooled=true to store.url"), "{}", home.log());
+}
+
 async fn is_there_after_the_process_was_killed(home: Home) {
     let mut stage = Stage::at(home).await;
     stage.register_all(&["a", "b"]).await;
@@ -160,6 +169,8 @@ async fn a_store_that_is_accepted_is_taken_from_its_leader_which_then_leads_agai
     stage.service.leads().await;
     assert_eq!(stage.client.run().await.unwrap().cycle_id, 2);
     assert!(stage.client.status().await.unwrap().epoch > epoch);
+    let (code, said) = call(&stage.service, &["audit", "--changes"]).await;
+    assert!(code == 0 && said.contains("store accept"), "{said}");
 }
 
 #[tokio::test]

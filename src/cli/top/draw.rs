@@ -153,6 +153,10 @@ impl Look {
         if status.missing_count > 0 {
             header.push(self.loud(format!("MISSING: {}", clean(&missing(status)))).into());
         }
+        if !status.unable_to_lead.is_empty() {
+            let replica = status.replica.as_ref().map_or_else(|| "this replica".into(), |it| clean(&it.name));
+            header.push(self.loud(format!("CAN'T LEAD: {replica}: {}", clean(&status.unable_to_lead))).into());
+        }
         if status.insecure {
             let why = "other machines may need no right: access.mode is not enforce";
             header.push(self.loud(format!("INSECURE: {why}")).into());
@@ -1148,7 +1152,7 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
     }
 
     #[test]
-    fn a_pause_of_all_loops_missing_subsystems_and_a_look_at_a_copy_are_shown() {
+    fn a_pause_of_all_loops_missing_subsystems_a_replica_that_cannot_lead_and_a_look_at_a_copy_are_shown() {
         let News::Status(mut status) = status() else { panic!("no status") };
         status.loops_paused = true;
         status.loops.iter_mut().for_each(|it| it.paused = true);
@@ -1167,6 +1171,14 @@ heartbeat  every 5s, next in 2s: 3 ran, 1 skipped
         let lines = shown(&model, &mut View::default(), 100, 24);
         let missing = "MISSING: a, b, c, d, e, 2 more, which are expected (registry.expected) and not registered";
         assert_eq!(lines[2], missing);
+        let follows = pb::OrchestratorStatus {
+            replica: Some(pb::Replica { name: "b".into(), ..pb::Replica::default() }),
+            unable_to_lead: "the key is missing".into(),
+            ..pb::OrchestratorStatus::default()
+        };
+        model.learn(News::Status(Box::new(follows)), at(9));
+        let lines = shown(&model, &mut View::default(), 100, 24);
+        assert_eq!(lines[2], "CAN'T LEAD: b: the key is missing");
         let looks = pb::OrchestratorStatus { read_only: true, ..pb::OrchestratorStatus::default() };
         model.learn(News::Status(Box::new(looks)), at(9));
         let lines = shown(&model, &mut View::default(), 100, 24);

@@ -229,13 +229,14 @@ async fn a_store_that_was_moved_goes_on_once_it_is_accepted() {
     let directory = tempfile::tempdir().unwrap();
     let here = sqlite(directory.path(), "o.db");
     write(&here).await;
-    let (codec, origin) = (EntryCodec { checks: CHECKS, began: |_, _| "began".into() }, Some("log".to_owned()));
+    let codec = EntryCodec { checks: CHECKS, event: event(1), began: |_, _| "began".into() };
+    let origin = Some("log".to_owned());
     for (from, to) in [(here, there.clone()), (there, sqlite(directory.path(), "back.db"))] {
         copied(&from, &to).await.unwrap();
         // Those of `keys`.
         let key = SigningKey::of_seed("log", [7; SigningKey::SEED]).unwrap();
         let keys = LogKeys { keys: vec![key], new: NewKeys::default() };
-        accept(&from, keys, origin.clone(), codec, Clock::system()).await.unwrap();
+        accept(&from, keys, origin.clone(), codec.clone(), Clock::system()).await.unwrap();
         let (_store, contents) = taken_over(&from).await.unwrap();
         assert_eq!(contents.last_cycle_id, CycleId(42));
     }

@@ -1,6 +1,7 @@
 //! Connections to the server that takes writes.
 
 use std::{
+    cmp::Reverse,
     collections::BTreeMap,
     convert::Infallible,
     future::{pending, poll_fn},
@@ -14,8 +15,10 @@ use std::{
 
 use futures_util::future::join_all;
 use tokio::{
+    select,
+    sync::watch,
     task::AbortHandle,
-    time::{Instant, sleep, timeout},
+    time::{Instant, MissedTickBehavior, interval_at, timeout},
 };
 use tokio_postgres::{
     AsyncMessage, Client, Config, Error, Row, RowStream, Statement, Transaction,
@@ -60,14 +63,23 @@ pub(super) struct Connector {
     migrations: Migrations,
     figures: Arc<Figures>,
     tls: MakeRustlsConnect,
-    /// The highest timeline that a server had; 0 before one is known. A server with a lower one is an earlier primary:
-    /// it lacks what was acknowledged since, so nothing is read there or written.
-    newest: AtomicI32,
+    /// The latest primary. All who wait for an answer of an earlier one learn of it.
+    latest: watch::Sender<Latest>,
     /// True once all hosts were asked for their timelines: an earlier primary may be the first of them when a process
     /// starts.
     has_asked: AtomicBool,
     /// The newest timeline for which it was logged that there is such a server.
     told: AtomicI32,
+}
+
+/// The latest primary that was reached.
+#[derive(Clone, Copy, Default)]
+struct Latest {
+    /// The highest timeline that a server had; 0 before one is known. A server with a lower one is an earlier primary:
+    /// it lacks what was acknowledged since, so nothing is read there or written.
+    timeline: i32,
+    /// The number of the first host of the URL with this timeline.
+    host: usize,
 }
 
 /// A connection. Once it is dropped, the server rolls back what it has begun.
@@ -195,8 +207,8 @@ impl Connector {
         let made = made.unwrap_or_else(|error| Err(error.to_string()));
         let tls = made.map_err(|problem| StoreError::Unavailable { store, problem })?;
         let migrations = Migrations::of_this_version();
-        let (figures, newest, has_asked, told) = Default::default();
-        Ok(Self { url, migrations, figures, tls: MakeRustlsConnect::new(tls), newest, has_asked, told })
+        let (figures, latest, has_asked, told) = Default::default();
+        Ok(Self { url, migrations, figures, tls: MakeRustlsConnect::new(tls), latest, has_asked, told })
     }
 
     /// The same, for software with these migrations.
@@ -220,8 +232,9 @@ impl Connector {
         &self.url
     }
 
-    /// Connects to the first of the hosts that takes writes and is no earlier primary. Their names are resolved each
-    /// time, since a failover may change where they lead. The server shows the session under the name `application`.
+    /// Connects to the first of the hosts that takes writes and is no earlier primary. The host of the latest primary is
+    /// tried first: those before it may not even refuse a connection. Their names are resolved each time, since a
+    /// failover may change where they lead. The server shows the session under the name `application`.
     ///
     /// # Errors
     /// No host is one; the message has the reason of each.
@@ -230,9 +243,12 @@ impl Connector {
         if self.url.of_hosts().nth(1).is_some() && !self.has_asked.swap(true, Ordering::AcqRel) {
             drop(self.connect_to_all().await);
         }
+        let latest = self.latest.borrow().host;
+        let mut hosts: Vec<_> = self.of_hosts(application, password.as_deref()).enumerate().collect();
+        hosts.sort_by_key(|(number, _)| *number != latest);
         let mut problems = Vec::new();
-        for (host, config) in self.of_hosts(application, password.as_deref()) {
-            match self.connect_to(&config).await {
+        for (number, (host, config)) in hosts {
+            match self.connect_to(number, &config).await {
                 Ok(connection) => return Ok(connection),
                 Err(StoreError::Unavailable { problem, .. }) => problems.push(format!("{}: {problem}", shown(host))),
                 // What the server refuses, so would another one.
@@ -251,8 +267,9 @@ impl Connector {
     /// two that do.
     async fn connect_to_all(&self) -> Vec<Connection> {
         let Ok(password) = self.password().await else { return Vec::new() };
-        let hosts = self.of_hosts(APPLICATION, password.as_deref());
-        let connected = join_all(hosts.map(|(_, config)| async move { self.connect_to(&config).await })).await;
+        let hosts = self.of_hosts(APPLICATION, password.as_deref()).enumerate();
+        let connected = hosts.map(|(number, (_, config))| async move { self.connect_to(number, &config).await });
+        let connected = join_all(connected).await;
         connected.into_iter().flatten().filter(|connection| self.outdated(connection.timeline).is_none()).collect()
     }
 
@@ -274,7 +291,7 @@ impl Connector {
 
     /// The problem of a server that has this timeline, if a later one is known.
     pub(super) fn outdated(&self, timeline: Option<i32>) -> Option<String> {
-        let newest = self.newest.load(Ordering::Acquire);
+        let newest = self.latest.borrow().timeline;
         let timeline = timeline.filter(|timeline| *timeline < newest)?;
         Some(format!(
             "it has timeline {timeline}, and a standby with timeline {newest} was promoted in its place: rebuild it as \
@@ -284,15 +301,29 @@ impl Connector {
 
     /// Waits until it is certain that a statement has no future at a server with this timeline, which does not answer
     /// it: a standby was promoted in place of that server, or another replica has claimed a later term than that of the
-    /// statement, if it has one. Returns what was found. Asks all hosts over new connections each time.
+    /// statement, if it has one. Returns what was found. Asks all hosts over new connections each time; that a standby
+    /// was promoted, it also learns from any other connection.
     pub(super) async fn has_passed(&self, timeline: Option<i32>, epoch: Option<Epoch>) -> String {
-        let leader = format!("SELECT epoch FROM {}.leader WHERE id = 0", self.url.schema());
-        loop {
-            sleep(ANSWER).await;
-            let connections = self.connect_to_all().await;
-            if self.outdated(timeline).is_some() {
-                return "the server does not answer, and a standby was promoted in its place".into();
+        let mut latest = self.latest.subscribe();
+        select! {
+            biased;
+            // The sender is in `self`.
+            _ = latest.wait_for(|latest| timeline.is_some_and(|timeline| timeline < latest.timeline)) => {
+                "a standby was promoted in place of the server, which has not answered".into()
             }
+            found = self.is_superseded(epoch) => found,
+        }
+    }
+
+    /// Asks all hosts again and again, and waits until a replica has claimed a later term than that of this epoch, if
+    /// there is one. Returns what was found.
+    async fn is_superseded(&self, epoch: Option<Epoch>) -> String {
+        let leader = format!("SELECT epoch FROM {}.leader WHERE id = 0", self.url.schema());
+        let mut looks = interval_at(Instant::now() + ANSWER, ANSWER);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            looks.tick().await;
+            let connections = self.connect_to_all().await;
             let Some(epoch) = epoch else { continue };
             for connection in connections {
                 let claimed = timeout(ANSWER, connection.query(&leader, &[])).await;
@@ -314,23 +345,54 @@ impl Connector {
         pending().await
     }
 
+    /// Checks that a new connection has a session of its own, which keeps what is prepared in it. A pooler that gives
+    /// each transaction any session gives another one than that in which the statement was prepared, while a second
+    /// connection has that. The check passes if nothing is certain.
+    ///
+    /// # Errors
+    /// It has none.
+    pub(super) async fn check_session(&self, connection: &Connection) -> Result<(), StoreError> {
+        const ANY: &str = "SELECT 1";
+        if connection.prepared.is_none() {
+            return Ok(());
+        }
+        let store = self.url.to_string();
+        connection.query(ANY, &[]).await.map_err(|error| explain(&store, &error))?;
+        let Ok(other) = self.connect(APPLICATION).await else { return Ok(()) };
+        if other.batch_execute("BEGIN").await.is_err() {
+            return Ok(());
+        }
+        // A pooler that has only one session keeps it waiting.
+        match timeout(ANSWER, connection.query(ANY, &[])).await {
+            Ok(Err(error)) if error.as_db_error().is_some() => Err(explain(&store, &error)),
+            _ => Ok(()),
+        }
+    }
+
     fn unavailable(&self, problem: String) -> StoreError {
         StoreError::Unavailable { store: self.url.to_string(), problem }
     }
 
-    /// Connects to one host.
+    /// Connects to the host with this number.
     ///
     /// # Errors
     /// It does not answer in time, does not take writes, or is an earlier primary.
-    async fn connect_to(&self, config: &Config) -> Result<Connection, StoreError> {
+    async fn connect_to(&self, host: usize, config: &Config) -> Result<Connection, StoreError> {
         let connected = timeout(CONNECT, self.session(config)).await;
         let connection = connected.unwrap_or_else(|_| {
             let problem = format!("no answer within {CONNECT:?}");
             Err(self.unavailable(problem))
         })?;
-        let timeline = connection.timeline.unwrap_or_default();
-        let newest = self.newest.fetch_max(timeline, Ordering::AcqRel).max(timeline);
+        let reached = Latest { timeline: connection.timeline.unwrap_or_default(), host };
+        self.latest.send_if_modified(|latest| {
+            let is_later = (reached.timeline, Reverse(host)) > (latest.timeline, Reverse(latest.host));
+            if is_later {
+                *latest = reached;
+            }
+            is_later
+        });
         let Some(problem) = self.outdated(connection.timeline) else { return Ok(connection) };
+        let newest = self.latest.borrow().timeline;
         if self.told.swap(newest, Ordering::Relaxed) != newest {
             tracing::warn!(store = %self.url, "an earlier primary takes writes, and is not used: {problem}");
         }

@@ -153,7 +153,9 @@ impl Writer {
             && let Ok(now) = attempt.read().await
             && chain.is_replaced_by(&now)
         {
-            attempt.refuse(&now, &NotServed::Lacks(problem.clone())).await;
+            let why = NotServed::Lacks(problem.clone());
+            attempt.refuse(&now, &why).await;
+            return Err(why.refusal(connector.url().to_string()));
         }
         committed?;
         drop(statement);

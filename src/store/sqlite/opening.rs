@@ -2,7 +2,6 @@
 
 use std::{fmt::Write as _, fs, ops::Range, os::unix::ffi::OsStrExt, path::Path};
 
-use bytes::Bytes;
 use rusqlite::{Connection, OpenFlags, TransactionBehavior, config::DbConfig};
 
 use super::{
@@ -93,13 +92,13 @@ impl Opened {
     }
 }
 
-/// Accepts a database with its current file and contents: seals them, and appends to its log what `began` makes of the
+/// Accepts a database with its current file and contents: seals them, and appends to its log what `write` makes of the
 /// leaves that are missing. First saves the new ones of its keys. Also returns the end of the log.
 pub(in crate::store) fn accept(
     path: &Path,
     (keys, new): (SealKeys, NewKeys),
     checks: Checks,
-    began: impl FnOnce(Vec<Range<u64>>) -> Bytes,
+    write: impl FnOnce(Vec<Range<u64>>) -> Write,
 ) -> Result<(Accepted, Frontier), AcceptError> {
     if !path.exists() {
         return Err(OpenError::from(DatabaseFileError::Missing { database: path.display().to_string() }).into());
@@ -120,7 +119,7 @@ pub(in crate::store) fn accept(
         let mut database = Snapshot(&transaction);
         let known = transaction.query_row("SELECT unlogged_to FROM meta", [], |row| number(row, 0)).map(Revision)?;
         let Recounted { log, said, counts, unlogged_to } = recount(&mut database, checks, &log, known)?;
-        let write = Write { began: Some(began(said.accepted.ranges().collect())), ..Write::default() };
+        let write = write(said.accepted.ranges().collect());
         let appended = Appended::to(&log, &write);
         here.note(&transaction)?;
         let mark = Mark::read(&transaction)?;
@@ -129,13 +128,12 @@ pub(in crate::store) fn accept(
         transaction.execute(
             "UPDATE meta SET log_size = ?1, log_first_kept = ?2, log_removed = ?3, log_counted_at = ?4, unlogged_to = ?5",
             [
-                appended.log.frontier.size(),
-                log.first_kept,
-                said.removed.count(),
-                log.frontier.size(),
-                unlogged_to.0,
-            ]
-            .map(integer),
+                integer(appended.log.frontier.size()),
+                integer(log.first_kept),
+                integer(said.removed.count()),
+                appended.control(&write).next().map_or(-1, |(leaf, _)| integer(leaf)),
+                integer(unlogged_to.0),
+            ],
         )?;
         for (column, count) in Counts::COLUMNS.iter().zip(counts.columns()) {
             transaction.execute(&format!("UPDATE meta SET {column} = ?1"), [count])?;

@@ -44,7 +44,8 @@ async fn refused(path: &Path) -> OpenError {
 
 /// Accepts a database as it is.
 fn accepted(path: &Path) -> Accepted {
-    accept(path, (keys(), NewKeys::default()), CHECKS, |_| Bytes::from_static(b"began")).unwrap().0
+    let write = |_| Write { began: Some(Bytes::from_static(b"began")), ..Write::default() };
+    accept(path, (keys(), NewKeys::default()), CHECKS, write).unwrap().0
 }
 
 /// An open cycle of which only the id can be read.

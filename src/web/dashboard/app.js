@@ -142,6 +142,12 @@ function showStatus() {
   element("paused", HTMLElement).hidden = !status.loopsPaused;
   element("read-only", HTMLElement).hidden = !status.readOnly;
   showMissing(status);
+  const unable = element("unable-to-lead", HTMLElement);
+  unable.hidden = !status.unableToLead;
+  if (status.unableToLead) {
+    const replica = visible(status.replica?.name ?? "", 100);
+    setText(unable, `The replica ${replica} can't lead, and only follows until it can: ${visible(status.unableToLead, 1000)}`);
+  }
   const problem = element("store-error", HTMLElement);
   problem.hidden = !status.storeError;
   if (status.storeError) {
