@@ -285,6 +285,22 @@ test("expected subsystems that are not registered are named", async (t) => {
   assert.deepEqual(page.problems, []);
 });
 
+test("a replica that can't lead is named, with the reason", async (t) => {
+  const { service } = await stage(t);
+  const page = await browser.open(service.url);
+  await page.setRequestInterception(true);
+  page.on("request", async (request) => {
+    if (!request.url().includes("/api/status")) return request.continue();
+    const answer = await (await fetch(request.url())).json();
+    Object.assign(answer.status, { replica: { name: "b" }, unableToLead: "the key is missing" });
+    return request.respond({ contentType: "application/json", body: JSON.stringify(answer) });
+  });
+  await page.reload();
+  await says(page, "#unable-to-lead", "The replica b can't lead, and only follows until it can: the key is missing");
+  assert.deepEqual(await inaccessible(page), []);
+  assert.deepEqual(page.problems, []);
+});
+
 test("each empty view says that it is empty", async (t) => {
   const { service } = await stage(t);
   const page = await browser.open(service.url);
