@@ -601,8 +601,8 @@ impl Shared {
         Ok(())
     }
 
-    /// Unregisters subsystems whose lease has expired. While no change can be written, or the process does not run, none
-    /// expires.
+    /// Unregisters subsystems whose lease has expired. While no change can be written, or the process does not run,
+    /// none expires.
     pub(super) async fn expire_leases(self: Arc<Self>) {
         /// Pause after a failed write.
         const RETRY: Duration = Duration::from_secs(1);

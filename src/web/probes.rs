@@ -22,8 +22,8 @@ async fn livez(State(web): State<Web>) -> Response {
     answer(web.started().map_or(Ok(()), |started| started.api.check_alive()))
 }
 
-/// Fails while no cycle or change is accepted, or, by a follower, while it can't read the store, could not take over, or
-/// does not reach the leader.
+/// Fails while no cycle or change is accepted, or, by a follower, while it can't read the store, could not take over,
+/// or does not reach the leader.
 async fn readyz(State(web): State<Web>) -> Response {
     match web.started() {
         Some(started) => answer(started.api.check_ready()),

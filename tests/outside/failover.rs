@@ -783,7 +783,7 @@ async fn a_leader_goes_on_within_its_lease_when_a_standby_is_promoted_in_place_o
     let Some(paired) = Paired::start(TTL).await else { return };
     let mut client = paired.replicas.client(paired.leader).await;
     let first = client.run().await.unwrap();
-    let _stopped = paired.primary.stop().await;
+    let stopped = paired.primary.stop().await;
     sleep(Duration::from_millis(1200)).await;
     paired.standby.promote().await;
     let (_, next) = last_cycle(&paired.replicas).await;
@@ -791,6 +791,7 @@ async fn a_leader_goes_on_within_its_lease_when_a_standby_is_promoted_in_place_o
     sleep(TTL).await;
     let log = paired.replicas.home(paired.leader).log();
     assert!(!log.contains("could not confirm in time that it leads"), "{log}");
+    drop(stopped);
     paired.check(&[first, next]).await;
 }
 

@@ -1545,7 +1545,7 @@ async fn what_comes_back_to_an_accepted_store_is_named_until_it_is_accepted_as_w
     accepted().await;
     // An earlier entry does not take the place of the last one.
     change(
-        "CREATE TABLE last AS SELECT * FROM control ORDER BY leaf DESC LIMIT 1; DELETE FROM control WHERE leaf = 13",
+        "CREATE TABLE last AS SELECT * FROM control ORDER BY leaf DESC LIMIT 1; DELETE FROM control WHERE leaf = 15",
     );
     assert_eq!(home.try_serve().await.err().unwrap().code(), Some(1), "{}", home.log());
     let missing = "entries of its log about removals, or about a new log, are missing or have come back";

@@ -559,7 +559,7 @@ async fn a_follower_reaches_a_leader_once_it_follows_it_and_until_it_has_not_for
     follows(true);
     assert!(reaches_after(3 * PATIENCE).await);
     follows(false);
-    assert!(reaches_after(PATIENCE - moment).await);
+    assert!(reaches_after(PATIENCE.saturating_sub(moment)).await);
     assert!(!reaches_after(2 * moment).await);
     follows(true);
     assert!(reaches_after(moment).await);
@@ -567,7 +567,7 @@ async fn a_follower_reaches_a_leader_once_it_follows_it_and_until_it_has_not_for
     membership.set(Role::Follower { leader: None });
     assert!(reaches_after(3 * PATIENCE).await, "there is none that it could reach");
     membership.set(Role::Follower { leader: Some(leader("b")) });
-    assert!(reaches_after(PATIENCE - moment).await);
+    assert!(reaches_after(PATIENCE.saturating_sub(moment)).await);
     assert!(!reaches_after(2 * moment).await);
     membership.set(Role::Leader { epoch: Epoch(9) });
     assert!(reaches_after(moment).await);

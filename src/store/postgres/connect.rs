@@ -232,7 +232,7 @@ impl Connector {
         &self.url
     }
 
-    /// Connects to the first of the hosts that takes writes and is no earlier primary. The host of the latest primary is
+    /// Connects to the first of the hosts that takes writes and is no earlier primary. That of the latest primary is
     /// tried first: those before it may not even refuse a connection. Their names are resolved each time, since a
     /// failover may change where they lead. The server shows the session under the name `application`.
     ///
@@ -363,7 +363,9 @@ impl Connector {
             return Ok(());
         }
         // A pooler that has only one session keeps it waiting.
-        match timeout(ANSWER, connection.query(ANY, &[])).await {
+        let again = timeout(ANSWER, connection.query(ANY, &[])).await;
+        let _ = timeout(ANSWER, other.batch_execute("ROLLBACK")).await;
+        match again {
             Ok(Err(error)) if error.as_db_error().is_some() => Err(explain(&store, &error)),
             _ => Ok(()),
         }

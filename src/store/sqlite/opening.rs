@@ -118,8 +118,9 @@ pub(in crate::store) fn accept(
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let mut database = Snapshot(&transaction);
         let known = transaction.query_row("SELECT unlogged_to FROM meta", [], |row| number(row, 0)).map(Revision)?;
-        let Recounted { log, said, counts, unlogged_to } = recount(&mut database, checks, &log, known)?;
+        let Recounted { log, said, mut counts, unlogged_to } = recount(&mut database, checks, &log, known)?;
         let write = write(said.accepted.ranges().collect());
+        counts.add(&write);
         let appended = Appended::to(&log, &write);
         here.note(&transaction)?;
         let mark = Mark::read(&transaction)?;
