@@ -308,9 +308,17 @@ pub(super) fn not_answered(Leader { replica, .. }: &Leader, why: &NotAnswered<'_
 /// True if a stream has ended with this status since its replica could not go on with it: another replica may be able
 /// to.
 pub(super) fn is_of_replica(status: &Status) -> bool {
+    has_reason(status, &["DRAINING", "LEADER_LOST", "NOT_LEADER", "NO_LEADER"])
+}
+
+/// True if the store of this process can't be read or written now.
+pub(super) fn is_of_store(status: &Status) -> bool {
+    has_reason(status, &["STORE_UNAVAILABLE"])
+}
+
+fn has_reason(status: &Status, reasons: &[&str]) -> bool {
     let reason = status.get_details_error_info().map(|info| info.reason).unwrap_or_default();
-    status.code() == Code::Unavailable
-        && ["DRAINING", "LEADER_LOST", "NOT_LEADER", "NO_LEADER"].contains(&reason.as_str())
+    status.code() == Code::Unavailable && reasons.contains(&reason.as_str())
 }
 
 /// The status of a login for which there is no session.

@@ -9,7 +9,7 @@ use tonic::{Request, Response, Status};
 
 use super::{
     Answer, Api, Events, cycles,
-    error::{is_of_replica, status},
+    error::{is_of_replica, is_of_store, status},
     forward::Forwarder,
     gate::Reading,
     handlers::invalid,
@@ -42,7 +42,8 @@ impl Api {
         Ok(Response::new(answer))
     }
 
-    /// The record of a cycle. One that is not acknowledged here may be at the leader.
+    /// The record of a cycle. One that is not acknowledged here may be at the leader, and so may all while the store
+    /// can't be read.
     pub(super) async fn read_cycle(
         &self,
         forwarder: &Forwarder,
@@ -50,9 +51,10 @@ impl Api {
     ) -> Answer<pb::GetCycleResponse> {
         let read = |call: Reading<pb::GetCycleRequest>| async move {
             let cycle_id = request::cycle_id(call.request().cycle_id).map_err(invalid)?;
-            match call.history().cycle(cycle_id).await.map_err(status)? {
-                Some(record) => Ok(pb::GetCycleResponse { telemetry: record.bytes.clone() }),
-                None => self.pass_on(forwarder, &call).await,
+            match call.history().cycle(cycle_id).await.map_err(status) {
+                Ok(Some(record)) => Ok(pb::GetCycleResponse { telemetry: record.bytes.clone() }),
+                Ok(None) => self.pass_on(forwarder, &call).await,
+                Err(unread) => self.pass_unread(forwarder, &call, unread).await,
             }
         };
         self.gate.answer_reading(request, read).await
@@ -62,7 +64,7 @@ impl Api {
     /// records, so it answers only if the leader can't. If it lacks some that the page before, of another replica, has
     /// left for this one, it does not answer.
     pub(super) async fn read_cycles(&self, request: Request<pb::ListCyclesRequest>) -> Answer<pb::ListCyclesResponse> {
-        let read = |mut call: Reading<pb::ListCyclesRequest>| async move {
+        let read = |call: Reading<pb::ListCyclesRequest>| async move {
             if let Some(forwarder) = self.follows() {
                 // Other tokens are refused below.
                 let before = call.request().page_token.parse().map(Revision).unwrap_or_default();
@@ -74,11 +76,17 @@ impl Api {
                     }
                 }
             }
-            let request = call.take_request();
-            if self.follows().is_some() && !request.subsystem.is_empty() {
-                call.history().read_names().await.map_err(status)?;
+            let listed = async {
+                let request = call.request().clone();
+                if self.follows().is_some() && !request.subsystem.is_empty() {
+                    call.history().read_names().await.map_err(status)?;
+                }
+                cycles::list_cycles(call.history(), request).await
+            };
+            match (listed.await, self.follows()) {
+                (Err(unread), Some(forwarder)) => self.pass_unread(forwarder, &call, unread).await,
+                (listed, _) => listed,
             }
-            cycles::list_cycles(call.history(), request).await
         };
         self.gate.answer_reading(request, read).await
     }
@@ -108,6 +116,22 @@ impl Api {
             cycles::watch_cycles(call)
         };
         self.gate.stream_reading(request, read).await.map(Response::new)
+    }
+
+    /// Has the leader answer a read that has failed here, if the store can't be read here.
+    async fn pass_unread<Q: Asks, A: Message + Default>(
+        &self,
+        forwarder: &Forwarder,
+        call: &Reading<Q>,
+        unread: Status,
+    ) -> Result<A, Status> {
+        if !is_of_store(&unread) {
+            return Err(unread);
+        }
+        match self.pass_on(forwarder, call).await {
+            Err(status) if is_of_replica(&status) => Err(unread),
+            answered => answered,
+        }
     }
 
     /// Has the leader answer a call that was let in here.

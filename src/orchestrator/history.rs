@@ -325,8 +325,13 @@ impl History {
     /// The store can't be read.
     pub async fn goes_on(&self, known: Option<Position>, end: Position) -> Result<bool, Refusal> {
         let Some(known) = known else { return Ok(true) };
-        // A server that does not go as far says nothing about it.
-        self.require(end);
+        {
+            let extent = self.extent();
+            // A server that does not go as far says nothing about it. More may be known by now.
+            if extent.newest == Some(known) {
+                self.require(end);
+            }
+        }
         let is_there = known.revision <= end.revision
             && match self.check(known).await {
                 Err(Refusal::HistoryRewritten { .. }) => false,

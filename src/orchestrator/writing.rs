@@ -174,15 +174,24 @@ impl State {
     pub(super) fn unavailable(&self, cycle_id: CycleId, error: StoreError) -> NotRecorded {
         NotRecorded::StoreUnavailable(Some(cycle_id).filter(|id| *id <= self.noted), error)
     }
+
+    /// Clears the error of the store if it is of this kind. Returns whether it was.
+    fn clear_error(&self, is_over: impl Fn(&StoreError) -> bool) -> bool {
+        self.store_error.send_if_modified(|error| error.take_if(|error| is_over(error)).is_some())
+    }
 }
 
 impl Shared {
-    /// The store no longer has this kind of error: new callers wait for records, and leases begin anew.
-    fn recovers_from(&self, state: &mut State, kind: impl Fn(&StoreError) -> bool) {
-        if !state.store_error.send_if_modified(|error| error.take_if(|error| kind(error)).is_some()) {
+    /// The store takes writes again, if it did not: new callers wait for records, and leases begin anew.
+    fn recover(&self, state: &mut State) {
+        if !state.clear_error(|error| !error.is_final()) {
             return;
         }
         tracing::info!("the store takes writes again");
+        self.resume(state);
+    }
+
+    fn resume(&self, state: &mut State) {
         for admitted in state.live.values() {
             admitted.resume();
         }
@@ -283,7 +292,9 @@ impl Shared {
             let mut state = self.state();
             state.counts.commit_failed();
             // The commit has returned.
-            self.recovers_from(&mut state, StoreError::is_late);
+            if state.clear_error(StoreError::is_late) {
+                self.resume(&mut state);
+            }
             drop(state);
             return Err((batch, error));
         }
@@ -294,7 +305,7 @@ impl Shared {
         {
             let mut state = self.state();
             state.counts.committed(durability, took);
-            self.recovers_from(&mut state, |error| !error.is_final());
+            self.recover(&mut state);
             state.loops.written(mark);
             state.noted = last_cycle_id;
             if durability == Durability::Durable {
@@ -342,7 +353,7 @@ impl Shared {
                             change.late(error);
                         }
                     } else {
-                        self.recovers_from(&mut self.state(), |error| !error.is_final());
+                        self.recover(&mut self.state());
                     }
                     late = reported;
                 }

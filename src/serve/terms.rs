@@ -476,26 +476,25 @@ impl Shared {
                 Err(error) => {
                     tell_unable(membership, &error);
                     if is_passing(&error) {
-                        pause = AFTER_FAILURE;
+                        pause = (took * REHEARSED).max(AFTER_FAILURE);
                     }
                 }
             }
         }
     }
 
-    /// Does what begins a term, over a store that is only looked at. What it would log is logged once the term begins.
+    /// Does what begins a term, over a store that is only looked at. What a start would log is logged once the term
+    /// begins.
     async fn rehearse(&self, config: &Config) -> Result<(), StartError> {
         let Self { parts, store, .. } = self;
-        let begun = async {
-            let Some(taken_over) = log::rehearse(config, &parts.host, &**store).await? else { return Ok(()) };
-            check_history(config, parts, taken_over.contents.last_revision)?;
-            let (orchestrator, mut tasks) = start(config, parts, taken_over, parts.dialer.clone()).await?;
-            orchestrator.drain();
-            // It has nothing to write.
-            let _ = tasks.finished().await;
-            Ok(())
-        };
-        begun.with_subscriber(NoSubscriber::new()).await
+        let Some(taken_over) = log::rehearse(config, &parts.host, &**store).await? else { return Ok(()) };
+        check_history(config, parts, taken_over.contents.last_revision)?;
+        let started = start(config, parts, taken_over, parts.dialer.clone());
+        let (orchestrator, mut tasks) = started.with_subscriber(NoSubscriber::new()).await?;
+        orchestrator.drain();
+        // It has nothing to write.
+        let _ = tasks.finished().await;
+        Ok(())
     }
 
     /// Ends the term of this epoch.

@@ -93,6 +93,8 @@ struct Writing {
     jobs: Jobs,
     leader: Arc<LeaderRow>,
     _writer: AbortOnDropHandle<()>,
+    /// Notices that a standby was promoted.
+    _asking: AbortOnDropHandle<()>,
 }
 
 impl PostgresStore {
@@ -124,7 +126,10 @@ impl PostgresStore {
         let leader = Arc::new(LeaderRow::new(connector.clone(), claim.clone()));
         let writer = Writer::new(connector.clone(), claim, log.clone(), (checks, clock), even_moved);
         let writer = AbortOnDropHandle::new(tokio::spawn(writer.run(incoming)));
-        Ok(Self::new(connector, connection, (checks, clock), log, Some(Writing { jobs, leader, _writer: writer })))
+        let asks = connector.clone();
+        let asking = AbortOnDropHandle::new(tokio::spawn(async move { asks.keep_asking().await }));
+        let writing = Writing { jobs, leader, _writer: writer, _asking: asking };
+        Ok(Self::new(connector, connection, (checks, clock), log, Some(writing)))
     }
 
     /// Opens a database to look at it: nothing is written, and [`Store::take_over`] only reads, with the epoch of the
@@ -203,7 +208,7 @@ struct Readers {
 struct Reader {
     readers: Arc<Readers>,
     connection: Arc<Connection>,
-    /// True while a statement is under way that goes on if it is not awaited.
+    /// True while a statement is under way that goes on if it is not awaited, and if it must not be used again.
     is_busy: bool,
     _permit: OwnedSemaphorePermit,
 }
@@ -249,8 +254,8 @@ impl Readers {
     }
 
     /// Reads as of one moment. A connection that has ended meanwhile, has statements for other tables, or leads to an
-    /// earlier primary, which may be known by the records that it lacks, is replaced once. If this is dropped, the
-    /// reading goes on to its end, and counts until then.
+    /// earlier primary, is replaced once. One whose server lacks the required record is not used again. If this is
+    /// dropped, the reading goes on to its end, and counts until then.
     async fn read<T: Send + 'static>(
         self: &Arc<Self>,
         read: impl Fn(&mut Snapshot<'_>) -> Result<T, Failed> + Clone + Send + 'static,
@@ -265,14 +270,20 @@ impl Readers {
                 snapshot.check(required)?;
                 read(snapshot)
             };
-            let (_, result) = select! {
+            let (used_up, result) = select! {
                 biased;
                 read = at_once(reader, schema, Access::Within(STATEMENT), (), read) => read,
                 never = self.connector.end_once_passed(used, None) => match never {},
             };
             match result {
                 Err(Failed::Statement(error)) if goes_elsewhere(&error) && !is_last => {}
-                Err(Failed::Behind { .. }) if !is_last => self.connector.ask_all_again(),
+                Err(Failed::Behind) => {
+                    if let Some((mut reader, ())) = used_up {
+                        reader.is_busy = true;
+                    }
+                    self.connector.doubt();
+                    return Err(failure(&self.connector, &Failed::Behind));
+                }
                 // A standby was promoted meanwhile, and may have more by now.
                 Ok(_) if let Some(problem) = self.connector.outdated(timeline) => {
                     if is_last {

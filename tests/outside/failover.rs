@@ -778,8 +778,8 @@ async fn under_load_the_same_replica_leads_on_after_a_promotion_and_finishes_its
 
 #[tokio::test]
 async fn a_leader_goes_on_within_its_lease_when_a_standby_is_promoted_in_place_of_a_primary_that_is_silent() {
-    // Its renewals come every 1.25 s, and it looks for a promotion after 2 s.
-    const TTL: Duration = Duration::from_secs(5);
+    // Its renewals come every 1.5 s, and it looks for a promotion after 2 s: long before the end of its lease.
+    const TTL: Duration = Duration::from_secs(6);
     let Some(paired) = Paired::start(TTL).await else { return };
     let mut client = paired.replicas.client(paired.leader).await;
     let first = client.run().await.unwrap();

@@ -6,7 +6,9 @@ use std::{cell::RefCell, collections::BTreeMap, path::Path, time::Duration};
 use crate::common::{
     door::Door,
     fleet::{Run, to_struct},
-    http, patiently,
+    http,
+    network::Network,
+    patiently,
     pki::{Authority, Issued},
     postgres::{Server, shared},
     replicas::Replicas,
@@ -183,6 +185,26 @@ async fn a_follower_reads_the_history_itself_and_goes_on_without_a_leader() {
     let admin = replicas.service("b").admin();
     assert_eq!(http::get(admin, "/api/cycles/1").await.status, 200);
     assert_eq!(reason(&client.cycle(7).await.unwrap_err()).why, "NO_LEADER");
+}
+
+#[tokio::test]
+async fn a_follower_that_cannot_read_the_store_has_the_leader_answer() {
+    let Some(server) = shared() else { return };
+    let (url, network) = (server.url(), Network::before(server.directory()));
+    let mut replicas = Replicas::none("60s").await;
+    for (name, store) in [("a", &url), ("b", &network.url(&url))] {
+        replicas.add(name, store).await;
+        replicas.serve(name).await;
+    }
+    replicas.register(&["s"]).await;
+    let mut client = replicas.client("b").await;
+    let cycle = client.run().await.unwrap();
+    network.shut();
+    assert_eq!(client.cycle(1).await.unwrap(), cycle);
+    assert_eq!(client.history().await.unwrap().len(), 1);
+    assert_eq!(replicas.metric("a", &answered("GetCycle")).await, Some(1));
+    replicas.kill("a").await;
+    assert_eq!(reason(&client.cycle(1).await.unwrap_err()).why, "STORE_UNAVAILABLE");
 }
 
 #[tokio::test]

@@ -69,7 +69,7 @@ async fn what_is_wrong_is_said_with_its_exit_code_and_without_the_password() {
     // Nothing listens there.
     let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     for (url, code, expected) in [
-        (format!("postgres://u:secret@{closed}/d"), 1, "can't connect to 127.0.0.1: "),
+        (format!("postgres://u:secret@{closed}/d"), 1, "can't connect to 127.0.0.1:"),
         ("postgres://u@h/d?sslmode=require".to_owned(), 2, "give sslmode=verify-full, or disable"),
         ("sqlite:o.db".to_owned(), 2, "give postgres://USER@HOST:PORT/DATABASE"),
     ] {

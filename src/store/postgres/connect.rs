@@ -8,7 +8,7 @@ use std::{
     path::Path,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicI32, Ordering},
+        atomic::{AtomicI32, Ordering},
     },
     time::Duration,
 };
@@ -16,9 +16,9 @@ use std::{
 use futures_util::future::join_all;
 use tokio::{
     select,
-    sync::watch,
+    sync::{Notify, OnceCell, watch},
     task::AbortHandle,
-    time::{Instant, MissedTickBehavior, interval_at, timeout},
+    time::{Instant, MissedTickBehavior, interval_at, sleep, timeout},
 };
 use tokio_postgres::{
     AsyncMessage, Client, Config, Error, Row, RowStream, Statement, Transaction,
@@ -65,9 +65,11 @@ pub(super) struct Connector {
     tls: MakeRustlsConnect,
     /// The latest primary. All who wait for an answer of an earlier one learn of it.
     latest: watch::Sender<Latest>,
-    /// True once all hosts were asked for their timelines: an earlier primary may be the first of them when a process
+    /// Set once all hosts were asked for their timelines: an earlier primary may be the first of them when a process
     /// starts.
-    has_asked: AtomicBool,
+    has_asked: OnceCell<()>,
+    /// A server lacks what must be there, so all hosts are to be asked at once.
+    doubts: Notify,
     /// The newest timeline for which it was logged that there is such a server.
     told: AtomicI32,
 }
@@ -207,8 +209,8 @@ impl Connector {
         let made = made.unwrap_or_else(|error| Err(error.to_string()));
         let tls = made.map_err(|problem| StoreError::Unavailable { store, problem })?;
         let migrations = Migrations::of_this_version();
-        let (figures, latest, has_asked, told) = Default::default();
-        Ok(Self { url, migrations, figures, tls: MakeRustlsConnect::new(tls), latest, has_asked, told })
+        let (figures, latest, has_asked, doubts, told) = Default::default();
+        Ok(Self { url, migrations, figures, tls: MakeRustlsConnect::new(tls), latest, has_asked, doubts, told })
     }
 
     /// The same, for software with these migrations.
@@ -240,8 +242,8 @@ impl Connector {
     /// No host is one; the message has the reason of each.
     pub(super) async fn connect(&self, application: &str) -> Result<Connection, StoreError> {
         let password = self.password().await?;
-        if self.url.of_hosts().nth(1).is_some() && !self.has_asked.swap(true, Ordering::AcqRel) {
-            drop(self.connect_to_all().await);
+        if self.has_several_hosts() {
+            self.has_asked.get_or_init(|| async { drop(self.connect_to_all().await) }).await;
         }
         let latest = self.latest.borrow().host;
         let mut hosts: Vec<_> = self.of_hosts(application, password.as_deref()).enumerate().collect();
@@ -250,7 +252,9 @@ impl Connector {
         for (number, (host, config)) in hosts {
             match self.connect_to(number, &config).await {
                 Ok(connection) => return Ok(connection),
-                Err(StoreError::Unavailable { problem, .. }) => problems.push(format!("{}: {problem}", shown(host))),
+                Err(StoreError::Unavailable { problem, .. }) => {
+                    problems.push(format!("{}: {problem}", shown(host, &config)));
+                }
                 // What the server refuses, so would another one.
                 Err(error) => return Err(error),
             }
@@ -258,9 +262,30 @@ impl Connector {
         Err(self.unavailable(format!("can't connect to {}", problems.join("; and to "))))
     }
 
-    /// Has the next connection ask all hosts for their timelines: one of them may be an earlier primary.
-    pub(super) fn ask_all_again(&self) {
-        self.has_asked.store(false, Ordering::Release);
+    fn has_several_hosts(&self) -> bool {
+        self.url.of_hosts().nth(1).is_some()
+    }
+
+    /// Asks all hosts for their timelines, again and again: a standby can be promoted while the primary before it goes
+    /// on, and those who are connected to that one have all their answers. Returns if there is only one host.
+    pub(super) async fn keep_asking(&self) {
+        /// A connection to each host.
+        const EVERY: Duration = Duration::from_secs(10);
+        while self.has_several_hosts() {
+            select! {
+                biased;
+                () = self.doubts.notified() => {}
+                () = sleep(EVERY) => {}
+            }
+            drop(self.connect_to_all().await);
+            // However many reads have doubts.
+            sleep(ANSWER).await;
+        }
+    }
+
+    /// Has all hosts asked soon: a server lacks what must be there, so it may be an earlier primary.
+    pub(super) fn doubt(&self) {
+        self.doubts.notify_one();
     }
 
     /// Connects to all hosts that take writes and are no earlier primaries: while an earlier one goes on, there can be
@@ -453,10 +478,10 @@ fn warning_of(notice: &DbError) -> Option<String> {
     is_warning.then(|| notice.message().to_owned())
 }
 
-/// The host, for people.
-fn shown(host: &Host) -> String {
+/// The host and its port, for people.
+fn shown(host: &Host, config: &Config) -> String {
     match host {
-        Host::Tcp(name) => name.clone(),
+        Host::Tcp(name) => config.get_ports().first().map_or_else(|| name.clone(), |port| format!("{name}:{port}")),
         #[cfg(unix)]
         Host::Unix(path) => path.display().to_string(),
     }

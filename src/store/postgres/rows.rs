@@ -40,11 +40,8 @@ pub(super) enum Failed {
     Late(Duration),
     /// It is not what this software has written.
     Wrong(Wrong),
-    /// The server lacks the required record: the newest one that it has, with the last term.
-    Behind {
-        found: Required,
-        required: Required,
-    },
+    /// The server lacks the required record.
+    Behind,
 }
 
 /// A record that the server of a snapshot must have: the revision, and the earliest term that it can be of.
@@ -72,11 +69,7 @@ impl fmt::Display for Failed {
             Self::Statement(error) => error.fmt(f),
             Self::Late(limit) => write!(f, "the server has not answered within {limit:?}"),
             Self::Wrong(wrong) => wrong.fmt(f),
-            Self::Behind { found, required } => write!(
-                f,
-                "the server has the history up to revision {} of epoch {}, and revision {} of epoch {} was acknowledged",
-                found.revision, found.epoch, required.revision, required.epoch
-            ),
+            Self::Behind => f.write_str("the server lacks records that this process knows to be acknowledged"),
         }
     }
 }
@@ -218,10 +211,9 @@ impl<'c> Snapshot<'c> {
             return Ok(());
         }
         let row = self.one("SELECT last_revision, epoch FROM SCHEMA.meta", &[])?;
-        let found =
-            Required { revision: Revision(number(&row, "last_revision")?), epoch: Epoch(number(&row, "epoch")?) };
-        let is_there = found.revision >= required.revision && found.epoch >= required.epoch;
-        if is_there { Ok(()) } else { Err(Failed::Behind { found, required }) }
+        let (revision, epoch) = (Revision(number(&row, "last_revision")?), Epoch(number(&row, "epoch")?));
+        let is_there = revision >= required.revision && epoch >= required.epoch;
+        if is_there { Ok(()) } else { Err(Failed::Behind) }
     }
 
     /// The only row of a query.

@@ -344,7 +344,7 @@ pub(super) fn failure(connector: &Connector, failed: &Failed) -> StoreError {
             StoreError::Unavailable { store, problem: format!("{failed}; see whether the server and the network work") }
         }
         Failed::Wrong(wrong) => StoreError::Corrupt { store, problem: wrong.to_string() },
-        Failed::Behind { .. } => {
+        Failed::Behind => {
             let problem = format!(
                 "{failed}: it is an earlier primary, or an older copy has replaced the database. Rebuild an earlier \
                  primary as a standby; if you have restored an older backup on purpose, restart all replicas"
