@@ -103,8 +103,14 @@ async fn a_copy_is_looked_at_while_the_original_runs_cycles() {
     let seen = client.subsystem("a").await.unwrap();
     assert!(!seen.output.is_empty());
     assert_eq!((seen.last.as_ref(), seen.last_cycle_id), (newest.subsystems.first(), newest.cycle_id));
-    let loops = client.list_interval_loops(pb::ListIntervalLoopsRequest::default()).await.unwrap().into_inner().loops;
-    assert!(loops.len() == 1 && loops[0].next_due_at.is_none() && loops[0].ticks.unwrap().missed == 0, "{loops:?}");
+    let loops_of = async |client: &mut Client| {
+        client.list_interval_loops(pb::ListIntervalLoopsRequest::default()).await.unwrap().into_inner().loops
+    };
+    let (loops, theirs) = (loops_of(&mut client).await, loops_of(&mut stage.client).await);
+    assert!(loops.len() == 1 && loops[0].next_due_at.is_none(), "{loops:?}");
+    // A busy machine misses some, and the copy counts no others.
+    let missed = |loops: &[pb::IntervalLoopStatus]| loops[0].ticks.unwrap().missed;
+    assert!(missed(&loops) <= missed(&theirs), "{loops:?}, {theirs:?}");
     let mut watch = client.watch_after(0).await.unwrap();
     for record in &history {
         assert_eq!(next_recorded(&mut watch).await, record);

@@ -24,7 +24,16 @@ fn postgres() -> Option<StoreUrl> {
 }
 
 async fn copied(from: &StoreUrl, to: &StoreUrl) -> Result<Moved, CopyError> {
-    copy(from, to, Clock::system()).await
+    let copied = async {
+        loop {
+            match copy(from, to, Clock::system()).await {
+                // A store that was dropped is closed by its thread.
+                Err(CopyError::Open(error)) if error.to_string().contains("is in use by another process") => {}
+                copied => return copied,
+            }
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_mins(1), copied).await.unwrap()
 }
 
 async fn taken_over(url: &StoreUrl) -> Result<(Arc<dyn Store>, Contents), String> {
