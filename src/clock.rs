@@ -95,6 +95,11 @@ impl Clock {
         }
     }
 
+    /// True if it moves with tokio's clock.
+    pub fn is_simulated(&self) -> bool {
+        matches!(self.0, Source::Simulated(_))
+    }
+
     /// The current time.
     pub fn now(&self) -> Timestamp {
         match self.0 {

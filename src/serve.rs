@@ -571,7 +571,7 @@ impl Source {
             if let Some(leadership) = store.leadership() {
                 return Ok(Self::Shared(store, leadership));
             }
-            log::take_over(config, begin, host.random.id128(), store).await?
+            log::take_over(config, begin, host, store).await?
         };
         Ok(Self::Alone(Box::new(TakenOver { sums: Some(sums.clone()), ..taken_over })))
     }

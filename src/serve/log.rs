@@ -2,8 +2,6 @@
 
 use std::{ops::Range, sync::Arc};
 
-use tokio::task::spawn_blocking;
-
 use super::StartError;
 use crate::{
     access::Mode,
@@ -73,11 +71,11 @@ pub enum LogBreak {
 pub(super) async fn take_over(
     config: &Config,
     begin: Begin,
-    random: u128,
+    host: &Host,
     store: Arc<dyn Store>,
 ) -> Result<TakenOver, StartError> {
     let url = &config.store.url;
-    let keys = read_keys(config, random).await?;
+    let keys = read_keys(config, host).await?;
     let are_new = keys.are_new();
     let LogKeys { keys, new } = keys;
     let signer = signer(config, keys);
@@ -101,7 +99,7 @@ pub(super) async fn take_over(
     let is_first = previous.is_none() && began.is_none();
     // The entry of the new log has it as well.
     let lost = previous.filter(|_| began.is_some());
-    let kept = offload(!new.is_empty() || lost.is_some(), move || {
+    let kept = offload(takes_time(host) && (!new.is_empty() || lost.is_some()), move || {
         new.save()?;
         let kept = lost.map(|lost| store::keep_published(&of, &lost)).transpose();
         Ok(kept.unwrap_or_else(|error| {
@@ -163,7 +161,7 @@ pub(super) async fn rehearse(config: &Config, host: &Host, store: &dyn Store) ->
     let mut attempts = 0;
     loop {
         attempts += 1;
-        let keys = read_keys(config, host.random.id128()).await?;
+        let keys = read_keys(config, host).await?;
         let are_new = keys.are_new();
         let signer = Signer::of(config.ledger.origin.clone(), keys.keys);
         let Some(store) = store.look() else { return Ok(None) };
@@ -248,12 +246,18 @@ fn seals(signer: &Signer, are_new: bool) -> Seals {
     if are_new { Seals::Renewed(keys) } else { Seals::Checked(keys) }
 }
 
-/// The keys of the log. `random` makes the name of a new key one that no other log has.
-async fn read_keys(config: &Config, random: u128) -> Result<LogKeys, KeyFileError> {
+/// False in a simulation: the time that files really take must not decide what happens there.
+fn takes_time(host: &Host) -> bool {
+    !host.clock.is_simulated()
+}
+
+/// The keys of the log.
+async fn read_keys(config: &Config, host: &Host) -> Result<LogKeys, KeyFileError> {
     let LedgerSettings { key_files, origin } = config.ledger.clone();
-    let (url, name) = (config.store.url.clone(), format!("{}/{random:032x}", config.orchestrator_id));
+    // No other log has the name of a new key.
+    let (url, name) = (config.store.url.clone(), format!("{}/{:032x}", config.orchestrator_id, host.random.id128()));
     let name = origin.unwrap_or(name);
-    let keys = spawn_blocking(move || LogKeys::read(&url, &key_files, &name)).await;
+    let keys = offload(takes_time(host), move || LogKeys::read(&url, &key_files, &name)).await;
     keys.unwrap_or_else(|error| Err(KeyFileError::NotRead(error.to_string())))
 }
 

@@ -326,7 +326,7 @@ impl Terms {
         let leased = Leased::new(shared.parts.dialer.clone(), lease.clone());
         let begun = async move {
             let Shared { store, parts, .. } = &shared;
-            let taken_over = log::take_over(&config, how, parts.host.random.id128(), store.clone()).await?;
+            let taken_over = log::take_over(&config, how, &parts.host, store.clone()).await?;
             parts.sums.set_reads(settings(&config).audit_reads);
             let contents = &taken_over.contents;
             let (known, end) = (parts.history.known(), Position { revision: contents.last_revision, epoch: None });

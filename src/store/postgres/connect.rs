@@ -63,7 +63,7 @@ pub(super) struct Connector {
     migrations: Migrations,
     figures: Arc<Figures>,
     tls: MakeRustlsConnect,
-    /// The latest primary. All who wait for an answer of an earlier one learn of it.
+    /// The latest primary. All statements that wait for an answer of an earlier one learn of it.
     latest: watch::Sender<Latest>,
     /// Set once all hosts were asked for their timelines: an earlier primary may be the first of them when a process
     /// starts.
@@ -267,7 +267,7 @@ impl Connector {
     }
 
     /// Asks all hosts for their timelines, again and again: a standby can be promoted while the primary before it goes
-    /// on, and those who are connected to that one have all their answers. Returns if there is only one host.
+    /// on, and a process that is connected to that one has all its answers. Returns if there is only one host.
     pub(super) async fn keep_asking(&self) {
         /// A connection to each host.
         const EVERY: Duration = Duration::from_secs(10);
