@@ -697,7 +697,7 @@ impl History {
         read: impl Future<Output = Result<Option<Found>, StoreError>>,
     ) -> Result<Option<Record>, Refusal> {
         let mut room = self.room(self.max_record()).await?;
-        // What is acknowledged while it is read may be another record than the one that is found.
+        // A record that is acknowledged during the read may be another one than the record that is found.
         let readable = self.readable();
         match read.await?.transpose() {
             Ok(found) => {

@@ -31,7 +31,7 @@ pub(super) struct Replicas {
     sums: Sums,
     /// Follow the leader, and report calls to it. `None` if it would not take the word of this replica.
     following: Option<[AbortOnDropHandle<()>; 2]>,
-    /// Notes whether the leader can be reached, and ends the watches while there is none.
+    /// Notes whether the leader can be reached, and ends the watches while no replica leads.
     _contact: AbortOnDropHandle<()>,
 }
 

@@ -208,7 +208,7 @@ struct Readers {
 struct Reader {
     readers: Arc<Readers>,
     connection: Arc<Connection>,
-    /// True while a statement is under way that goes on if it is not awaited, and if it must not be used again.
+    /// True if it must not be used again, such as while a statement is under way that goes on if it is not awaited.
     is_busy: bool,
     _permit: OwnedSemaphorePermit,
 }

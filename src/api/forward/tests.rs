@@ -565,7 +565,7 @@ async fn a_follower_reaches_a_leader_once_it_follows_it_and_until_it_has_not_for
     assert!(reaches_after(moment).await);
     follows(false);
     membership.set(Role::Follower { leader: None });
-    assert!(reaches_after(3 * PATIENCE).await, "there is none that it could reach");
+    assert!(reaches_after(3 * PATIENCE).await, "no leader is known that it could reach");
     membership.set(Role::Follower { leader: Some(leader("b")) });
     assert!(reaches_after(PATIENCE.saturating_sub(moment)).await);
     assert!(!reaches_after(2 * moment).await);
