@@ -68,7 +68,7 @@ impl Api {
             if let Some(forwarder) = self.follows() {
                 // Other tokens are refused below.
                 let before = call.request().page_token.parse().map(Revision).unwrap_or_default();
-                let lacks_some = || call.history().known().is_none_or(|known| known.revision.next() < before);
+                let lacks_some = || call.history().lacks(before);
                 if !forwarder.is_current() || lacks_some() {
                     match self.pass_on(forwarder, &call).await {
                         Err(status) if is_of_replica(&status) && !lacks_some() => {}

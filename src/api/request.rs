@@ -380,18 +380,25 @@ pub(super) struct Events {
     pub(super) page_size: usize,
 }
 
+/// The number before which a page begins, which is its token; `None` for the first page.
+fn before(bad: &mut Violations, page_token: &str) -> Option<u64> {
+    if page_token.is_empty() {
+        return None;
+    }
+    // As this service writes it.
+    let before = page_token.parse().ok().filter(|before: &u64| *before > 0 && before.to_string() == page_token);
+    if before.is_none() {
+        bad.add("page_token", "is not a token of this service; leave it empty to start over");
+    }
+    before
+}
+
 pub(super) fn events(request: pb::ListAuditEventsRequest) -> Result<Events, Violations> {
     /// Longer than any identity.
     const MAX_TEXT: usize = 300;
     let pb::ListAuditEventsRequest { page_size, page_token, since, caller, rpc, denied, kind } = request;
     let mut bad = Violations::default();
-    let before = (!page_token.is_empty()).then(|| {
-        let before = page_token.parse();
-        if before.is_err() {
-            bad.add("page_token", "is not a token of this service; leave it empty to start over");
-        }
-        before.unwrap_or_default()
-    });
+    let before = before(&mut bad, &page_token);
     for (field, text) in [("caller", &caller), ("rpc", &rpc)] {
         if text.len() > MAX_TEXT {
             bad.add(field, format!("is {} bytes long; the limit is {MAX_TEXT} bytes", text.len()));
@@ -444,13 +451,7 @@ pub(super) fn list(request: pb::ListCyclesRequest) -> Result<List, Violations> {
         request_id,
     } = request;
     let mut bad = Violations::default();
-    let before = (!page_token.is_empty()).then(|| {
-        let before = page_token.parse();
-        if before.is_err() {
-            bad.add("page_token", "is not a token of this service; leave it empty to start over");
-        }
-        Revision(before.unwrap_or_default())
-    });
+    let before = before(&mut bad, &page_token).map(Revision);
     let trigger = match pb::Trigger::try_from(trigger) {
         Ok(pb::Trigger::Unspecified) => None,
         Ok(pb::Trigger::Manual) => Some(TriggerKind::Manual),

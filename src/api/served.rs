@@ -30,7 +30,8 @@ use super::{
 use crate::{
     model::{
         CallPath, CycleId, CycleRequest, CycleState, Epoch, Name, ParentCycle, PathError, Payload, Served, excerpt,
-        is_orchestrator_id, text::shortened,
+        is_orchestrator_id,
+        text::{count, shortened},
     },
     orchestrator::Status as OrchestratorStatus,
     ports::Record,
@@ -360,17 +361,14 @@ fn answer(record: &Record) -> Result<pbs::RunCycleResponse, Status> {
     let telemetry = telemetry.map_err(|error| plain(Code::Internal, &format!("the record can't be read: {error}")))?;
     let (cycle_id, state) = (record.cycle_id, record.state.name());
     let summary = format!("cycle {cycle_id} here was {state}: {}", telemetry.error);
-    let issues = match record.state {
-        CycleState::Succeeded => Vec::new(),
-        CycleState::Degraded => {
-            const MAX_MESSAGE: usize = 4 << 10;
-            let message = shortened(summary, MAX_MESSAGE).into_owned();
-            vec![pbs::Issue { severity: pbs::Severity::Error.into(), code: "CYCLE_DEGRADED".into(), message }]
-        }
+    let degraded = match record.state {
+        CycleState::Succeeded => None,
+        CycleState::Degraded => Some(error("CYCLE_DEGRADED", summary)),
         CycleState::Failed | CycleState::Cancelled | CycleState::Interrupted => {
             return Err(plain(Code::Internal, &summary));
         }
     };
+    let issues = degraded.into_iter().chain(reported(cycle_id, &telemetry)).collect();
     let counted = |states: &[pb::SubsystemState]| {
         telemetry.subsystems.iter().filter(|part| states.contains(&part.state())).count()
     };
@@ -394,6 +392,27 @@ fn answer(record: &Record) -> Result<pbs::RunCycleResponse, Status> {
         "durations_ms": durations,
     });
     Ok(pbs::RunCycleResponse { output: payload(&output)?, metrics: BTreeMap::new(), issues })
+}
+
+/// The issues of severity ERROR that subsystems had in a cycle, as one: so a failure is seen above, by way of any number
+/// of orchestrators. `None` if there are none.
+fn reported(cycle_id: CycleId, telemetry: &pb::CycleTelemetry) -> Option<pbs::Issue> {
+    /// More than these have no room in a message.
+    const NAMED: usize = 32;
+    let issues = telemetry.subsystems.iter().flat_map(|part| part.issues.iter().map(move |issue| (&part.name, issue)));
+    let errors = issues.filter(|(_, issue)| issue.severity() == pbs::Severity::Error);
+    let number = errors.clone().count();
+    let named = errors.take(NAMED).map(|(name, issue)| format!("{name} {}: {}", issue.code, issue.message));
+    let named = named.collect::<Vec<_>>().join("; ");
+    let number_of_them = count(number as u64, "error");
+    let message = format!("in cycle {cycle_id} here, subsystems reported {number_of_them}: {named}");
+    (number > 0).then(|| error("ERRORS_REPORTED", message))
+}
+
+fn error(code: &str, message: String) -> pbs::Issue {
+    const MAX_MESSAGE: usize = 4 << 10;
+    let message = shortened(message, MAX_MESSAGE).into_owned();
+    pbs::Issue { severity: pbs::Severity::Error.into(), code: code.into(), message }
 }
 
 /// An object as the contract has it.

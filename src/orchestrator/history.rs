@@ -464,6 +464,11 @@ impl History {
         Ok(self.read_one(self.0.store.cycle(cycle_id)).await?.map(Arc::new))
     }
 
+    /// True if a page that ends at this revision may have left records for the next one that are not known here.
+    pub fn lacks(&self, before: Revision) -> bool {
+        self.known().is_none_or(|known| known.revision.next() < before)
+    }
+
     /// A page of records before the revision `before`, newest first, of at most `max_records`.
     ///
     /// # Errors
@@ -483,11 +488,11 @@ impl History {
         // Records that do not pass the filter are decoded as well.
         let mut room = self.room(2 * self.max_record().max(MAX_BYTES)).await?;
         let parts = self.with_all_names(&parts);
-        let end = self.readable().next();
-        if self.is_unconfirmed() && before.is_some_and(|before| before > end) {
+        if self.is_unconfirmed() && before.is_some_and(|before| self.lacks(before)) {
             // The page before may be of the replica that leads now.
             return Err(Refusal::NotFollowing);
         }
+        let end = self.readable().next();
         let mut before = before.map_or(end, |before| before.min(end));
         let mut page = Page::default();
         let (mut bytes, mut looked_into) = (0, 0);

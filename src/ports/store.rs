@@ -66,7 +66,7 @@ pub trait Store: Send + Sync + 'static {
     /// last one is given.
     fn trouble(&self) -> BoxStream<'static, Option<StoreError>>;
 
-    /// From now on, reads of the history fail as [unavailable](StoreError::Unavailable) where it has no record with
+    /// From now on, reads of the history fail as [behind](StoreError::Behind) where it has no record with
     /// this revision yet, or was last written by an earlier term than `epoch`. That record is acknowledged, but of the
     /// servers of one database, one that answers can be the primary before the present one. A later call replaces this
     /// one, also if its record is an earlier one, and so does a take-over, with the newest record that was taken over.
@@ -826,6 +826,18 @@ pub enum StoreError {
         /// The problem and its remedy.
         problem: String,
     },
+    /// A server of it lacks records that are known to be acknowledged: see [`Store::require`].
+    #[error(
+        "{store}: {server} lacks records that this process knows to be acknowledged: it is an earlier primary, or an \
+         older copy has replaced the database. Rebuild an earlier primary as a standby; if you have restored an older \
+         backup on purpose, restart all replicas"
+    )]
+    Behind {
+        /// Which store.
+        store: String,
+        /// Which server of it.
+        server: String,
+    },
     /// It shows an earlier term than one that was seen before.
     #[error(
         "the database has the leader of epoch {found}, and one of epoch {known} was seen: an earlier primary answers, \
@@ -872,6 +884,7 @@ impl StoreError {
             Self::Full { .. }
             | Self::ReadOnly { .. }
             | Self::Unavailable { .. }
+            | Self::Behind { .. }
             | Self::Outdated { .. }
             | Self::Late { .. } => false,
         }

@@ -336,7 +336,8 @@ fn is_text(value: &Content, text: &str) -> bool {
 fn allowed(kind: &Kind, error: &serde_json::Error) -> String {
     match kind {
         Kind::Bool => "true or false".to_owned(),
-        Kind::Uint32 | Kind::Uint64 => "a whole number from 0 on".to_owned(),
+        Kind::Uint32 => format!("a whole number from 0 to {}", u32::MAX),
+        Kind::Uint64 => format!("a whole number from 0 to {}", u64::MAX),
         // The contract's 0 stands for none of the others, and is never sent.
         Kind::Enum(of) => {
             let values = of.values().filter(|value| value.number() != 0);
@@ -383,7 +384,7 @@ mod tests {
         assert_eq!(request.finished_from.unwrap().seconds, 1_767_225_600);
         assert!(list(&[("size", "5")]).unwrap_err().to_string().contains("give pageSize, "));
         for (parameter, message) in [
-            (("pageSize", "many"), "pageSize is \"many\"; give a whole number from 0 on"),
+            (("pageSize", "many"), "pageSize is \"many\"; give a whole number from 0 to 4294967295"),
             (("finishedFrom", "today"), "finishedFrom is \"today\"; give a time, such as 2026-01-31T00:00:00Z"),
         ] {
             assert_eq!(list(&[parameter]).unwrap_err().to_string(), message);

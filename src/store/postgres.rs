@@ -169,18 +169,18 @@ impl PostgresStore {
     ) -> Result<Vec<tokio_postgres::Row>, StoreError> {
         let store = self.readers.connector.url().to_string();
         let mut reader = self.readers.take(false).await?;
-        reader.is_busy = true;
+        reader.is_spent = true;
         let connection = reader.as_ref();
         let _ = connection.take_warning();
         let rows = select! {
             biased;
             rows = connection.query(statement, parameters) => rows.map_err(|error| explain(&store, &error))?,
-            problem = self.readers.connector.has_passed(connection.timeline(), None) => {
+            problem = self.readers.connector.has_passed(connection.server(), None) => {
                 return Err(StoreError::Unavailable { store, problem });
             }
         };
         let warning = connection.take_warning();
-        reader.is_busy = false;
+        reader.is_spent = false;
         warning.map_or(Ok(rows), |problem| Err(StoreError::Unavailable { store, problem }))
     }
 
@@ -208,8 +208,9 @@ struct Readers {
 struct Reader {
     readers: Arc<Readers>,
     connection: Arc<Connection>,
-    /// True if it must not be used again, such as while a statement is under way that goes on if it is not awaited.
-    is_busy: bool,
+    /// True if it must not be used again, by what is known now: a statement is under way, which goes on if it is not
+    /// awaited; or its server lacks records.
+    is_spent: bool,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -222,7 +223,7 @@ impl AsRef<Connection> for Reader {
 impl Drop for Reader {
     /// Keeps the connection for further use, unless it has ended or a transaction may be open.
     fn drop(&mut self) {
-        if !self.connection.is_closed() && !self.is_busy && !thread::panicking() {
+        if !self.connection.is_closed() && !self.is_spent && !thread::panicking() {
             self.readers.idle().push(self.connection.clone());
         }
     }
@@ -250,7 +251,7 @@ impl Readers {
             Some(connection) => connection,
             None => Arc::new(self.connector.connect(APPLICATION).await?),
         };
-        Ok(Reader { readers: self.clone(), connection, is_busy: false, _permit: permit })
+        Ok(Reader { readers: self.clone(), connection, is_spent: false, _permit: permit })
     }
 
     /// Reads as of one moment. A connection that has ended meanwhile, has statements for other tables, or leads to an
@@ -265,7 +266,7 @@ impl Readers {
             let schema = self.connector.url().schema();
             let read = read.clone();
             let required = *self.required();
-            let (timeline, used) = (reader.as_ref().timeline(), reader.as_ref().used());
+            let (server, used) = (reader.as_ref().server().clone(), reader.as_ref().used());
             let read = move |snapshot: &mut Snapshot<'_>, (): &mut ()| {
                 snapshot.check(required)?;
                 read(snapshot)
@@ -277,15 +278,15 @@ impl Readers {
             };
             match result {
                 Err(Failed::Statement(error)) if goes_elsewhere(&error) && !is_last => {}
-                Err(Failed::Behind) => {
+                Err(behind @ Failed::Behind(_)) => {
                     if let Some((mut reader, ())) = used_up {
-                        reader.is_busy = true;
+                        reader.is_spent = true;
                     }
                     self.connector.doubt();
-                    return Err(failure(&self.connector, &Failed::Behind));
+                    return Err(failure(&self.connector, &behind));
                 }
                 // A standby was promoted meanwhile, and may have more by now.
-                Ok(_) if let Some(problem) = self.connector.outdated(timeline) => {
+                Ok(_) if let Some(problem) = self.connector.outdated(&server) => {
                     if is_last {
                         return Err(StoreError::Unavailable { store: self.connector.url().to_string(), problem });
                     }

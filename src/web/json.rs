@@ -206,9 +206,9 @@ impl FromRequest<Answers> for Asked {
         let caller = Extension::from_request_parts(&mut parts, answers).await;
         let Extension(caller) = caller.map_err(IntoResponse::into_response)?;
         let query = Query::from_request_parts(&mut parts, answers).await;
-        let Query(mut parameters): Query<Vec<_>> = query.map_err(IntoResponse::into_response)?;
+        let Query(mut parameters): Query<Vec<_>> = query.map_err(|error| refused(&invalid(&error.body_text())))?;
         let path = RawPathParams::from_request_parts(&mut parts, answers).await;
-        let path = path.map_err(IntoResponse::into_response)?;
+        let path = path.map_err(|error| refused(&invalid(&error.body_text())))?;
         parameters.extend(path.iter().map(|(name, value)| (name.to_owned(), value.to_owned())));
         let reads = matches!(parts.method, Method::GET | Method::HEAD);
         let (headers, body) = (parts.headers, (!reads).then_some(body));

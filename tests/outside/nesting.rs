@@ -225,6 +225,27 @@ async fn a_degraded_cycle_is_an_answer_with_an_issue_and_a_failed_one_a_failure(
 }
 
 #[tokio::test]
+async fn a_failure_two_orchestrators_below_is_an_issue_at_the_top() {
+    let mut city = child("orchestrator_id = \"city\"\n[[serves]]\nname = \"city\"\n").await;
+    city.register_all(&["a", "b"]).await;
+    let mut region = child(CHILD).await;
+    region.client.register(registration("city", &endpoint(&city.service))).await.unwrap();
+    let mut top = Stage::new().await;
+    top.client.register(registration("eu", &endpoint(&region.service))).await.unwrap();
+    assert_eq!(part(&top.client.run().await.unwrap(), "eu").issues, []);
+    city.fleet.run("b", Run::Fail(Code::Internal, "no fuel".into()));
+    let cycle = top.client.run().await.unwrap();
+    assert_eq!(region.client.cycle(2).await.unwrap().state(), CycleState::Succeeded);
+    let [issue] = &part(&cycle, "eu").issues[..] else { panic!("{cycle:?}") };
+    assert_eq!((issue.severity(), issue.code.as_str()), (pbs::Severity::Error, "ERRORS_REPORTED"));
+    assert_eq!(
+        issue.message,
+        "in cycle 2 here, subsystems reported 1 error: city CYCLE_DEGRADED: cycle 2 here was DEGRADED: 1 of 2 failed: b \
+         INTERNAL: no fuel"
+    );
+}
+
+#[tokio::test]
 async fn a_name_has_the_subsystems_that_the_configuration_says_also_after_a_reload() {
     let subset = "orchestrator_id = \"child\"\n[[serves]]\nname = \"eu\"\nsubsystems = [\"a\", \"x\"]\n";
     let mut child = child("orchestrator_id = \"child\"\n").await;

@@ -54,6 +54,9 @@ async fn errors_are_reported() {
     for (path, status, code, word) in [
         ("/api/cycles/9", 404, "NOT_FOUND", "9"),
         ("/api/cycles/none", 400, "INVALID_ARGUMENT", "none"),
+        ("/api/cycles/18446744073709551616", 400, "INVALID_ARGUMENT", "from 0 to 18446744073709551615"),
+        ("/api/cycles?pageToken=%2B5", 400, "INVALID_ARGUMENT", "not a token of this service"),
+        ("/api/subsystems/%ff", 400, "INVALID_ARGUMENT", "UTF-8"),
         ("/api/cycles?size=5", 400, "INVALID_ARGUMENT", "there is no size; give pageSize, "),
         ("/api/cycles?states=FOO", 400, "INVALID_ARGUMENT", "give CYCLE_STATE_SUCCEEDED, "),
         ("/api/cycles?pageSize=5000", 400, "INVALID_ARGUMENT", "pageSize"),

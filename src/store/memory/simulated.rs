@@ -566,7 +566,7 @@ impl SimulatedStore {
         let (revision, epoch) = *self.required();
         let kept = self.process.read(|rows| rows.now.kept.clone()).await?;
         if kept.frontier.last_revision < revision || kept.epoch < epoch {
-            return Err(unavailable("an earlier primary has answered"));
+            return Err(StoreError::Behind { store: STORE.into(), server: "an earlier primary".into() });
         }
         Ok(MemoryStore { clock: self.clock, kept: Mutex::new(kept) })
     }

@@ -570,17 +570,17 @@ impl Line {
                 Err(error) => return Answer::Refused(error),
             };
             let _ = connection.take_warning();
-            let timeline = connection.timeline();
+            let server = connection.server();
             let given_up = async {
                 match patience {
                     Patience::Short => {
                         sleep(ANSWER).await;
-                        format!("the server has not answered within {ANSWER:?}")
+                        format!("{} has not answered within {ANSWER:?}", server.name)
                     }
-                    Patience::UpTo(epoch) => connector.has_passed(timeline, Some(epoch)).await,
+                    Patience::UpTo(epoch) => connector.has_passed(server, Some(epoch)).await,
                     Patience::WithClaim(epoch, claim) => select! {
                         biased;
-                        problem = connector.has_passed(timeline, Some(epoch)) => problem,
+                        problem = connector.has_passed(server, Some(epoch)) => problem,
                         problem = claim.goes_on_without(epoch) => problem,
                     },
                 }
@@ -593,11 +593,12 @@ impl Line {
             let warning = connection.take_warning();
             match executed {
                 Ok(_) if warning.is_some() => {
-                    let problem = format!("the server has warned of a commit: {}", warning.unwrap_or_default());
+                    let problem =
+                        format!("{} has warned of a commit: {}", connection.server().name, warning.unwrap_or_default());
                     return Answer::Lost(StoreError::Unavailable { store, problem });
                 }
                 // A standby was promoted meanwhile, which may not have it.
-                Ok(_) if let Some(problem) = connector.outdated(timeline) => {
+                Ok(_) if let Some(problem) = connector.outdated(connection.server()) => {
                     return Answer::Lost(StoreError::Unavailable { store, problem });
                 }
                 Ok(mut rows) => {

@@ -90,18 +90,25 @@ pub(super) struct Connection {
     /// By their texts. `None` behind a pooler, which executes each transaction in any session.
     prepared: Option<Mutex<BTreeMap<String, Statement>>>,
     figures: Arc<Figures>,
-    /// Number of the history of its server, which is higher on a standby that was promoted. `None` if the server does
-    /// not tell it.
-    timeline: Option<i32>,
+    server: Server,
     /// What the server has warned of since this was last taken.
     warning: Arc<Mutex<Option<String>>>,
-    /// Moves the bytes.
-    task: AbortOnDropHandle<()>,
+    /// Moves the bytes. Returns the error by which it has ended, if any.
+    task: AbortOnDropHandle<Option<Error>>,
+}
+
+/// The server of a connection.
+#[derive(Clone)]
+pub(super) struct Server {
+    /// Its host and port, for people.
+    pub(super) name: Arc<str>,
+    /// Number of its history, which is higher on a standby that was promoted. `None` if it does not tell it.
+    pub(super) timeline: Option<i32>,
 }
 
 /// A connection that a thread uses.
 pub(super) struct Used {
-    timeline: Option<i32>,
+    server: Server,
     end: AbortHandle,
 }
 
@@ -118,14 +125,14 @@ impl Connection {
         self.client.transaction().await
     }
 
-    /// The timeline of its server when it was made. `None` if that does not tell it.
-    pub(super) fn timeline(&self) -> Option<i32> {
-        self.timeline
+    /// Its server, with the timeline that this had when the connection was made.
+    pub(super) fn server(&self) -> &Server {
+        &self.server
     }
 
     /// By which it can be ended from elsewhere, while a thread uses it.
     pub(super) fn used(&self) -> Used {
-        Used { timeline: self.timeline, end: self.task.abort_handle() }
+        Used { server: self.server.clone(), end: self.task.abort_handle() }
     }
 
     /// Ends it, while its server does not answer. Statements that wait for an answer over it then fail.
@@ -249,12 +256,10 @@ impl Connector {
         let mut hosts: Vec<_> = self.of_hosts(application, password.as_deref()).enumerate().collect();
         hosts.sort_by_key(|(number, _)| *number != latest);
         let mut problems = Vec::new();
-        for (number, (host, config)) in hosts {
-            match self.connect_to(number, &config).await {
+        for (number, (name, config)) in hosts {
+            match self.connect_to(number, name, &config).await {
                 Ok(connection) => return Ok(connection),
-                Err(StoreError::Unavailable { problem, .. }) => {
-                    problems.push(format!("{}: {problem}", shown(host, &config)));
-                }
+                Err(StoreError::Unavailable { problem, .. }) => problems.push(problem),
                 // What the server refuses, so would another one.
                 Err(error) => return Err(error),
             }
@@ -293,56 +298,58 @@ impl Connector {
     async fn connect_to_all(&self) -> Vec<Connection> {
         let Ok(password) = self.password().await else { return Vec::new() };
         let hosts = self.of_hosts(APPLICATION, password.as_deref()).enumerate();
-        let connected = hosts.map(|(number, (_, config))| async move { self.connect_to(number, &config).await });
+        let connected =
+            hosts.map(|(number, (name, config))| async move { self.connect_to(number, name, &config).await });
         let connected = join_all(connected).await;
-        connected.into_iter().flatten().filter(|connection| self.outdated(connection.timeline).is_none()).collect()
+        connected.into_iter().flatten().filter(|connection| self.outdated(&connection.server).is_none()).collect()
     }
 
-    /// The settings of a connection to each host.
-    fn of_hosts(&self, application: &str, password: Option<&[u8]>) -> impl Iterator<Item = (&Host, Config)> {
+    /// The name of each host, for people, and the settings of a connection to it.
+    fn of_hosts(&self, application: &str, password: Option<&[u8]>) -> impl Iterator<Item = (Arc<str>, Config)> {
         self.url.of_hosts().map(move |(host, mut config)| {
             config.application_name(application);
             if let Some(password) = password {
                 config.password(password);
             }
-            (host, config)
+            (shown(host, &config).into(), config)
         })
     }
 
     /// True if a connection that is kept can be used again.
     pub(super) fn has_use_for(&self, connection: &Connection) -> bool {
-        !connection.is_closed() && self.outdated(connection.timeline).is_none()
+        !connection.is_closed() && self.outdated(&connection.server).is_none()
     }
 
-    /// The problem of a server that has this timeline, if a later one is known.
-    pub(super) fn outdated(&self, timeline: Option<i32>) -> Option<String> {
+    /// The problem of this server, if a later timeline is known.
+    pub(super) fn outdated(&self, Server { name, timeline }: &Server) -> Option<String> {
         let newest = self.latest.borrow().timeline;
         let timeline = timeline.filter(|timeline| *timeline < newest)?;
         Some(format!(
-            "it has timeline {timeline}, and a standby with timeline {newest} was promoted in its place: rebuild it as \
+            "{name} has timeline {timeline}, and a standby with timeline {newest} was promoted in its place: rebuild it as \
              a standby of that one. If you have restored an older backup on purpose, restart all replicas"
         ))
     }
 
-    /// Waits until it is certain that a statement has no future at a server with this timeline, which does not answer
-    /// it: a standby was promoted in place of that server, or another replica has claimed a later term than that of the
-    /// statement, if it has one. Returns what was found. Asks all hosts over new connections each time; that a standby
-    /// was promoted, it also learns from any other connection.
-    pub(super) async fn has_passed(&self, timeline: Option<i32>, epoch: Option<Epoch>) -> String {
+    /// Waits until it is certain that a statement has no future at this server, which does not answer it: a standby was
+    /// promoted in its place, or another replica has claimed a later term than that of the statement, if it has one.
+    /// Returns what was found. Asks all hosts over new connections each time; that a standby was promoted, it also
+    /// learns from any other connection.
+    pub(super) async fn has_passed(&self, server: &Server, epoch: Option<Epoch>) -> String {
+        let Server { name, timeline } = server;
         let mut latest = self.latest.subscribe();
         select! {
             biased;
             // The sender is in `self`.
             _ = latest.wait_for(|latest| timeline.is_some_and(|timeline| timeline < latest.timeline)) => {
-                "a standby was promoted in place of the server, which has not answered".into()
+                format!("a standby was promoted in place of {name}, which has not answered")
             }
-            found = self.is_superseded(epoch) => found,
+            by = self.is_superseded(epoch) => format!("{name} does not answer, and epoch {by} has taken over"),
         }
     }
 
     /// Asks all hosts again and again, and waits until a replica has claimed a later term than that of this epoch, if
-    /// there is one. Returns what was found.
-    async fn is_superseded(&self, epoch: Option<Epoch>) -> String {
+    /// there is one. Returns that epoch.
+    async fn is_superseded(&self, epoch: Option<Epoch>) -> Epoch {
         let leader = format!("SELECT epoch FROM {}.leader WHERE id = 0", self.url.schema());
         let mut looks = interval_at(Instant::now() + ANSWER, ANSWER);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -355,7 +362,7 @@ impl Connector {
                 let claimed = claimed.ok().and_then(Result::ok);
                 let claimed = claimed.and_then(|rows| epoch_of_leader(self, rows.first()?, "epoch").ok());
                 if let Some(claimed) = claimed.filter(|claimed| *claimed > epoch) {
-                    return format!("the server does not answer, and epoch {claimed} has taken over");
+                    return claimed;
                 }
             }
         }
@@ -363,8 +370,8 @@ impl Connector {
 
     /// Ends a connection once nothing can come of what it is used for: see [`Connector::has_passed`]. What waits for an
     /// answer over it then fails.
-    pub(super) async fn end_once_passed(&self, Used { timeline, end }: Used, epoch: Option<Epoch>) -> Infallible {
-        let found = self.has_passed(timeline, epoch).await;
+    pub(super) async fn end_once_passed(&self, Used { server, end }: Used, epoch: Option<Epoch>) -> Infallible {
+        let found = self.has_passed(&server, epoch).await;
         tracing::warn!(store = %self.url, "a connection is given up: {found}");
         end.abort();
         pending().await
@@ -400,17 +407,21 @@ impl Connector {
         StoreError::Unavailable { store: self.url.to_string(), problem }
     }
 
-    /// Connects to the host with this number.
+    /// Connects to the host with this number and name.
     ///
     /// # Errors
-    /// It does not answer in time, does not take writes, or is an earlier primary.
-    async fn connect_to(&self, host: usize, config: &Config) -> Result<Connection, StoreError> {
-        let connected = timeout(CONNECT, self.session(config)).await;
-        let connection = connected.unwrap_or_else(|_| {
-            let problem = format!("no answer within {CONNECT:?}");
-            Err(self.unavailable(problem))
-        })?;
-        let reached = Latest { timeline: connection.timeline.unwrap_or_default(), host };
+    /// It does not answer in time, does not take writes, or is an earlier primary. The problem names it.
+    async fn connect_to(&self, host: usize, name: Arc<str>, config: &Config) -> Result<Connection, StoreError> {
+        let connected = timeout(CONNECT, self.session(name.clone(), config)).await;
+        let connection = match connected {
+            Ok(Ok(connection)) => connection,
+            Ok(Err(StoreError::Unavailable { problem, .. })) => {
+                return Err(self.unavailable(format!("{name}: {problem}")));
+            }
+            Ok(Err(error)) => return Err(error),
+            Err(_) => return Err(self.unavailable(format!("{name}: no answer within {CONNECT:?}"))),
+        };
+        let reached = Latest { timeline: connection.server.timeline.unwrap_or_default(), host };
         self.latest.send_if_modified(|latest| {
             let is_later = (reached.timeline, Reverse(host)) > (latest.timeline, Reverse(latest.host));
             if is_later {
@@ -418,7 +429,7 @@ impl Connector {
             }
             is_later
         });
-        let Some(problem) = self.outdated(connection.timeline) else { return Ok(connection) };
+        let Some(problem) = self.outdated(&connection.server) else { return Ok(connection) };
         let newest = self.latest.borrow().timeline;
         if self.told.swap(newest, Ordering::Relaxed) != newest {
             tracing::warn!(store = %self.url, "an earlier primary takes writes, and is not used: {problem}");
@@ -426,10 +437,10 @@ impl Connector {
         Err(self.unavailable(problem))
     }
 
-    /// A session on one host.
-    async fn session(&self, config: &Config) -> Result<Connection, StoreError> {
-        let connected = config.connect(self.tls.clone()).await;
-        let (client, mut connection) = connected.map_err(|error| explain(&self.url.to_string(), &error))?;
+    /// A session on the host with this name.
+    async fn session(&self, name: Arc<str>, config: &Config) -> Result<Connection, StoreError> {
+        let explained = |error: &Error| explain(&self.url.to_string(), error);
+        let (client, mut connection) = config.connect(self.tls.clone()).await.map_err(|error| explained(&error))?;
         let warning = Arc::new(Mutex::new(None));
         let (warned, store) = (warning.clone(), self.url.to_string());
         let task = tokio::spawn(async move {
@@ -444,18 +455,25 @@ impl Connector {
                     Ok(_) => {}
                     Err(error) => {
                         tracing::debug!(store, %error, "a connection has ended");
-                        return;
+                        return Some(error);
                     }
                 }
             }
+            None
         });
         let (prepared, figures) = ((!self.url.is_pooled()).then(Mutex::default), self.figures.clone());
         let task = AbortOnDropHandle::new(task);
-        let mut connection = Connection { client, prepared, figures, timeline: None, warning, task };
-        connection.timeline = match connection.query(TIMELINE, &[]).await {
+        let server = Server { name, timeline: None };
+        let mut connection = Connection { client, prepared, figures, server, warning, task };
+        connection.server.timeline = match connection.query(TIMELINE, &[]).await {
             Ok(rows) => rows.first().and_then(|row| row.try_get(0).ok()),
             Err(error) if error.as_db_error().is_some() => None,
-            Err(error) => return Err(explain(&self.url.to_string(), &error)),
+            // A pooler lets clients in before it has a session for them, and says in its last message why it has none.
+            Err(closed) if closed.is_closed() => {
+                let last = (&mut connection.task).await.ok().flatten();
+                return Err(explained(&last.unwrap_or(closed)));
+            }
+            Err(error) => return Err(explained(&error)),
         };
         Ok(connection)
     }

@@ -40,8 +40,8 @@ pub(super) enum Failed {
     Late(Duration),
     /// It is not what this software has written.
     Wrong(Wrong),
-    /// The server lacks the required record.
-    Behind,
+    /// The server of this name lacks the required record.
+    Behind(String),
 }
 
 /// A record that the server of a snapshot must have: the revision, and the earliest term that it can be of.
@@ -69,7 +69,7 @@ impl fmt::Display for Failed {
             Self::Statement(error) => error.fmt(f),
             Self::Late(limit) => write!(f, "the server has not answered within {limit:?}"),
             Self::Wrong(wrong) => wrong.fmt(f),
-            Self::Behind => f.write_str("the server lacks records that this process knows to be acknowledged"),
+            Self::Behind(server) => write!(f, "{server} lacks records that this process knows to be acknowledged"),
         }
     }
 }
@@ -213,7 +213,7 @@ impl<'c> Snapshot<'c> {
         let row = self.one("SELECT last_revision, epoch FROM SCHEMA.meta", &[])?;
         let (revision, epoch) = (Revision(number(&row, "last_revision")?), Epoch(number(&row, "epoch")?));
         let is_there = revision >= required.revision && epoch >= required.epoch;
-        if is_there { Ok(()) } else { Err(Failed::Behind) }
+        if is_there { Ok(()) } else { Err(Failed::Behind(self.connection.server().name.to_string())) }
     }
 
     /// The only row of a query.

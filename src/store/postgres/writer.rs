@@ -344,12 +344,6 @@ pub(super) fn failure(connector: &Connector, failed: &Failed) -> StoreError {
             StoreError::Unavailable { store, problem: format!("{failed}; see whether the server and the network work") }
         }
         Failed::Wrong(wrong) => StoreError::Corrupt { store, problem: wrong.to_string() },
-        Failed::Behind => {
-            let problem = format!(
-                "{failed}: it is an earlier primary, or an older copy has replaced the database. Rebuild an earlier \
-                 primary as a standby; if you have restored an older backup on purpose, restart all replicas"
-            );
-            StoreError::Unavailable { store, problem }
-        }
+        Failed::Behind(server) => StoreError::Behind { store, server: server.clone() },
     }
 }
