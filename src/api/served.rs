@@ -394,8 +394,8 @@ fn answer(record: &Record) -> Result<pbs::RunCycleResponse, Status> {
     Ok(pbs::RunCycleResponse { output: payload(&output)?, metrics: BTreeMap::new(), issues })
 }
 
-/// The issues of severity ERROR that subsystems had in a cycle, as one: so a failure is seen above, by way of any number
-/// of orchestrators. `None` if there are none.
+/// The issues of severity ERROR that subsystems had in a cycle, as one: so a failure is seen above, by way of any
+/// number of orchestrators. `None` if there are none.
 fn reported(cycle_id: CycleId, telemetry: &pb::CycleTelemetry) -> Option<pbs::Issue> {
     /// More than these have no room in a message.
     const NAMED: usize = 32;

@@ -895,6 +895,29 @@ async fn an_old_primary_that_goes_on_beside_the_new_one_is_not_read_any_more() {
 }
 
 #[tokio::test]
+async fn a_replica_that_reaches_only_an_earlier_primary_knows_that_it_cannot_lead() {
+    let Some((primary, standby, url)) = pair() else { return };
+    let mut replicas = Replicas::together([("a", url.clone())], &format!("{LONG:?}")).await;
+    replicas.add("b", &url.replace(&format!(",{}", standby.host()), "")).await;
+    replicas.serve("b").await;
+    assert_eq!(replicas.follows("b").await, "a");
+    let (mut client, mut of_b) = (replicas.client("a").await, replicas.client("b").await);
+    replicas.home("b").logged("this replica can lead", 1).await;
+    client.run().await.unwrap();
+    primary.shows("SELECT count(*) FROM pg_stat_replication WHERE replay_lsn = pg_current_wal_lsn()", "1").await;
+    standby.promote().await;
+    replicas.home("a").logged("an earlier primary takes writes", 1).await;
+    client.run().await.unwrap();
+    // From the answer on, it knows what the leader has acknowledged.
+    of_b.status().await.unwrap();
+    replicas.service("b").signal(Signal::HUP);
+    replicas.home("b").logged("this replica can't lead", 1).await;
+    let status = of_b.status().await.unwrap();
+    let lacks = format!("{} lacks records", primary.directory().display());
+    assert!(status.unable_to_lead.contains(&lacks), "{status:?}");
+}
+
+#[tokio::test]
 async fn after_a_failover_that_has_lost_acknowledged_cycles_no_replica_leads_until_the_store_is_accepted() {
     const LACKS: &str = "an older copy has replaced it";
     // Nothing waits for the standby.

@@ -7,7 +7,7 @@ use crate::common::{
     command::orchestrator,
     network::Network,
     patiently,
-    postgres::{Server, shared, shared_pooler, through},
+    postgres::{Pooler, Server, shared, shared_pooler, through},
     service::{Home, Service, decode, next_recorded, reason},
 };
 use orchestrator_core::ledger::SigningKey;
@@ -98,6 +98,21 @@ async fn a_store_behind_a_pooler_that_the_url_does_not_tell_of_is_refused_with_t
     let ended = home.try_serve().await.map(drop).unwrap_err();
     assert_eq!(ended.code(), Some(1), "{}", home.log());
     assert!(home.log().contains("add pooled=true to store.url"), "{}", home.log());
+}
+
+#[tokio::test]
+async fn a_start_behind_a_pooler_whose_server_is_away_says_why() {
+    let Some(server) = Server::start("", None) else { return };
+    let Some(pooler) = Pooler::before(&server) else { return };
+    let home = home_at(&pooler.url(&server.url()));
+    assert!(home.serve().await.stop().await.success());
+    server.crash().await;
+    // The pooler keeps its first client waiting while it tries to connect, and tells the next ones, by its last message.
+    for _ in 0..2 {
+        let ended = home.try_serve().await.map(drop).unwrap_err();
+        assert_eq!(ended.code(), Some(1), "{}", home.log());
+    }
+    assert!(home.log().contains("server login has been failing"), "{}", home.log());
 }
 
 async fn is_there_after_the_process_was_killed(home: Home) {

@@ -21,7 +21,7 @@ use tokio::{
     time::{Instant, MissedTickBehavior, interval_at, sleep, timeout},
 };
 use tokio_postgres::{
-    AsyncMessage, Client, Config, Error, Row, RowStream, Statement, Transaction,
+    AsyncMessage, Client, Config, Error, Row, RowStream, SimpleQueryMessage, Statement, Transaction,
     config::Host,
     error::{DbError, Severity, SqlState},
     types::{ToSql, Type},
@@ -31,7 +31,7 @@ use tokio_rustls::rustls::{self, ClientConfig, RootCertStore, crypto};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{
-    error::explain,
+    error::{explain, is_ambiguous},
     figures::Figures,
     leader::epoch_of_leader,
     parameter::Parameter,
@@ -119,6 +119,13 @@ impl AsRef<Connection> for Connection {
 }
 
 impl Connection {
+    /// True if its server takes writes. (tokio-postgres could ask that when it connects, and would drop the reason for
+    /// which the server, or a pooler, ends the connection.)
+    async fn takes_writes(&self) -> Result<bool, Error> {
+        let rows = self.client.simple_query("SHOW transaction_read_only").await?;
+        Ok(rows.iter().any(|row| matches!(row, SimpleQueryMessage::Row(row) if row.get(0) == Some("off"))))
+    }
+
     /// For statements in one transaction, without parameters: those with parameters would be prepared by name, which a
     /// pooler does not allow.
     pub(super) async fn transaction(&mut self) -> Result<Transaction<'_>, Error> {
@@ -465,15 +472,20 @@ impl Connector {
         let task = AbortOnDropHandle::new(task);
         let server = Server { name, timeline: None };
         let mut connection = Connection { client, prepared, figures, server, warning, task };
-        connection.server.timeline = match connection.query(TIMELINE, &[]).await {
-            Ok(rows) => rows.first().and_then(|row| row.try_get(0).ok()),
-            Err(error) if error.as_db_error().is_some() => None,
+        match connection.takes_writes().await {
+            Ok(true) => {}
+            Ok(false) => return Err(self.unavailable("it takes no writes: it is a standby, or read-only".into())),
             // A pooler lets clients in before it has a session for them, and says in its last message why it has none.
             Err(closed) if closed.is_closed() => {
                 let last = (&mut connection.task).await.ok().flatten();
                 return Err(explained(&last.unwrap_or(closed)));
             }
             Err(error) => return Err(explained(&error)),
+        }
+        connection.server.timeline = match connection.query(TIMELINE, &[]).await {
+            Ok(rows) => rows.first().and_then(|row| row.try_get(0).ok()),
+            Err(error) if is_ambiguous(&error) => return Err(explained(&error)),
+            Err(_) => None,
         };
         Ok(connection)
     }

@@ -5,7 +5,7 @@ use std::{fmt, net::IpAddr, path::PathBuf, str::FromStr, time::Duration};
 use percent_encoding::percent_decode_str;
 use tokio_postgres::{
     Config,
-    config::{ChannelBinding, Host, SslMode, TargetSessionAttrs},
+    config::{ChannelBinding, Host, SslMode},
 };
 
 /// The schema of the tables, unless the URL names another one.
@@ -126,7 +126,6 @@ impl PostgresUrl {
             .keepalives_interval(PROBE_INTERVAL)
             .keepalives_retries(PROBES)
             .tcp_user_timeout(UNACKNOWLEDGED)
-            .target_session_attrs(TargetSessionAttrs::ReadWrite)
             .channel_binding(ChannelBinding::Prefer);
         parsed.get_user().map(|user| config.user(user));
         parsed.get_password().map(|password| config.password(password));
