@@ -778,17 +778,22 @@ async fn under_load_the_same_replica_leads_on_after_a_promotion_and_finishes_its
 
 #[tokio::test]
 async fn a_leader_goes_on_within_its_lease_when_a_standby_is_promoted_in_place_of_a_primary_that_is_silent() {
-    // Its renewals come every 1.5 s, and it looks for a promotion after 2 s: long before the end of its lease.
+    // It is renewed every 1.5 s, so that 3.9 s of it are left at least, and a promotion is looked for after 2 s.
     const TTL: Duration = Duration::from_secs(6);
+    const OVERDUE: Duration = Duration::from_millis(3700);
     let Some(paired) = Paired::start(TTL).await else { return };
     let mut client = paired.replicas.client(paired.leader).await;
     let first = client.run().await.unwrap();
     let stopped = paired.primary.stop().await;
-    sleep(Duration::from_millis(1200)).await;
+    let left = async || client.clone().status().await.unwrap().lease_remaining.unwrap();
+    let overdue = async { while Duration::try_from(left().await).unwrap() > OVERDUE {} };
+    patiently("a renewal to be overdue", overdue).await;
     paired.standby.promote().await;
     let (_, next) = last_cycle(&paired.replicas).await;
     assert_eq!(next.epoch, first.epoch, "{}", paired.replicas.logs());
-    sleep(TTL).await;
+    let beats: u64 = paired.standby.execute("SELECT beat FROM fleet.leader").await.trim_end().parse().unwrap();
+    let renewed = format!("SELECT beat > {} FROM fleet.leader", beats + 4);
+    patiently("a TTL of renewals", paired.standby.shows(&renewed, "t")).await;
     let log = paired.replicas.home(paired.leader).log();
     assert!(!log.contains("could not confirm in time that it leads"), "{log}");
     drop(stopped);
