@@ -143,8 +143,8 @@ const MAY_DEPEND: &[(&str, &[&str])] = &[
     ("hyper", &["listen", "web"]),
     // `cli/remote` and `api/forward` give a connection to the gRPC client.
     ("hyper_util", &["api/forward", "cli/remote", "listen", "web"]),
-    ("rustls_native_certs", &["dial/tls", "store/postgres/connect"]),
-    ("tokio_rustls", &["dial", "listen/tls", "store/postgres/connect"]),
+    ("rustls_native_certs", &["dial/tls", "store/postgres/tls"]),
+    ("tokio_rustls", &["dial", "listen/tls", "store/postgres/tls"]),
     ("webpki", &["access", "cli/certs", "dial/tls", "listen/tls", "pem"]),
     // Libraries that one place uses.
     // Also the name of the provider in rustls.

@@ -22,6 +22,7 @@ mod rows;
 mod schema;
 #[cfg(test)]
 pub(super) mod tests;
+mod tls;
 mod url;
 mod writer;
 

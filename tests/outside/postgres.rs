@@ -107,7 +107,7 @@ async fn a_start_behind_a_pooler_whose_server_is_away_says_why() {
     let home = home_at(&pooler.url(&server.url()));
     assert!(home.serve().await.stop().await.success());
     server.crash().await;
-    // The pooler keeps its first client waiting while it tries to connect, and tells the next ones, by its last message.
+    // The pooler keeps its first client waiting while it tries to connect, and tells the next one, by its last message.
     for _ in 0..2 {
         let ended = home.try_serve().await.map(drop).unwrap_err();
         assert_eq!(ended.code(), Some(1), "{}", home.log());
