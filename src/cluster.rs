@@ -42,6 +42,8 @@ struct Member {
     lease: watch::Sender<Option<Lease>>,
     /// True if the database has answered when it was asked last who leads.
     sees: watch::Sender<bool>,
+    /// Why it is not known which replica leads, if so.
+    blind: Mutex<Option<Arc<str>>>,
     unable: Mutex<Unable>,
     settings: Mutex<Settings>,
     /// Number of terms that this replica has seen begin, its own among them, and the epoch of the last one.
@@ -87,6 +89,7 @@ impl Membership {
             role: watch::Sender::new(role),
             lease: watch::Sender::new(None),
             sees: watch::Sender::new(true),
+            blind: Mutex::default(),
             unable: Mutex::default(),
             settings: Mutex::default(),
             changes: AtomicU64::new(0),
@@ -139,6 +142,15 @@ impl Membership {
     /// True if the database has answered when it was asked last who leads, and each change of that.
     pub fn sees(&self) -> watch::Receiver<bool> {
         self.0.sees.subscribe()
+    }
+
+    /// Why it was not known which replica leads, when the database was asked last; `None` if that was known.
+    pub fn blind(&self) -> Option<Arc<str>> {
+        self.0.blind.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_blind(&self, why: Option<&str>) {
+        replace(&mut self.0.blind.lock().unwrap_or_else(PoisonError::into_inner), why);
     }
 
     /// Why it does not claim to lead, whether another replica leads or not; `None` if it would.

@@ -305,6 +305,7 @@ impl Service {
         let api = api.forwarding(forwarder.clone());
         api.serve_as(config.serves.clone());
         // The last step that may fail. It begins the new epoch: until then nothing is taken over.
+        let started_at = host.started.time();
         let parts =
             Parts { memory: memory.clone(), host, dialer: dialer.clone(), spans, sums, history: history.clone() };
         let terms = match source {
@@ -357,7 +358,8 @@ impl Service {
             let expiries = Box::new(move || of_files.expiries());
             let (dialed, memory_of_all) = (dialer.counts(), memory.clone());
             let metrics = Metrics::default().and_of(calls, exporter, in_front, dialed, expiries, memory_of_all);
-            web.open(api.clone(), metrics.and_of_replica(membership, history.clone(), forwarded).into(), &memory);
+            let metrics = metrics.and_of_replica(membership, started_at, history.clone(), forwarded);
+            web.open(api.clone(), metrics.into(), &memory);
         }
         if let Some(address) = admin_address {
             tracing::info!(%address, "dashboard");

@@ -138,11 +138,14 @@ pub(super) fn not_leader(membership: &Membership) -> Status {
     let leader = match membership.role() {
         model::Role::Follower { leader: Some(leader) } => leader,
         model::Role::Follower { leader: None } | model::Role::Leader { .. } => {
-            let message = match membership.unable() {
-                Some(why) => format!("no replica leads now, and {} can't: {why}", membership.replica().name),
-                None => "no replica leads now: the last leader has ended, or could not renew its lease, as while the \
+            let message = match (membership.unable(), membership.blind()) {
+                (Some(why), _) => format!("no replica leads now, and {} can't: {why}", membership.replica().name),
+                (None, Some(why)) => format!("it is not known which replica leads: {why}"),
+                (None, None) => {
+                    "no replica leads now: the last leader has ended, or could not renew its lease, as while the \
                          database does not answer or its standby is away; try again"
-                    .to_owned(),
+                        .to_owned()
+                }
             };
             return with_retry(message, "NO_LEADER", HashMap::new());
         }

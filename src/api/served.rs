@@ -299,8 +299,9 @@ impl Handlers {
         let ticket = call.orchestrator().run_for_parent(request).await.map_err(status)?;
         // The rest of the request belongs to the cycle.
         call.forget_request();
+        let id = call.orchestrator().id().clone();
         let record = ticket.recorded().await.map_err(status)?;
-        self.offload(record.bytes.len() / PART, move || answer(&record)).await?
+        self.offload(record.bytes.len() / PART, move || answer(&id, &record)).await?
     }
 }
 
@@ -352,15 +353,15 @@ fn time_for_cycle(due: Instant) -> Result<Duration, Status> {
 // ---------------------------------------------------------------------------------------------------------------
 // The answer
 
-/// The answer to a parent whose cycle started this one: a summary.
+/// The answer of the orchestrator with this id to a parent whose cycle started this one: a summary.
 ///
 /// # Errors
 /// It has not succeeded, not even in part: INTERNAL. Or its record can't be read.
-fn answer(record: &Record) -> Result<pbs::RunCycleResponse, Status> {
+fn answer(id: &str, record: &Record) -> Result<pbs::RunCycleResponse, Status> {
     let telemetry = pb::CycleTelemetry::decode(record.bytes.clone());
     let telemetry = telemetry.map_err(|error| plain(Code::Internal, &format!("the record can't be read: {error}")))?;
     let (cycle_id, state) = (record.cycle_id, record.state.name());
-    let summary = format!("cycle {cycle_id} here was {state}: {}", telemetry.error);
+    let summary = format!("cycle {cycle_id} of {id} was {state}: {}", telemetry.error);
     let degraded = match record.state {
         CycleState::Succeeded => None,
         CycleState::Degraded => Some(error("CYCLE_DEGRADED", summary)),
@@ -368,7 +369,7 @@ fn answer(record: &Record) -> Result<pbs::RunCycleResponse, Status> {
             return Err(plain(Code::Internal, &summary));
         }
     };
-    let issues = degraded.into_iter().chain(reported(cycle_id, &telemetry)).collect();
+    let issues = degraded.into_iter().chain(reported(id, cycle_id, &telemetry)).collect();
     let counted = |states: &[pb::SubsystemState]| {
         telemetry.subsystems.iter().filter(|part| states.contains(&part.state())).count()
     };
@@ -394,9 +395,9 @@ fn answer(record: &Record) -> Result<pbs::RunCycleResponse, Status> {
     Ok(pbs::RunCycleResponse { output: payload(&output)?, metrics: BTreeMap::new(), issues })
 }
 
-/// The issues of severity ERROR that subsystems had in a cycle, as one: so a failure is seen above, by way of any
+/// The issues of severity ERROR that subsystems had in a cycle of this orchestrator, as one: so a failure is seen above, by way of any
 /// number of orchestrators. `None` if there are none.
-fn reported(cycle_id: CycleId, telemetry: &pb::CycleTelemetry) -> Option<pbs::Issue> {
+fn reported(id: &str, cycle_id: CycleId, telemetry: &pb::CycleTelemetry) -> Option<pbs::Issue> {
     /// More than these have no room in a message.
     const NAMED: usize = 32;
     let issues = telemetry.subsystems.iter().flat_map(|part| part.issues.iter().map(move |issue| (&part.name, issue)));
@@ -405,7 +406,7 @@ fn reported(cycle_id: CycleId, telemetry: &pb::CycleTelemetry) -> Option<pbs::Is
     let named = errors.take(NAMED).map(|(name, issue)| format!("{name} {}: {}", issue.code, issue.message));
     let named = named.collect::<Vec<_>>().join("; ");
     let number_of_them = count(number as u64, "error");
-    let message = format!("in cycle {cycle_id} here, subsystems reported {number_of_them}: {named}");
+    let message = format!("in cycle {cycle_id} of {id}, subsystems reported {number_of_them}: {named}");
     (number > 0).then(|| error("ERRORS_REPORTED", message))
 }
 
@@ -452,7 +453,7 @@ mod tests {
         };
         let subsystems = (0..20_000).map(part).collect();
         let telemetry = pb::CycleTelemetry { subsystems, error: "e".repeat(5_000), ..Default::default() };
-        let answer = answer(&record(CycleState::Degraded, &telemetry)).unwrap();
+        let answer = answer("eu", &record(CycleState::Degraded, &telemetry)).unwrap();
         assert!(answer.output.len() < 64 << 10, "{} bytes", answer.output.len());
         let output = Payload::check(answer.output).unwrap().to_json();
         let durations = output["durations_ms"].as_object().unwrap();
@@ -465,9 +466,9 @@ mod tests {
     fn a_cycle_that_has_not_succeeded_is_a_failure_with_a_short_message() {
         let telemetry = pb::CycleTelemetry { error: "e".repeat(5_000), ..Default::default() };
         for state in [CycleState::Failed, CycleState::Cancelled, CycleState::Interrupted] {
-            let status = answer(&record(state, &telemetry)).unwrap_err();
+            let status = answer("eu", &record(state, &telemetry)).unwrap_err();
             assert_eq!(status.code(), Code::Internal);
-            assert!(status.message().starts_with(&format!("cycle 3 here was {}: eee", state.name())));
+            assert!(status.message().starts_with(&format!("cycle 3 of eu was {}: eee", state.name())));
             assert!(status.message().len() < 1 << 10);
         }
     }

@@ -12,7 +12,7 @@ right is needed.
 
 Exit codes:
   0    it serves
-  1    it does not: it shuts down
+  1    it does not: it shuts down, or is a replica that is not ready
   2    wrong usage
   4    it can't be reached, or did not answer within --timeout
 

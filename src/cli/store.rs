@@ -69,7 +69,9 @@ Stop the service first. The source must have been closed: a store whose process 
 and stopped. The target must be new or empty. A copy that is interrupted leaves a target that is refused, and a source \
 that is served as before: remove the target, and copy again. If the source is refused already, repeat the command.
 
-The keys of the log are in files, which stay where they are: see what the command prints.
+The keys of the log are in files, which stay where they are: see what the command prints. In PostgreSQL, the user in the \
+URL becomes the owner of the tables: if the service has another one, run `orchestrator store migrate --grant-to USER` \
+with the same URL afterwards.
 
 Exit codes:
   0    the target is the store now
@@ -116,7 +118,8 @@ struct Key {
 /// Make the tables of a store in PostgreSQL, or bring them up to date
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-The user in the URL becomes the owner of the tables. The user of the service needs fewer rights: USAGE of the schema, \
+The user in the URL becomes the owner of the tables; with --print, the user who executes the statements. The user of \
+the service needs fewer rights: USAGE of the schema, \
 and SELECT, INSERT, UPDATE and DELETE of all its tables. --grant-to gives them to that user: give it each time, since \
 a migration can add tables. A service whose user is not the owner can't migrate: run this command before you replace \
 it by a newer version.
@@ -197,16 +200,17 @@ struct Rename {
 `orchestrator serve` refuses a database that is a copy of another one, because a copy takes over the fleet: its epoch \
 is higher, and subsystems then refuse calls of the original. It also refuses a database that lacks many acknowledged \
 cycles, one that another program has changed, and, with access.mode = \"enforce\" or in PostgreSQL, one that is not \
-what was signed last: its key or its checkpoint is missing, or an older copy has replaced it. This command accepts the \
-database once, with everything that is in it. First make sure that no process serves the original any more.
+what was signed last: its key or its checkpoint is missing, or an older copy has replaced it. In PostgreSQL, an older \
+copy of the whole database is complete in itself, and only replicas that run meanwhile know what it lacks: after a \
+restore, run this command before any replica starts, so that the log tells of it. This command accepts the database \
+once, with everything that is in it. First make sure that no process serves the original any more.
 
 A new log begins, which goes on from the entries that are there: an entry says so, and contains the earlier \
 checkpoint, which SQLite also keeps in a file with the suffix .checkpoint.lost. A pin (`orchestrator checkpoint \
 --pin`) of what is there stays valid; one of what is lost does not. A key that is missing is created.
 
 If ledger.key_files is set, as it is for PostgreSQL, give the same files as --key-file, and ledger.origin as --origin. \
-A replica that leads meanwhile begins a new term. One that knows of acknowledged records which are lost does not lead \
-before it is restarted, so restart all replicas afterwards.
+Stop all replicas before: one that knows of acknowledged records which are lost does not lead before it is restarted.
 
 To look at a copy, see `orchestrator serve --read-only`.
 
@@ -277,7 +281,8 @@ impl Store {
             Command::Migrate(Migrate { url, grant_to, print: false }) => {
                 let migrated = store::migrate(&url, grant_to.as_deref(), Host::system().clock).await;
                 let migrated = migrated.map_err(|error| refused(&error))?;
-                print(&(clean(&brought(&url, migrated)) + "\n"))?;
+                let rights = grant_to.map(|user| format!("; {user} has the rights of a service")).unwrap_or_default();
+                print(&(clean(&format!("{}{rights}", brought(&url, migrated))) + "\n"))?;
                 return Ok(Exit::Done);
             }
             Command::Rename(Rename { url, id }) => {

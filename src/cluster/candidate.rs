@@ -121,11 +121,13 @@ impl Candidate {
                     self.membership.set(Role::Follower { leader: None });
                 }
                 self.membership.set_sees(is_damaged);
+                self.membership.set_blind(Some(&error.to_string()));
                 return Err(error);
             }
         };
         let arrived = Instant::now();
         self.membership.set_sees(true);
+        self.membership.set_blind(None);
         // Half of the time that the answer took.
         let read_at = self.host.clock.now().saturating_sub(asked.elapsed() / 2).unwrap_or_default();
         let offset = observed.time.duration_since(read_at);

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use super::{Breaker, BreakerState};
 use crate::{
     memory::{Full, Held, Memory},
-    model::{CycleId, Histogram, Identity, Name, Output, Subsystem, SubsystemReport, SubsystemState},
+    model::{CycleId, Histogram, Identity, Name, Output, Severity, Subsystem, SubsystemReport, SubsystemState},
     ports::Callee,
 };
 
@@ -143,6 +143,12 @@ pub struct SubsystemCounts {
     pub attempts: u64,
     /// Number of these calls that were retries.
     pub retries: u64,
+    /// Number of its issues of severity INFO.
+    pub infos: u64,
+    /// Of severity WARNING, or of none.
+    pub warnings: u64,
+    /// Of severity ERROR.
+    pub errors: u64,
     /// Durations of its parts from the first call to the end, without cancelled ones.
     pub durations: Histogram,
     /// Whether its last part succeeded, not counting skipped and cancelled ones.
@@ -248,7 +254,7 @@ impl Remembered {
 
     /// Publishes a recorded part.
     pub(super) fn publish(&mut self, part: LastPart, output: Option<Output>, memory: &Memory) {
-        let SubsystemReport { state, attempts, started, ended, .. } = &*part.report;
+        let SubsystemReport { state, attempts, started, ended, issues, .. } = &*part.report;
         let counts = &mut self.counts;
         let (counter, is_up) = match state {
             SubsystemState::Succeeded => (&mut counts.succeeded, Some(true)),
@@ -262,6 +268,13 @@ impl Remembered {
         counts.is_up = is_up.or(counts.is_up);
         counts.attempts += u64::from(*attempts);
         counts.retries += u64::from(attempts.saturating_sub(1));
+        for issue in issues {
+            *match issue.severity {
+                Severity::Info => &mut counts.infos,
+                Severity::Warning => &mut counts.warnings,
+                Severity::Error => &mut counts.errors,
+            } += 1;
+        }
         if let Some(started) = started.filter(|_| *state != SubsystemState::Cancelled) {
             counts.durations.observe(ended.saturating_sub(started));
         }

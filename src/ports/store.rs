@@ -829,8 +829,8 @@ pub enum StoreError {
     /// A server of it lacks records that are known to be acknowledged: see [`Store::require`].
     #[error(
         "{store}: {server} lacks records that this process knows to be acknowledged: it is an earlier primary, or an \
-         older copy has replaced the database. Rebuild an earlier primary as a standby; if you have restored an older \
-         backup on purpose, restart all replicas"
+         older copy has replaced the database. Rebuild an earlier primary as a standby; after the restore of an older \
+         backup, stop all replicas, run `orchestrator store accept`, and start them"
     )]
     Behind {
         /// Which store.
@@ -841,8 +841,8 @@ pub enum StoreError {
     /// It shows an earlier term than one that was seen before.
     #[error(
         "the database has the leader of epoch {found}, and one of epoch {known} was seen: an earlier primary answers, \
-         or an older copy has replaced the database. Rebuild an earlier primary as a standby; if you have restored an \
-         older backup on purpose, restart all replicas"
+         or an older copy has replaced the database. Rebuild an earlier primary as a standby; after the restore of an \
+         older backup, stop all replicas, run `orchestrator store accept`, and start them"
     )]
     Outdated {
         /// The epoch of its last term.

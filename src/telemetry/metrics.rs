@@ -55,6 +55,7 @@ pub struct Metrics {
     expiries: Option<Expiries>,
     memory: Option<Shares>,
     membership: Option<Membership>,
+    started_at: Option<Timestamp>,
     history: Option<History>,
     #[cfg(target_os = "linux")]
     process: ProcessCollector,
@@ -86,6 +87,7 @@ impl Default for Metrics {
             expiries: None,
             memory: None,
             membership: None,
+            started_at: None,
             history: None,
             #[cfg(target_os = "linux")]
             process: ProcessCollector::for_self(),
@@ -108,15 +110,17 @@ impl Metrics {
         Self { calls, exporter, servers, dialed, expiries, memory, ..self }
     }
 
-    /// Adds metrics of this replica, of what it shows of the history, and of the calls that it has the leader answer.
+    /// Adds metrics of this replica, whose process started at this time, of what it shows of the history, and of the calls that it has the leader answer.
     #[must_use]
     pub(crate) fn and_of_replica(
         self,
         membership: Membership,
+        started_at: Timestamp,
         history: History,
         forwarded: Option<Arc<ForwardedCounts>>,
     ) -> Self {
-        Self { membership: Some(membership), history: Some(history), forwarded, ..self }
+        let (membership, started_at, history) = (Some(membership), Some(started_at), Some(history));
+        Self { forwarded, membership, started_at, history, ..self }
     }
 
     /// Writes all metrics, piece by piece, with those of the orchestrator if there is one. It is kept to the end.
@@ -151,6 +155,7 @@ impl Metrics {
             vec![BUILD_INFO.family(vec![BUILD_INFO.value(&[env!("CARGO_PKG_VERSION"), env!("BUILD_COMMIT")], 1.0)])];
         families.extend(self.membership.iter().flat_map(of_replica));
         families.extend(self.history.iter().flat_map(of_history));
+        families.extend(self.started_at.map(|at| START_TIME.single(unix_time(at))));
         if let Some(orchestrator) = orchestrator {
             families.extend(of_orchestrator(orchestrator).await);
         }
@@ -336,7 +341,6 @@ fn of_process_and_cycles(figures: &Figures) -> Vec<MetricFamily> {
     let durations = durations.map(|it| CYCLE_DURATION.durations(&[it.key()], &figures.counts.durations(it)));
     let term_began = figures.term_began_at.map(|at| TERM_START_TIME.value(&[], unix_time(at)));
     vec![
-        START_TIME.single(unix_time(figures.started_at)),
         TERM_START_TIME.family(term_began.into_iter().collect()),
         EPOCH.single(number(figures.epoch.0)),
         DRAINING.single(truth(figures.draining)),
@@ -394,7 +398,7 @@ fn of_loops(figures: &Figures) -> Vec<MetricFamily> {
 /// The values of one metric for one subsystem.
 type OfSubsystem = fn(&Orchestrator, &Registered) -> Vec<Metric>;
 
-const BY_SUBSYSTEM: [(Definition, OfSubsystem); 11] = [
+const BY_SUBSYSTEM: [(Definition, OfSubsystem); 12] = [
     (SUBSYSTEM_UP, |_, it| {
         let is_up = it.counts().is_up;
         is_up.map(|is_up| SUBSYSTEM_UP.value(&[name(it)], truth(is_up))).into_iter().collect()
@@ -423,6 +427,12 @@ const BY_SUBSYSTEM: [(Definition, OfSubsystem); 11] = [
     (SUBSYSTEM_RETRIES, |_, it| {
         let retries = it.counts().retries;
         vec![SUBSYSTEM_RETRIES.value(&[name(it)], number(retries))]
+    }),
+    (SUBSYSTEM_ISSUES, |_, it| {
+        let SubsystemCounts { infos, warnings, errors, .. } = it.counts();
+        [("info", infos), ("warning", warnings), ("error", errors)]
+            .map(|(severity, issues)| SUBSYSTEM_ISSUES.value(&[name(it), severity], number(issues)))
+            .into()
     }),
     (SUBSYSTEM_BREAKER_STATE, |_, it| {
         let breaker = it.member.breaker(Instant::now());

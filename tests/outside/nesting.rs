@@ -215,13 +215,13 @@ async fn a_degraded_cycle_is_an_answer_with_an_issue_and_a_failed_one_a_failure(
     assert_eq!(cycle.state(), CycleState::Succeeded);
     let [issue] = &part(&cycle, "eu").issues[..] else { panic!("{cycle:?}") };
     assert_eq!((issue.severity(), issue.code.as_str()), (pbs::Severity::Error, "CYCLE_DEGRADED"));
-    assert_eq!(issue.message, "cycle 1 here was DEGRADED: 1 of 2 failed: b INTERNAL: no fuel");
+    assert_eq!(issue.message, "cycle 1 of child was DEGRADED: 1 of 2 failed: b INTERNAL: no fuel");
 
     child.fleet.run("a", Run::Fail(Code::Internal, "no fuel".into()));
     let cycle = parent.client.run().await.unwrap();
     let eu = part(&cycle, "eu");
     assert_eq!((cycle.state(), eu.error_code.as_str(), eu.attempts), (CycleState::Failed, "INTERNAL", 1));
-    assert!(eu.error_message.starts_with("cycle 2 here was FAILED: 2 of 2 failed: a INTERNAL"), "{eu:?}");
+    assert!(eu.error_message.starts_with("cycle 2 of child was FAILED: 2 of 2 failed: a INTERNAL"), "{eu:?}");
 }
 
 #[tokio::test]
@@ -240,9 +240,12 @@ async fn a_failure_two_orchestrators_below_is_an_issue_at_the_top() {
     assert_eq!((issue.severity(), issue.code.as_str()), (pbs::Severity::Error, "ERRORS_REPORTED"));
     assert_eq!(
         issue.message,
-        "in cycle 2 here, subsystems reported 1 error: city CYCLE_DEGRADED: cycle 2 here was DEGRADED: 1 of 2 failed: b \
+        "in cycle 2 of child, subsystems reported 1 error: city CYCLE_DEGRADED: cycle 2 of city was DEGRADED: 1 of 2 failed: b \
          INTERNAL: no fuel"
     );
+    let metrics = get(top.service.admin(), "/metrics").await.text().await;
+    let counted = "orchestrator_subsystem_issues_total{subsystem=\"eu\",severity=\"error\"} 1\n";
+    assert!(metrics.contains(counted), "{metrics}");
 }
 
 #[tokio::test]
@@ -386,7 +389,7 @@ async fn a_cycle_that_had_begun_when_the_child_died_is_not_run_again() {
     parent.initialize("hub", EPOCH).await.unwrap();
     let refused = parent.run(1).await.unwrap_err();
     assert_eq!(refused.code(), Code::Internal);
-    assert!(refused.message().starts_with("cycle 1 here was INTERRUPTED: the process"), "{refused}");
+    assert!(refused.message().starts_with("cycle 1 of child was INTERRUPTED: the process"), "{refused}");
     assert_eq!(child.fleet.runs("a").len(), 1);
     let mut client = child.client.clone();
     let record = client.cycle(1).await.unwrap();

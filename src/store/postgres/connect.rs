@@ -332,7 +332,8 @@ impl Connector {
         let timeline = timeline.filter(|timeline| *timeline < newest)?;
         Some(format!(
             "{name} has timeline {timeline}, and a standby with timeline {newest} was promoted in its place: rebuild it as \
-             a standby of that one. If you have restored an older backup on purpose, restart all replicas"
+             a standby of that one. After the restore of an older backup, stop all replicas, run `orchestrator store \
+             accept`, and start them"
         ))
     }
 

@@ -10,13 +10,16 @@ use crate::ports::StoreError;
 
 /// Maps an error to an error of the store.
 pub(super) fn explain(store: &str, error: &Error) -> StoreError {
-    match error.as_db_error() {
-        Some(error) => of_server(store.to_owned(), error),
-        None => StoreError::Unavailable {
-            store: store.to_owned(),
-            problem: format!("{}; see whether the server and the network work", causes(error)),
-        },
+    if let Some(error) = error.as_db_error() {
+        return of_server(store.to_owned(), error);
     }
+    let problem = causes(error);
+    let remedy = if problem.ends_with("password missing") {
+        "name the file with it in store.url: password_file=FILE"
+    } else {
+        "see whether the server and the network work"
+    };
+    StoreError::Unavailable { store: store.to_owned(), problem: format!("{problem}; {remedy}") }
 }
 
 /// True if a statement with this error may have been executed, or may still be: the connection was lost, the server has

@@ -403,6 +403,7 @@ async fn a_server_proves_its_name_and_a_user_their_password() {
         (to("127.0.0.1", "a.pem"), "not valid for name"),
         (to("localhost", "b.pem"), "UnknownIssuer"),
         (to("localhost", "a.pem").replace("secret", "guess"), "pg_hba.conf"),
+        (to("localhost", "a.pem").replace(":secret", ""), "password_file=FILE"),
         (to("localhost", "c.pem"), "c.pem can't be read"),
     ] {
         let refused = match Connector::new(self::url(&url), Clock::system()).await {

@@ -71,9 +71,9 @@ definitions! {
         "When the term of this leader began, as Unix time: for a process that has its store for itself, at its start. \
          Missing unless it leads.";
     EPOCH: Gauge "orchestrator_epoch" []
-        "The term of this process. It increases at every start.";
+        "The term of this leader. It increases at every start and take-over. Missing unless it leads.";
     DRAINING: Gauge "orchestrator_draining" []
-        "1 while the process shuts down and admits no cycles, else 0.";
+        "1 while the process shuts down and admits no cycles, else 0. Missing unless it leads.";
 
     CYCLES: Counter "orchestrator_cycles_total" ["state", "trigger"]
         "Cycles that this process has recorded, by state and trigger. INTERRUPTED cycles were started by an earlier \
@@ -107,7 +107,8 @@ definitions! {
         "Registered subsystems that have a lease.";
 
     WATCHERS: Gauge "orchestrator_watchers" []
-        "Connected watchers.";
+        "Connected watchers. Those of a follower count there; at the leader, all of them are one, the stream of the \
+         follower.";
     WATCHERS_LAGGING: Gauge "orchestrator_watchers_lagging" []
         "Watchers that are so far behind that they read the history from the store.";
     WATCHER_EVENTS: Counter "orchestrator_watcher_events_total" []
@@ -216,6 +217,8 @@ definitions! {
         "Calls of its RunCycle.";
     SUBSYSTEM_RETRIES: Counter "orchestrator_subsystem_retries_total" ["subsystem"]
         "Calls of its RunCycle that were not the first of their part.";
+    SUBSYSTEM_ISSUES: Counter "orchestrator_subsystem_issues_total" ["subsystem", "severity"]
+        "Issues of its parts in cycles, which did not fail them, by severity.";
     SUBSYSTEM_BREAKER_STATE: Gauge "orchestrator_subsystem_breaker_state" ["subsystem", "state"]
         "1 for the state that its circuit breaker is in, 0 for the others.";
     SUBSYSTEM_SUSPENDED: Gauge "orchestrator_subsystem_suspended" ["subsystem"]
