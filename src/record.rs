@@ -63,13 +63,13 @@ impl Encoded {
     }
 }
 
-/// Encodes a cycle in at most `max_bytes` bytes, as far as possible by leaving out outputs, then issues and metrics,
-/// then the ends of error messages, then whole error messages, then the critical path: 3 MiB are enough for 20,000
-/// subsystems, whatever their results.
+/// Encodes a cycle in at most `max_bytes` bytes, as far as possible by leaving out outputs, then metrics and issues
+/// that are not errors, and the ends of the messages of the others, then these issues, then the ends of error messages,
+/// then whole error messages, then the critical path: 3 MiB are enough for 20,000 subsystems, whatever their results.
 pub fn encode(cycle: &FinishedCycle, max_bytes: usize) -> Encoded {
     let mut telemetry = telemetry(cycle);
     let max_bytes = max_bytes.saturating_sub(Encoded::REVISION_BYTES);
-    for shorten in [leave_out_outputs, leave_out_details, shorten_messages, leave_out_messages] {
+    for shorten in [leave_out_outputs, leave_out_details, leave_out_issues, shorten_messages, leave_out_messages] {
         if telemetry.encoded_len() <= max_bytes {
             break;
         }
@@ -315,8 +315,15 @@ fn leave_out_outputs(part: &mut pb::SubsystemTelemetry) {
 }
 
 fn leave_out_details(part: &mut pb::SubsystemTelemetry) {
-    part.issues.clear();
     part.metrics.clear();
+    part.issues.retain(|issue| issue.severity() == pbs::Severity::Error);
+    for issue in &mut part.issues {
+        issue.message = shortened(&*issue.message, SHORT_MESSAGE).into_owned();
+    }
+}
+
+fn leave_out_issues(part: &mut pb::SubsystemTelemetry) {
+    part.issues.clear();
 }
 
 fn shorten_messages(part: &mut pb::SubsystemTelemetry) {
@@ -621,9 +628,12 @@ mod tests {
         assert!(without_outputs.truncated && without_outputs.subsystems[0].output.is_empty());
         assert_eq!(without_outputs.subsystems[0].issues.len(), 1);
         let without_details = decoded(without_outputs.encoded_len() - 1);
-        assert!(without_details.subsystems[0].issues.is_empty());
-        assert_eq!(without_details.subsystems[1].error_message.len(), MAX_MESSAGE);
-        let short = decoded(without_details.encoded_len() - 1);
+        assert_eq!(without_details.subsystems[0].issues.len(), 1);
+        assert_eq!(without_details.subsystems[0].issues[0].message.len(), SHORT_MESSAGE);
+        let without_issues = decoded(without_details.encoded_len() - 1);
+        assert!(without_issues.subsystems[0].issues.is_empty());
+        assert_eq!(without_issues.subsystems[1].error_message.len(), MAX_MESSAGE);
+        let short = decoded(without_issues.encoded_len() - 1);
         assert_eq!(short.subsystems[1].error_message.len(), SHORT_MESSAGE);
     }
 

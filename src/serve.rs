@@ -117,9 +117,10 @@ pub enum StartError {
     /// The store lacks records that this replica knows to be acknowledged.
     #[error(
         "{url} lacks records that a leader has acknowledged to this replica: revision {missing} is not there, or is \
-         another one, and the newest is {newest}. An older copy of the database has replaced it, or a standby that had \
-         not got all commits. Find out what has happened; then have it go on as it is by `orchestrator store accept \
-         {url}` (with --key-file for each of ledger.key_files), and restart the replicas"
+         another one, and the newest is {newest}. An earlier primary answers, or an older copy of the database has \
+         replaced it, or a standby that had not got all commits. If another server has them, rebuild this one as a \
+         standby of that. If none has, stop all replicas, have the store go on as it is by `orchestrator store accept \
+         {url}` (with --key-file for each of ledger.key_files), and start them"
     )]
     HistoryLost {
         /// The store.

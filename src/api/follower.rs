@@ -67,7 +67,7 @@ impl Api {
         let read = |call: Reading<pb::ListCyclesRequest>| async move {
             if let Some(forwarder) = self.follows() {
                 // Other tokens are refused below.
-                let before = call.request().page_token.parse().map(Revision).unwrap_or_default();
+                let before = request::place(&call.request().page_token).map(Revision).unwrap_or_default();
                 let lacks_some = || call.history().lacks(before);
                 if !forwarder.is_current() || lacks_some() {
                     match self.pass_on(forwarder, &call).await {

@@ -382,15 +382,16 @@ pub(super) struct Events {
 
 /// The number before which a page begins, which is its token; `None` for the first page.
 fn before(bad: &mut Violations, page_token: &str) -> Option<u64> {
-    if page_token.is_empty() {
-        return None;
-    }
-    // As this service writes it.
-    let before = page_token.parse().ok().filter(|before: &u64| *before > 0 && before.to_string() == page_token);
-    if before.is_none() {
+    let before = place(page_token);
+    if before.is_none() && !page_token.is_empty() {
         bad.add("page_token", "is not a token of this service; leave it empty to start over");
     }
     before
+}
+
+/// The number that is this token of a page, if it is one as this service writes it.
+pub(super) fn place(page_token: &str) -> Option<u64> {
+    page_token.parse().ok().filter(|number: &u64| *number > 0 && number.to_string() == page_token)
 }
 
 pub(super) fn events(request: pb::ListAuditEventsRequest) -> Result<Events, Violations> {

@@ -364,12 +364,12 @@ fn answer(id: &str, record: &Record) -> Result<pbs::RunCycleResponse, Status> {
     let summary = format!("cycle {cycle_id} of {id} was {state}: {}", telemetry.error);
     let degraded = match record.state {
         CycleState::Succeeded => None,
-        CycleState::Degraded => Some(error("CYCLE_DEGRADED", summary)),
+        CycleState::Degraded => Some(summary),
         CycleState::Failed | CycleState::Cancelled | CycleState::Interrupted => {
             return Err(plain(Code::Internal, &summary));
         }
     };
-    let issues = degraded.into_iter().chain(reported(id, cycle_id, &telemetry)).collect();
+    let issues = issue(degraded, reported(id, cycle_id, &telemetry)).into_iter().collect();
     let counted = |states: &[pb::SubsystemState]| {
         telemetry.subsystems.iter().filter(|part| states.contains(&part.state())).count()
     };
@@ -395,25 +395,44 @@ fn answer(id: &str, record: &Record) -> Result<pbs::RunCycleResponse, Status> {
     Ok(pbs::RunCycleResponse { output: payload(&output)?, metrics: BTreeMap::new(), issues })
 }
 
-/// The issues of severity ERROR that subsystems had in a cycle of this orchestrator, as one: so a failure is seen above, by way of any
-/// number of orchestrators. `None` if there are none.
-fn reported(id: &str, cycle_id: CycleId, telemetry: &pb::CycleTelemetry) -> Option<pbs::Issue> {
-    /// More than these have no room in a message.
-    const NAMED: usize = 32;
-    let issues = telemetry.subsystems.iter().flat_map(|part| part.issues.iter().map(move |issue| (&part.name, issue)));
-    let errors = issues.filter(|(_, issue)| issue.severity() == pbs::Severity::Error);
-    let number = errors.clone().count();
-    let named = errors.take(NAMED).map(|(name, issue)| format!("{name} {}: {}", issue.code, issue.message));
-    let named = named.collect::<Vec<_>>().join("; ");
-    let number_of_them = count(number as u64, "error");
-    let message = format!("in cycle {cycle_id} of {id}, subsystems reported {number_of_them}: {named}");
-    (number > 0).then(|| error("ERRORS_REPORTED", message))
+/// The codes of issues that an orchestrator reports to its parent.
+const DEGRADED: &str = "CYCLE_DEGRADED";
+const REPORTED: &str = "ERRORS_REPORTED";
+
+/// The only issue of an answer, since a registration may allow no further one: what failed in the cycle, and the errors
+/// that its subsystems have reported.
+fn issue(degraded: Option<String>, reported: Option<String>) -> Option<pbs::Issue> {
+    const MAX_MESSAGE: usize = 4 << 10;
+    let code = if degraded.is_some() { DEGRADED } else { REPORTED };
+    let message = match (degraded, reported) {
+        (Some(degraded), Some(reported)) => format!("{}; {reported}", shortened(degraded, MAX_MESSAGE / 4)),
+        (degraded, reported) => degraded.or(reported)?,
+    };
+    let message = shortened(message, MAX_MESSAGE).into_owned();
+    Some(pbs::Issue { severity: pbs::Severity::Error.into(), code: code.into(), message })
 }
 
-fn error(code: &str, message: String) -> pbs::Issue {
-    const MAX_MESSAGE: usize = 4 << 10;
-    let message = shortened(message, MAX_MESSAGE).into_owned();
-    pbs::Issue { severity: pbs::Severity::Error.into(), code: code.into(), message }
+/// The issues of severity ERROR that subsystems had in a cycle of this orchestrator: so a failure is seen above, by way
+/// of any number of orchestrators. `None` if there are none.
+fn reported(id: &str, cycle_id: CycleId, telemetry: &pb::CycleTelemetry) -> Option<String> {
+    /// The errors that are named, together in about 2 KiB.
+    const NAMED: usize = 16;
+    const ROOM: usize = 2 << 10;
+    let issues = telemetry.subsystems.iter().flat_map(|part| part.issues.iter().map(move |issue| (&part.name, issue)));
+    let mut errors: Vec<_> = issues.filter(|(_, issue)| issue.severity() == pbs::Severity::Error).collect();
+    // Those of orchestrators first: each may stand for many.
+    errors.sort_by_key(|(_, issue)| ![DEGRADED, REPORTED].contains(&issue.code.as_str()));
+    let (number, named) = (errors.len(), errors.len().min(NAMED));
+    let of_each = ROOM.checked_div(named)?;
+    let short = |(name, issue): &(&String, &pbs::Issue)| {
+        shortened(format!("{name} {}: {}", issue.code, issue.message), of_each).into_owned()
+    };
+    let mut named: Vec<_> = errors.iter().take(NAMED).map(short).collect();
+    if number > named.len() {
+        named.push(format!("and {} more", number - named.len()));
+    }
+    let number = count(number as u64, "error");
+    Some(format!("in cycle {cycle_id} of {id}, subsystems reported {number}: {}", named.join("; ")))
 }
 
 /// An object as the contract has it.
@@ -460,6 +479,26 @@ mod tests {
         assert_eq!((durations.len(), &output["succeeded"]), (MAX_DURATIONS, &json!(20_000)));
         assert!(durations.values().all(|duration| duration.as_f64() >= Some(19_744.0)));
         assert_eq!(answer.issues[0].message.len(), 4 << 10);
+    }
+
+    #[test]
+    fn errors_of_subsystems_are_one_issue_that_names_those_of_orchestrators_whatever_others_say() {
+        let part = |name: &str, code: &str, severity: pbs::Severity| pb::SubsystemTelemetry {
+            name: name.into(),
+            issues: vec![pbs::Issue { severity: severity.into(), code: code.into(), message: "m".repeat(4_000) }],
+            ..pb::SubsystemTelemetry::default()
+        };
+        let mut subsystems: Vec<_> = (0..40).map(|i| part(&format!("s{i}"), "X", pbs::Severity::Error)).collect();
+        subsystems.push(part("w", "X", pbs::Severity::Warning));
+        subsystems.push(part("city", DEGRADED, pbs::Severity::Error));
+        let telemetry = pb::CycleTelemetry { subsystems, error: "e".repeat(5_000), ..Default::default() };
+        for (state, code) in [(CycleState::Succeeded, REPORTED), (CycleState::Degraded, DEGRADED)] {
+            let answer = answer("eu", &record(state, &telemetry)).unwrap();
+            let [issue] = &answer.issues[..] else { panic!("{answer:?}") };
+            assert_eq!(issue.code, code);
+            assert!(issue.message.contains("subsystems reported 41 errors: city CYCLE_DEGRADED: mmm"), "{issue:?}");
+            assert!(issue.message.contains("; s14 X: mmm") && issue.message.ends_with("; and 25 more"), "{issue:?}");
+        }
     }
 
     #[test]

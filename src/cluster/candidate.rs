@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Membership, lease::Lease};
 use crate::{
     host::Host,
-    model::{Epoch, Role},
+    model::{Epoch, Leader, Role},
     ports::{Claim, ClaimId, Claimed, Leadership, Observed, Renewed, StoreError},
 };
 
@@ -145,7 +145,10 @@ impl Candidate {
         // A term of its own is over: otherwise it would not look.
         let is_free = observed.leader.is_none() || own.is_some() || since.elapsed() >= waits_for;
         self.seen = Some((observed.clone(), since));
-        self.membership.set(Role::Follower { leader: observed.leader.clone().filter(|_| !is_free) });
+        // An earlier process of this replica leads no more.
+        let is_other = |leader: &Leader| leader.replica != *self.membership.replica();
+        let leader = observed.leader.clone().filter(|leader| !is_free && is_other(leader));
+        self.membership.set(Role::Follower { leader });
         if !is_free {
             self.known_until = arrived + waits_for;
         }
@@ -210,6 +213,7 @@ impl Candidate {
     fn judge(&self, observed: &Observed, offset: SignedDuration) {
         let why = match observed.check_orchestrator(&self.orchestrator_id) {
             Err(other) => Some(other.to_string()),
+            Ok(()) if let Some(behind) = &observed.behind => Some(behind.to_string()),
             Ok(()) if offset.abs() > MAX_OFFSET => Some(format!(
                 "its clock differs from that of the database by more than {MAX_OFFSET:#}; set both by NTP"
             )),

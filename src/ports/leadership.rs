@@ -61,6 +61,8 @@ pub struct Observed {
     pub orchestrator_id: Option<Arc<str>>,
     /// The time by the clock of the database.
     pub time: Timestamp,
+    /// The error of a server that lacks an acknowledged record: see [`Store::require`](super::Store::require).
+    pub behind: Option<StoreError>,
 }
 
 impl Observed {

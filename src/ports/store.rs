@@ -828,15 +828,19 @@ pub enum StoreError {
     },
     /// A server of it lacks records that are known to be acknowledged: see [`Store::require`].
     #[error(
-        "{store}: {server} lacks records that this process knows to be acknowledged: it is an earlier primary, or an \
-         older copy has replaced the database. Rebuild an earlier primary as a standby; after the restore of an older \
-         backup, stop all replicas, run `orchestrator store accept`, and start them"
+        "{store}: {server} lacks records that were acknowledged to this process: revision {known} is not there, or is \
+         another one, and the newest is {newest}. It is an earlier primary, or an older copy has replaced the database. Rebuild an earlier primary as a standby; if no other server has them, \
+         stop all replicas, run `orchestrator store accept`, and start them"
     )]
     Behind {
         /// Which store.
         store: String,
         /// Which server of it.
         server: String,
+        /// The revision of the record.
+        known: Revision,
+        /// The newest revision of the server.
+        newest: Revision,
     },
     /// It shows an earlier term than one that was seen before.
     #[error(

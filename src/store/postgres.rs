@@ -151,8 +151,8 @@ impl PostgresStore {
         writing: Option<Writing>,
     ) -> Self {
         let idle = Mutex::new(vec![Arc::new(connection)]);
-        let (permits, required) = (Arc::new(Semaphore::new(READERS)), Mutex::default());
-        let readers = Arc::new(Readers { connector, idle, permits, required });
+        let permits = Arc::new(Semaphore::new(READERS));
+        let readers = Arc::new(Readers { connector, idle, permits });
         Self::over(readers, (checks, clock), log, writing)
     }
 
@@ -201,8 +201,6 @@ struct Readers {
     connector: Arc<Connector>,
     idle: Mutex<Vec<Arc<Connection>>>,
     permits: Arc<Semaphore>,
-    /// The record that a server must have: see [`Store::require`].
-    required: Mutex<Required>,
 }
 
 /// A connection for one read at a time, until this is dropped.
@@ -235,10 +233,6 @@ impl Readers {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn required(&self) -> MutexGuard<'_, Required> {
-        self.required.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// An idle connection, or a new one. With `anew`, not the one that was used last.
     async fn take(self: &Arc<Self>, anew: bool) -> Result<Reader, StoreError> {
         let permit = self.permits.clone().acquire_owned().await;
@@ -266,7 +260,7 @@ impl Readers {
             let reader = self.take(is_last).await?;
             let schema = self.connector.url().schema();
             let read = read.clone();
-            let required = *self.required();
+            let required = self.connector.required();
             let (server, used) = (reader.as_ref().server().clone(), reader.as_ref().used());
             let read = move |snapshot: &mut Snapshot<'_>, (): &mut ()| {
                 snapshot.check(required)?;
@@ -434,7 +428,7 @@ impl Store for PostgresStore {
     }
 
     fn require(&self, revision: Revision, epoch: Epoch) {
-        *self.readers.required() = Required { revision, epoch };
+        self.readers.connector.require(Required { revision, epoch });
     }
 
     fn cycle(&self, cycle_id: CycleId) -> BoxFuture<'_, Result<Option<Found>, StoreError>> {

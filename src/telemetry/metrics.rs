@@ -110,7 +110,8 @@ impl Metrics {
         Self { calls, exporter, servers, dialed, expiries, memory, ..self }
     }
 
-    /// Adds metrics of this replica, whose process started at this time, of what it shows of the history, and of the calls that it has the leader answer.
+    /// Adds metrics of this replica, whose process started at this time, of what it shows of the history, and of the
+    /// calls that it has the leader answer.
     #[must_use]
     pub(crate) fn and_of_replica(
         self,

@@ -50,6 +50,7 @@ impl Row {
             lease_ttl: Duration::ZERO,
             orchestrator_id: None,
             time: clock.now(),
+            behind: None,
         };
         Self(Arc::new(Mutex::new(State { row, clock, trouble: None, next_claim: NextClaim::Answered })))
     }
@@ -104,6 +105,7 @@ impl Leadership for Row {
                 lease_ttl: claim.lease_ttl,
                 orchestrator_id: Some(claim.orchestrator_id.clone()),
                 time: state.row.time,
+                behind: None,
             };
             if next == NextClaim::AnswerLost { Err(away()) } else { Ok(Claimed::Won(epoch)) }
         });

@@ -137,6 +137,7 @@ impl SimulatedDatabase {
             lease_ttl: Duration::ZERO,
             orchestrator_id: None,
             time: Timestamp::UNIX_EPOCH,
+            behind: None,
         };
         let meta =
             Meta { token: none, found: none, commits: 0, closed: false, restarted: false, checkpoint: None, lead };
@@ -487,6 +488,7 @@ impl Leadership for LeaderRow {
                     lease_ttl: claim.lease_ttl,
                     orchestrator_id: Some(claim.orchestrator_id),
                     time: meta.lead.time,
+                    behind: None,
                 };
             });
             Some(epoch)
@@ -566,7 +568,8 @@ impl SimulatedStore {
         let (revision, epoch) = *self.required();
         let kept = self.process.read(|rows| rows.now.kept.clone()).await?;
         if kept.frontier.last_revision < revision || kept.epoch < epoch {
-            return Err(StoreError::Behind { store: STORE.into(), server: "an earlier primary".into() });
+            let (store, newest) = (STORE.into(), kept.frontier.last_revision);
+            return Err(StoreError::Behind { store, server: "an earlier primary".into(), known: revision, newest });
         }
         Ok(MemoryStore { clock: self.clock, kept: Mutex::new(kept) })
     }

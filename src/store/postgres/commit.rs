@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use tokio::{select, time::sleep};
 
 use super::{
-    connect::{ANSWER, Connection, Connector},
+    connect::{ANSWER, Connection, Connector, Server},
     error::{ends_connection, explain, is_ambiguous, is_worth_repeating},
     leader::{LOCK_TIMEOUT, LastClaim, end_stalled, epoch_of_leader},
     parameter::Parameter,
@@ -547,6 +547,11 @@ impl Line {
             return Ok(connection);
         }
         connector.connect(&self.application).await
+    }
+
+    /// The server that has answered the last statement; `None` once its connection is lost.
+    pub(super) fn server(&self) -> Option<&Server> {
+        self.connection.as_ref().map(Connection::server)
     }
 
     pub(super) fn give(&mut self, connection: Connection) {

@@ -33,6 +33,7 @@ use super::{
     figures::Figures,
     leader::epoch_of_leader,
     parameter::Parameter,
+    rows::Required,
     schema::Migrations,
     tls,
     url::{CONNECT, PostgresUrl},
@@ -67,6 +68,8 @@ pub(super) struct Connector {
     /// Set once all hosts were asked for their timelines: an earlier primary may be the first of them when a process
     /// starts.
     has_asked: OnceCell<()>,
+    /// The record that a server must have: see [`Store::require`](crate::ports::Store::require).
+    required: Mutex<Required>,
     /// A server lacks what must be there, so all hosts are to be asked at once.
     doubts: Notify,
     /// The newest timeline for which it was logged that there is such a server.
@@ -222,8 +225,9 @@ impl Connector {
         let made = made.unwrap_or_else(|error| Err(error.to_string()));
         let tls = made.map_err(|problem| StoreError::Unavailable { store, problem })?;
         let migrations = Migrations::of_this_version();
-        let (figures, latest, has_asked, doubts, told) = Default::default();
-        Ok(Self { url, migrations, figures, tls: MakeRustlsConnect::new(tls), latest, has_asked, doubts, told })
+        let (figures, latest, has_asked, required, doubts, told) = Default::default();
+        let tls = MakeRustlsConnect::new(tls);
+        Ok(Self { url, migrations, figures, tls, latest, has_asked, required, doubts, told })
     }
 
     /// The same, for software with these migrations.
@@ -292,6 +296,16 @@ impl Connector {
             // However many reads have doubts.
             sleep(ANSWER).await;
         }
+    }
+
+    /// From now on, a server must have this record.
+    pub(super) fn require(&self, required: Required) {
+        *self.required.lock().unwrap_or_else(PoisonError::into_inner) = required;
+    }
+
+    /// The record that a server must have.
+    pub(super) fn required(&self) -> Required {
+        *self.required.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Has all hosts asked soon: a server lacks what must be there, so it may be an earlier primary.
@@ -426,7 +440,10 @@ impl Connector {
                 return Err(self.unavailable(format!("{name}: {problem}")));
             }
             Ok(Err(error)) => return Err(error),
-            Err(_) => return Err(self.unavailable(format!("{name}: no answer within {CONNECT:?}"))),
+            Err(_) => {
+                let pooled = if self.url.is_pooled() { "; a pooler may have no session for it" } else { "" };
+                return Err(self.unavailable(format!("{name}: no answer within {CONNECT:?}{pooled}")));
+            }
         };
         let reached = Latest { timeline: connection.server.timeline.unwrap_or_default(), host };
         self.latest.send_if_modified(|latest| {
@@ -474,7 +491,9 @@ impl Connector {
         let mut connection = Connection { client, prepared, figures, server, warning, task };
         match connection.takes_writes().await {
             Ok(true) => {}
-            Ok(false) => return Err(self.unavailable("it takes no writes: it is a standby, or read-only".into())),
+            Ok(false) => {
+                return Err(self.unavailable("it takes no writes, as a standby; name all servers in store.url".into()));
+            }
             // A pooler lets clients in before it has a session for them, and says in its last message why it has none.
             Err(closed) if closed.is_closed() => {
                 let last = (&mut connection.task).await.ok().flatten();

@@ -16,7 +16,7 @@ use super::{
     parameter::Parameter,
 };
 use crate::{
-    model::{Endpoint, Epoch, Leader, Replica, is_orchestrator_id},
+    model::{Endpoint, Epoch, Leader, Replica, Revision, is_orchestrator_id},
     ports::{Claim, ClaimId, Claimed, Leadership, Observed, Renewed, StoreError},
     store::{
         contents::check_unsealed_epoch,
@@ -168,16 +168,26 @@ fn candidates() -> String {
 impl Leadership for LeaderRow {
     fn observe(&self) -> BoxFuture<'_, Result<Observed, StoreError>> {
         Box::pin(async move {
+            let schema = self.schema();
             let text = format!(
-                "SELECT epoch, claim, beat, released, replica, address, lease_ms, orchestrator_id,
-                        (extract(epoch FROM clock_timestamp()) * 1000)::bigint AS time
-                 FROM {}.leader WHERE id = 0",
-                self.schema()
+                "SELECT l.epoch, claim, beat, released, replica, address, lease_ms, orchestrator_id,
+                        (extract(epoch FROM clock_timestamp()) * 1000)::bigint AS time,
+                        coalesce(m.last_revision, 0) AS last_revision, coalesce(m.epoch, 0) AS last_epoch
+                 FROM {schema}.leader l LEFT JOIN {schema}.meta m ON m.id = 0 WHERE l.id = 0"
             );
-            let row = self.execute(&text, &[], Patience::Short).await?;
+            let required = self.connector.required();
+            let mut line = self.line.lock().await;
+            let row = line.execute(&self.connector, &text, &[], Patience::Short).await.returned()?;
+            let server = line.server().cloned();
+            drop(line);
             let row = row.ok_or_else(|| self.corrupt(&Wrong::new("row", "is not there")))?;
             let epoch = self.epoch(&row)?;
-            observed(&row, epoch).map_err(|wrong| self.corrupt(&wrong))
+            let newest = |row| Ok((Revision(number(row, "last_revision")?), Epoch(number(row, "last_epoch")?)));
+            let read = observed(&row, epoch).and_then(|observed| Ok((observed, newest(&row)?)));
+            let (observed, (revision, last_epoch)) = read.map_err(|wrong| self.corrupt(&wrong))?;
+            let store = self.connector.url().to_string();
+            let behind = server.and_then(|server| required.check(&server, revision, last_epoch).err());
+            Ok(Observed { behind: behind.map(|lacking| lacking.of(store)), ..observed })
         })
     }
 
@@ -280,6 +290,7 @@ fn observed(row: &tokio_postgres::Row, epoch: Epoch) -> Result<Observed, Wrong> 
         lease_ttl: lease_ttl(row)?,
         orchestrator_id,
         time: time.map_err(|error| Wrong::new("time", error.to_string()))?,
+        behind: None,
     })
 }
 

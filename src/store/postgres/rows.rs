@@ -6,12 +6,13 @@ use tokio::{runtime::Handle, time::timeout};
 use tokio_postgres::{Error, types::Type};
 
 use super::{
-    connect::{ANSWER, Connection},
+    connect::{ANSWER, Connection, Server},
     parameter::Parameter,
 };
 use crate::{
     ledger::{Hash, Node},
     model::{Epoch, Revision},
+    ports::StoreError,
     store::{
         contents::{Read, Tables},
         entries::{MAX_CONTROL, MOST_BYTES, Rows, StoredEntry, Table},
@@ -40,8 +41,8 @@ pub(super) enum Failed {
     Late(Duration),
     /// It is not what this software has written.
     Wrong(Wrong),
-    /// The server of this name lacks the required record.
-    Behind(String),
+    /// The server lacks the required record.
+    Behind(Lacking),
 }
 
 /// A record that the server of a snapshot must have: the revision, and the earliest term that it can be of.
@@ -49,6 +50,35 @@ pub(super) enum Failed {
 pub(super) struct Required {
     pub(super) revision: Revision,
     pub(super) epoch: Epoch,
+}
+
+/// A server that lacks a required record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Lacking {
+    server: String,
+    known: Revision,
+    newest: Revision,
+}
+
+impl Required {
+    /// Checks that a server with this newest record, whose last term is this one, has the required one.
+    ///
+    /// # Errors
+    /// It lacks that.
+    pub(super) fn check(self, server: &Server, newest: Revision, epoch: Epoch) -> Result<(), Lacking> {
+        if newest >= self.revision && epoch >= self.epoch {
+            return Ok(());
+        }
+        Err(Lacking { server: server.name.to_string(), known: self.revision, newest })
+    }
+}
+
+impl Lacking {
+    /// The error of this store.
+    pub(super) fn of(self, store: String) -> StoreError {
+        let Self { server, known, newest } = self;
+        StoreError::Behind { store, server, known, newest }
+    }
 }
 
 impl From<Error> for Failed {
@@ -69,7 +99,7 @@ impl fmt::Display for Failed {
             Self::Statement(error) => error.fmt(f),
             Self::Late(limit) => write!(f, "the server has not answered within {limit:?}"),
             Self::Wrong(wrong) => wrong.fmt(f),
-            Self::Behind(server) => write!(f, "{server} lacks records that this process knows to be acknowledged"),
+            Self::Behind(Lacking { server, .. }) => write!(f, "{server} lacks acknowledged records"),
         }
     }
 }
@@ -212,8 +242,7 @@ impl<'c> Snapshot<'c> {
         }
         let row = self.one("SELECT last_revision, epoch FROM SCHEMA.meta", &[])?;
         let (revision, epoch) = (Revision(number(&row, "last_revision")?), Epoch(number(&row, "epoch")?));
-        let is_there = revision >= required.revision && epoch >= required.epoch;
-        if is_there { Ok(()) } else { Err(Failed::Behind(self.connection.server().name.to_string())) }
+        required.check(self.connection.server(), revision, epoch).map_err(Failed::Behind)
     }
 
     /// The only row of a query.

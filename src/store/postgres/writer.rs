@@ -344,6 +344,6 @@ pub(super) fn failure(connector: &Connector, failed: &Failed) -> StoreError {
             StoreError::Unavailable { store, problem: format!("{failed}; see whether the server and the network work") }
         }
         Failed::Wrong(wrong) => StoreError::Corrupt { store, problem: wrong.to_string() },
-        Failed::Behind(server) => StoreError::Behind { store, server: server.clone() },
+        Failed::Behind(lacking) => lacking.clone().of(store),
     }
 }
