@@ -305,8 +305,8 @@ impl Service {
         let forwarder = replicas.as_ref().map(Replicas::forwarder);
         let api = api.forwarding(forwarder.clone());
         api.serve_as(config.serves.clone());
-        // The last step that may fail. It begins the new epoch: until then nothing is taken over.
         let started_at = host.started.time();
+        // The last step that may fail. It begins the new epoch: until then nothing is taken over.
         let parts =
             Parts { memory: memory.clone(), host, dialer: dialer.clone(), spans, sums, history: history.clone() };
         let terms = match source {

@@ -119,10 +119,9 @@ struct Key {
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 The user in the URL becomes the owner of the tables; with --print, the user who executes the statements. The user of \
-the service needs fewer rights: USAGE of the schema, \
-and SELECT, INSERT, UPDATE and DELETE of all its tables. --grant-to gives them to that user: give it each time, since \
-a migration can add tables. A service whose user is not the owner can't migrate: run this command before you replace \
-it by a newer version.
+the service needs fewer rights: USAGE of the schema, and SELECT, INSERT, UPDATE and DELETE of all its tables. \
+--grant-to gives them to that user: give it each time, since a migration can add tables. A service whose user is not \
+the owner can't migrate: run this command before you replace it by a newer version.
 
 Several processes can migrate at once: one does it, and the others wait. A store of a later version of this software \
 stays as it is, and so do tables of other software.
