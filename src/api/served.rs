@@ -413,7 +413,7 @@ fn issue(degraded: Option<String>, reported: Option<String>) -> Option<pbs::Issu
 }
 
 /// The issues of severity ERROR that subsystems had in a cycle of this orchestrator: so a failure is seen above, by way
-/// of any number of orchestrators. `None` if there are none.
+/// of any number of orchestrators. `None` if no subsystem had such an issue.
 fn reported(id: &str, cycle_id: CycleId, telemetry: &pb::CycleTelemetry) -> Option<String> {
     /// The errors that are named, together in about 2 KiB.
     const NAMED: usize = 16;

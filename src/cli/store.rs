@@ -69,9 +69,9 @@ Stop the service first. The source must have been closed: a store whose process 
 and stopped. The target must be new or empty. A copy that is interrupted leaves a target that is refused, and a source \
 that is served as before: remove the target, and copy again. If the source is refused already, repeat the command.
 
-The keys of the log are in files, which stay where they are: see what the command prints. In PostgreSQL, the user in the \
-URL becomes the owner of the tables: if the service has another one, run `orchestrator store migrate --grant-to USER` \
-with the same URL afterwards.
+The keys of the log are in files, which stay where they are: see what the command prints. In PostgreSQL, the user in \
+the URL becomes the owner of the tables: if the service has another one, run `orchestrator store migrate --grant-to \
+USER` with the same URL afterwards.
 
 Exit codes:
   0    the target is the store now

@@ -829,9 +829,9 @@ pub enum StoreError {
     /// A server of it lacks records that are known to be acknowledged: see [`Store::require`].
     #[error(
         "{store}: {server} lacks records that were acknowledged to this process: revision {known} is not there, or is \
-         another one, and the newest is {newest}. It is an earlier primary, or an older copy has replaced the database. \
-         Rebuild an earlier primary as a standby; if no other server has them, stop all replicas, run `orchestrator \
-         store accept`, and start them"
+         another one, and the newest is {newest}. It is an earlier primary, or an older copy has replaced the \
+         database. Rebuild an earlier primary as a standby; if no other server has them, stop all replicas, run \
+         `orchestrator store accept`, and start them"
     )]
     Behind {
         /// Which store.

@@ -47,8 +47,8 @@ pub enum LogBreak {
     },
     /// A row can't be read, and doesn't have its seal. With `enforce` only: otherwise it is skipped.
     #[error(
-        "the row of its {what} {key:?} can't be read ({problem}), and doesn't have the seal that belongs to it: another \
-         program may have written it"
+        "the row of its {what} {key:?} can't be read ({problem}), and doesn't have the seal that belongs to it: \
+         another program may have written it"
     )]
     Unreadable {
         /// What the row is.
@@ -118,8 +118,8 @@ pub(super) async fn take_over(
     if !contents.is_sealed && began.is_none() {
         tracing::warn!(
             store = %url,
-            "an earlier version of this software wrote the store, without seals: whether other programs have changed it \
-             can't be seen. It is sealed from now on"
+            "an earlier version of this software wrote the store, without seals: whether other programs have changed \
+             it can't be seen. It is sealed from now on"
         );
     }
     let began = began.as_ref().map(record::encode_began);

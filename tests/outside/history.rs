@@ -181,7 +181,7 @@ async fn each_filter_returns_the_matching_records() {
         "trigger",
     ];
     assert_eq!(fields, expected);
-    // What is a number, but none that this service gives.
+    // These are numbers, but this service gives no such token.
     for page_token in ["+5", "05", "0"] {
         let foreign = ListCyclesRequest { page_token: page_token.into(), ..all() };
         let refused = stage.client.list_cycles(foreign).await.unwrap_err();

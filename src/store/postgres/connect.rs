@@ -345,9 +345,9 @@ impl Connector {
         let newest = self.latest.borrow().timeline;
         let timeline = timeline.filter(|timeline| *timeline < newest)?;
         Some(format!(
-            "{name} has timeline {timeline}, and a standby with timeline {newest} was promoted in its place: rebuild it as \
-             a standby of that one. After the restore of an older backup, stop all replicas, run `orchestrator store \
-             accept`, and start them"
+            "{name} has timeline {timeline}, and a standby with timeline {newest} was promoted in its place: rebuild \
+             it as a standby of that one. After the restore of an older backup, stop all replicas, run `orchestrator \
+             store accept`, and start them"
         ))
     }
 

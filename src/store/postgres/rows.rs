@@ -318,7 +318,8 @@ impl Rows for Snapshot<'_> {
         let query = format!(
             "SELECT {} FROM SCHEMA.{} WHERE {place} IN (
                  SELECT {place} FROM (
-                     SELECT {place}, sum(octet_length({bytes})) OVER (ORDER BY {place}) - octet_length({bytes}) AS before
+                     SELECT {place},
+                            sum(octet_length({bytes})) OVER (ORDER BY {place}) - octet_length({bytes}) AS before
                      FROM SCHEMA.{} WHERE {place} >= $1 ORDER BY {place} LIMIT $2
                  ) AS first WHERE before < $3
              ) ORDER BY {place}",

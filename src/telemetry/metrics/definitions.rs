@@ -47,8 +47,8 @@ macro_rules! definitions {
 
 definitions! {
     BUILD_INFO: Gauge "orchestrator_build_info" ["version", "commit"]
-        "1, with the version of this software, and the commit that it was built from, which is empty if the build did not \
-         know it.";
+        "1, with the version of this software, and the commit that it was built from, which is empty if the build did \
+         not know it.";
     IS_LEADER: Gauge "orchestrator_is_leader" []
         "1 if this replica leads and runs cycles, else 0.";
     LEASE_REMAINING: Gauge "orchestrator_lease_remaining_seconds" []
@@ -63,8 +63,8 @@ definitions! {
         "By how much the clock of the database is ahead of that of this replica, by its last answer while this one \
          followed. Beyond 30 s, the replica does not lead.";
     ACKNOWLEDGED_REVISION: Gauge "orchestrator_acknowledged_revision" []
-        "The newest revision that this replica knows to be acknowledged, and shows. A follower lags by the difference to \
-         that of the leader. Missing before it is known.";
+        "The newest revision that this replica knows to be acknowledged, and shows. A follower lags by the difference \
+         to that of the leader. Missing before it is known.";
     START_TIME: Gauge "orchestrator_start_time_seconds" []
         "When this process started, as Unix time.";
     TERM_START_TIME: Gauge "orchestrator_term_start_time_seconds" []
@@ -131,12 +131,12 @@ definitions! {
         "Time of statements to PostgreSQL that only begin a read: the way to the server and back. Missing for other \
          stores.";
     STORE_SYNCHRONOUS: Gauge "orchestrator_store_synchronous" []
-        "1 if commits to PostgreSQL wait for standbys (synchronous_standby_names), so that a failover loses none, else 0. \
-         Missing for other stores, and while no server answers.";
+        "1 if commits to PostgreSQL wait for standbys (synchronous_standby_names), so that a failover loses none, \
+         else 0. Missing for other stores, and while no server answers.";
     STORE_OLDEST_XMIN: Gauge "orchestrator_store_oldest_xmin_age" []
-        "Transactions of PostgreSQL since the oldest one whose view of the tables is still needed, as far as the user of \
-         the service may see that. If it only increases, a forgotten transaction, replication slot or standby makes the \
-         tables grow. Missing for other stores, and while no server answers.";
+        "Transactions of PostgreSQL since the oldest one whose view of the tables is still needed, as far as the user \
+         of the service may see that. If it only increases, a forgotten transaction, replication slot or standby \
+         makes the tables grow. Missing for other stores, and while no server answers.";
 
     TASK_RUNS: Counter "orchestrator_task_runs_total" ["task", "result"]
         "Repeated work of tasks, by whether it succeeded (ok) or failed: removing records that need not be kept \
@@ -146,13 +146,14 @@ definitions! {
         "Time of a task's last success, as Unix time. Missing before the first success.";
     CALLS: Counter "orchestrator_calls_total" ["server", "rpc", "code"]
         "Calls of RPCs that have ended, scrapes of the metrics (Metrics), and logins of browsers (Login), by where \
-         they came in and by the code of their answer. Those that their caller ended are CANCELLED. Missing before the first.";
+         they came in and by the code of their answer. Those that their caller ended are CANCELLED. Missing before \
+         the first.";
     CALLS_WOULD_BE_DENIED: Counter "orchestrator_calls_would_be_denied_total" ["server", "rpc", "code"]
-        "Calls that access.mode = \"enforce\" would refuse, while it is \"dry_run\", by where they came in and by the code \
-         of the refusal. Missing before the first.";
+        "Calls that access.mode = \"enforce\" would refuse, while it is \"dry_run\", by where they came in and by the \
+         code of the refusal. Missing before the first.";
     FORWARDED: Counter "orchestrator_forwarded_calls_total" ["code"]
-        "Calls that this replica had the leader answer since it did not lead itself, by the code of the answer. Those that \
-         their caller ended are CANCELLED. Missing before the first.";
+        "Calls that this replica had the leader answer since it did not lead itself, by the code of the answer. Those \
+         that their caller ended are CANCELLED. Missing before the first.";
     SPANS: Counter "orchestrator_spans_total" ["result"]
         "Spans of traced cycles, by result: sent to the collector; dropped because it did not accept them \
          (not_taken), or because the queue was full (no_room). All 0 without a collector.";
