@@ -574,9 +574,20 @@ impl SimulatedStore {
         Ok(MemoryStore { clock: self.clock, kept: Mutex::new(kept) })
     }
 
+    /// What is taken over. Statements of the process before may be executed that can still be lost. A process that lives
+    /// on must not build on those: it waits until they can't be lost. A replica has waited, for the answer to its claim.
+    /// A process on the machine of the database ends with it.
+    async fn read_all(&self) -> Result<Version, StoreError> {
+        if self.leader.is_some() || self.process.machine.buffers {
+            return self.process.read(|rows| rows.now.clone()).await;
+        }
+        let read = self.process.ask(true, |rows| Some(rows.now.clone())).await.returned()?;
+        read.ok_or_else(|| unavailable("it was not read"))
+    }
+
     async fn take_over(&self) -> Result<Contents, StoreError> {
         let mut term = self.term.lock().await;
-        let read = self.process.read(|rows| rows.now.clone()).await?;
+        let read = self.read_all().await?;
         let Version { kept, meta } = &read;
         // No process gives as many tokens.
         let given = Token(self.process.machine.servers().enter() << 32);
@@ -718,3 +729,6 @@ impl Store for SimulatedStore {
         Box::pin(async move { self.rows().await?.size().await })
     }
 }
+
+#[cfg(test)]
+mod tests;
