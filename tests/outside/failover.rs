@@ -3,6 +3,7 @@
 
 use std::{
     collections::BTreeSet,
+    convert::Infallible,
     env,
     net::SocketAddr,
     path::Path,
@@ -37,7 +38,7 @@ use tokio::{
     task::JoinHandle,
     time::{Instant, sleep, timeout},
 };
-use tonic::{Status, transport::Endpoint};
+use tonic::{Code, Status, transport::Endpoint};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 /// The TTL of leases.
@@ -569,12 +570,21 @@ struct Watcher {
 
 impl Watcher {
     async fn of(mut client: Client) -> Self {
-        let mut events = client.watch_after(0).await.unwrap();
         let (sender, seen) = watch::channel(Vec::new());
         let task = tokio::spawn(async move {
             loop {
-                let Event::Recorded(record) = next_event(&mut events).await.unwrap().event.unwrap() else { continue };
-                sender.send_modify(|seen| seen.push(record));
+                let mut watch = async || -> Result<Infallible, Status> {
+                    let seen = sender.borrow().len() as u64;
+                    let mut events = client.watch_after(seen).await?;
+                    loop {
+                        if let Some(Event::Recorded(record)) = next_event(&mut events).await?.event {
+                            sender.send_modify(|seen| seen.push(record));
+                        }
+                    }
+                };
+                // Its replica may have to read the store for it, which can't be read while a standby is promoted.
+                let Err(ended) = watch().await;
+                assert_eq!(ended.code(), Code::Unavailable, "{ended:?}");
             }
         });
         Self { seen, task }
