@@ -325,7 +325,8 @@ async fn each_passes_the_conformance_check() {
         let running = example.start(&["--listen", "127.0.0.1:0", "--name", "it"]).await;
         let endpoint = running.endpoint();
         // With `work_ms`, it works for longer than the checks wait before they give up a call.
-        let given = ["--strict", "--param", "work_ms=200", "--input", r#"sensor={"value":3}"#];
+        // The largest message is long on its way while other tests take the processors.
+        let given = ["--strict", "--timeout", "30s", "--param", "work_ms=200", "--input", r#"sensor={"value":3}"#];
         let arguments = [&["conformance", &endpoint, "--subsystem", "it"], &given[..]].concat();
         let code = show(&format!("conformance of examples/{}", example.name), &arguments).await;
         assert_eq!(code, Some(0), "{}", example.name);
