@@ -40,10 +40,7 @@ struct Member {
     has_peers: bool,
     role: watch::Sender<Role>,
     lease: watch::Sender<Option<Lease>>,
-    /// True if the database has answered when it was asked last who leads.
-    sees: watch::Sender<bool>,
-    /// Why it is not known which replica leads, if so.
-    blind: Mutex<Option<Arc<str>>>,
+    sight: watch::Sender<Sight>,
     unable: Mutex<Unable>,
     settings: Mutex<Settings>,
     /// Number of terms that this replica has seen begin, its own among them, and the epoch of the last one.
@@ -51,6 +48,27 @@ struct Member {
     last_epoch: AtomicU64,
     /// By how many milliseconds the clock of the database is ahead; `i64::MIN` before it is known.
     clock_offset: AtomicI64,
+}
+
+/// What the database says of which replica leads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Sight {
+    /// Which one does, or that none does.
+    Clear,
+    /// What no replica has written, or not in this way: the database can be read, but for this. With the problem.
+    Damaged(Arc<str>),
+    /// Nothing, or what may be outdated. With the problem.
+    None(Arc<str>),
+}
+
+impl Sight {
+    /// Why it is not known which replica leads; `None` if it is.
+    pub fn problem(&self) -> Option<&str> {
+        match self {
+            Self::Clear => None,
+            Self::Damaged(problem) | Self::None(problem) => Some(problem),
+        }
+    }
 }
 
 /// Why a replica does not claim to lead, if so.
@@ -88,8 +106,7 @@ impl Membership {
             has_peers,
             role: watch::Sender::new(role),
             lease: watch::Sender::new(None),
-            sees: watch::Sender::new(true),
-            blind: Mutex::default(),
+            sight: watch::Sender::new(Sight::Clear),
             unable: Mutex::default(),
             settings: Mutex::default(),
             changes: AtomicU64::new(0),
@@ -139,18 +156,9 @@ impl Membership {
         (offset != i64::MIN).then(|| SignedDuration::from_millis(offset))
     }
 
-    /// True if the database has answered when it was asked last who leads, and each change of that.
-    pub fn sees(&self) -> watch::Receiver<bool> {
-        self.0.sees.subscribe()
-    }
-
-    /// Why it was not known which replica leads, when the database was asked last; `None` if that was known.
-    pub fn blind(&self) -> Option<Arc<str>> {
-        self.0.blind.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    fn set_blind(&self, why: Option<&str>) {
-        replace(&mut self.0.blind.lock().unwrap_or_else(PoisonError::into_inner), why);
+    /// What the database has said when it was asked last which replica leads, and each change of that.
+    pub fn sight(&self) -> watch::Receiver<Sight> {
+        self.0.sight.subscribe()
     }
 
     /// Why it does not claim to lead, whether another replica leads or not; `None` if it would.
@@ -239,8 +247,12 @@ impl Membership {
         });
     }
 
-    fn set_sees(&self, sees: bool) {
-        self.0.sees.send_if_modified(|now| std::mem::replace(now, sees) != sees);
+    fn set_sight(&self, sight: Sight) {
+        self.0.sight.send_if_modified(|now| {
+            let is_new = *now != sight;
+            *now = sight;
+            is_new
+        });
     }
 
     fn set_clock_offset(&self, offset: SignedDuration) {

@@ -613,12 +613,12 @@ async fn keep_health(health: HealthReporter, api: Api) {
     /// Nothing tells that a lease has ended, or why a replica is not ready.
     const LOOKS: Duration = Duration::from_secs(1);
     let membership = api.membership();
-    let (mut roles, mut sees) = (membership.roles(), membership.sees());
+    let (mut roles, mut sight) = (membership.roles(), membership.sight());
     let mut told = None;
     let serving = |is_serving| if is_serving { ServingStatus::Serving } else { ServingStatus::NotServing };
     loop {
         let has_role = roles.borrow_and_update().epoch().is_some();
-        sees.mark_unchanged();
+        sight.mark_unchanged();
         let serves = has_role || !membership.has_peers() || api.check_ready().is_ok();
         let now = (membership.is_leading(), serves);
         // A watcher gets each status that is set.
@@ -632,7 +632,7 @@ async fn keep_health(health: HealthReporter, api: Api) {
         select! {
             biased;
             _ = roles.changed() => {}
-            _ = sees.changed() => {}
+            _ = sight.changed() => {}
             () = sleep(LOOKS), if membership.has_peers() => {}
         }
     }

@@ -138,7 +138,7 @@ pub(super) fn not_leader(membership: &Membership) -> Status {
     let leader = match membership.role() {
         model::Role::Follower { leader: Some(leader) } => leader,
         model::Role::Follower { leader: None } | model::Role::Leader { .. } => {
-            let message = match (membership.unable(), membership.blind()) {
+            let message = match (membership.unable(), membership.sight().borrow().problem()) {
                 (Some(why), _) => format!("no replica leads now, and {} can't: {why}", membership.replica().name),
                 (None, Some(why)) => format!("it is not known which replica leads: {why}"),
                 (None, None) => {

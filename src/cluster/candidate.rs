@@ -6,7 +6,7 @@ use jiff::SignedDuration;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
-use super::{Membership, lease::Lease};
+use super::{Membership, Sight, lease::Lease};
 use crate::{
     host::Host,
     model::{Epoch, Leader, Role},
@@ -115,19 +115,21 @@ impl Candidate {
             Err(error) => {
                 // The row may have changed since it was seen.
                 self.seen = None;
-                // What no replica has written says nothing of the leader, and the database can be read.
-                let is_damaged = matches!(error, StoreError::Corrupt { .. } | StoreError::Tampered { .. });
-                if !is_damaged && Instant::now() >= self.known_until {
+                let problem = error.to_string().into();
+                let sight = match error {
+                    StoreError::Corrupt { .. } | StoreError::Tampered { .. } => Sight::Damaged(problem),
+                    _ => Sight::None(problem),
+                };
+                // What no replica has written says nothing of the leader.
+                if matches!(sight, Sight::None(_)) && Instant::now() >= self.known_until {
                     self.membership.set(Role::Follower { leader: None });
                 }
-                self.membership.set_sees(is_damaged);
-                self.membership.set_blind(Some(&error.to_string()));
+                self.membership.set_sight(sight);
                 return Err(error);
             }
         };
         let arrived = Instant::now();
-        self.membership.set_sees(true);
-        self.membership.set_blind(None);
+        self.membership.set_sight(Sight::Clear);
         // Half of the time that the answer took.
         let read_at = self.host.clock.now().saturating_sub(asked.elapsed() / 2).unwrap_or_default();
         let offset = observed.time.duration_since(read_at);

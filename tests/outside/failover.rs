@@ -103,6 +103,7 @@ async fn one_leads_and_the_others_name_it(url: &str) {
         for of_leaders in ["orchestrator_lease_ttl_seconds", "orchestrator_term_start_time_seconds"] {
             assert!(!metrics.contains(of_leaders), "{metrics}");
         }
+        assert!(metrics.contains("\norchestrator_start_time_seconds "), "{metrics}");
     }
     let metrics = http::get(replicas.service(leader).admin(), "/metrics").await.text().await;
     for shown in [
@@ -569,7 +570,7 @@ struct Watcher {
 }
 
 impl Watcher {
-    async fn of(mut client: Client) -> Self {
+    fn of(mut client: Client) -> Self {
         let (sender, seen) = watch::channel(Vec::new());
         let task = tokio::spawn(async move {
             loop {
@@ -607,7 +608,7 @@ impl Paired {
         replicas.register(&["s"]).await;
         let leader = replicas.leader().await;
         let follower = NAMES.into_iter().find(|name| *name != leader).unwrap();
-        let watcher = Watcher::of(replicas.client(follower).await).await;
+        let watcher = Watcher::of(replicas.client(follower).await);
         Some(Self { primary, standby, replicas, leader, watcher })
     }
 
@@ -909,7 +910,7 @@ async fn an_old_primary_that_goes_on_beside_the_new_one_is_not_read_any_more() {
     for name in NAMES {
         let mut client = paired.replicas.client(name).await;
         records = client.history().await.unwrap();
-        Watcher::of(client).await.saw(&records).await;
+        Watcher::of(client).saw(&records).await;
     }
     assert_eq!(records.len(), 2);
     // The next leader reads the outcome of a request in the store.

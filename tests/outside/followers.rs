@@ -208,6 +208,32 @@ async fn a_follower_that_cannot_read_the_store_has_the_leader_answer() {
 }
 
 #[tokio::test]
+async fn a_follower_that_cannot_read_the_store_says_why_it_knows_no_leader() {
+    let Some(server) = shared() else { return };
+    let (url, network) = (server.url(), Network::before(server.directory()));
+    let mut replicas = Replicas::none("1s").await;
+    for (name, store) in [("a", &url), ("b", &network.url(&url))] {
+        replicas.add(name, store).await;
+        replicas.serve(name).await;
+    }
+    replicas.ready("b").await;
+    let mut client = replicas.client("b").await;
+    network.shut();
+    replicas.kill("a").await;
+    let refused = async {
+        loop {
+            let refused = client.run().await.unwrap_err();
+            if refused.message().starts_with("it is not known which replica leads: postgres://") {
+                return refused;
+            }
+        }
+    };
+    let refused = patiently("the follower to know no leader", refused).await;
+    assert_eq!(reason(&refused).why, "NO_LEADER");
+    assert!(refused.message().contains("can't connect"), "{refused:?}");
+}
+
+#[tokio::test]
 async fn a_follower_without_a_leader_lists_nothing_before_it_knows_what_is_acknowledged() {
     let Some(server) = shared() else { return };
     let mut replicas = Replicas::start(server, &["a", "b"], "60s").await;

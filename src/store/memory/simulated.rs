@@ -574,8 +574,8 @@ impl SimulatedStore {
         Ok(MemoryStore { clock: self.clock, kept: Mutex::new(kept) })
     }
 
-    /// What is taken over. Statements of the process before may be executed that can still be lost. A process that lives
-    /// on must not build on those: it waits until they can't be lost. A replica has waited, for the answer to its claim.
+    /// What is taken over. Statements of the process before can be executed, and lost later. A process that lives on
+    /// must not build on those: it waits until they can't be lost. A replica has waited, for the answer to its claim.
     /// A process on the machine of the database ends with it.
     async fn read_all(&self) -> Result<Version, StoreError> {
         if self.leader.is_some() || self.process.machine.buffers {
