@@ -53,12 +53,12 @@ struct Member {
 /// What the database says of which replica leads.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Sight {
-    /// Which one does, or that none does.
+    /// Its row names the leader, or says that no replica leads.
     Clear,
-    /// What no replica has written, or not in this way: the database can be read, but for this. With the problem.
+    /// The database can be read, but no replica has written its row as it is. This is the problem.
     Damaged(Arc<str>),
-    /// Nothing, or what may be outdated. With the problem.
-    None(Arc<str>),
+    /// The database does not answer, or its answer may be outdated. This is the problem.
+    Blind(Arc<str>),
 }
 
 impl Sight {
@@ -66,7 +66,7 @@ impl Sight {
     pub fn problem(&self) -> Option<&str> {
         match self {
             Self::Clear => None,
-            Self::Damaged(problem) | Self::None(problem) => Some(problem),
+            Self::Damaged(problem) | Self::Blind(problem) => Some(problem),
         }
     }
 }

@@ -79,7 +79,7 @@ impl Leading {
     pub(super) fn check_ready(&self) -> Result<(), NotReady> {
         match self.get() {
             Some(orchestrator) => orchestrator.check_ready(),
-            None if matches!(*self.membership.sight().borrow(), Sight::None(_)) => Err(NotReady::StoreUnreadable),
+            None if matches!(*self.membership.sight().borrow(), Sight::Blind(_)) => Err(NotReady::StoreUnreadable),
             None if self.membership.unable().is_some() => Err(NotReady::UnableToLead),
             None => Ok(()),
         }

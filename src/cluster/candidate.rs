@@ -118,10 +118,10 @@ impl Candidate {
                 let problem = error.to_string().into();
                 let sight = match error {
                     StoreError::Corrupt { .. } | StoreError::Tampered { .. } => Sight::Damaged(problem),
-                    _ => Sight::None(problem),
+                    _ => Sight::Blind(problem),
                 };
-                // What no replica has written says nothing of the leader.
-                if matches!(sight, Sight::None(_)) && Instant::now() >= self.known_until {
+                // A damaged row says nothing of the leader, so the one that was known stays.
+                if matches!(sight, Sight::Blind(_)) && Instant::now() >= self.known_until {
                     self.membership.set(Role::Follower { leader: None });
                 }
                 self.membership.set_sight(sight);

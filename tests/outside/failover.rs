@@ -3,7 +3,6 @@
 
 use std::{
     collections::BTreeSet,
-    convert::Infallible,
     env,
     net::SocketAddr,
     path::Path,
@@ -28,7 +27,7 @@ use crate::common::{
 };
 use orchestrator_core::proto::orchestrator::v1::{
     CycleState, CycleTelemetry, IntervalLoop, RegisterSubsystemsRequest, Registration, ReplicaRole, RunCycleRequest,
-    StartIntervalLoopRequest, UnregisterSubsystemRequest, cycle_event::Event,
+    StartIntervalLoopRequest, UnregisterSubsystemRequest, WatchCyclesResponse, cycle_event::Event,
 };
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::{
@@ -38,7 +37,7 @@ use tokio::{
     task::JoinHandle,
     time::{Instant, sleep, timeout},
 };
-use tonic::{Code, Status, transport::Endpoint};
+use tonic::{Status, Streaming, transport::Endpoint};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 /// The TTL of leases.
@@ -570,25 +569,36 @@ struct Watcher {
 }
 
 impl Watcher {
-    fn of(mut client: Client) -> Self {
+    async fn of(mut client: Client) -> Self {
         let (sender, seen) = watch::channel(Vec::new());
+        let mut opened = Ok(client.watch_after(0).await.unwrap());
         let task = tokio::spawn(async move {
             loop {
-                let mut watch = async || -> Result<Infallible, Status> {
-                    let seen = sender.borrow().len() as u64;
-                    let mut events = client.watch_after(seen).await?;
-                    loop {
-                        if let Some(Event::Recorded(record)) = next_event(&mut events).await?.event {
-                            sender.send_modify(|seen| seen.push(record));
-                        }
-                    }
+                let ended = match opened {
+                    Ok(events) => Self::reads(events, &sender).await,
+                    Err(refused) => refused,
                 };
                 // Its replica may have to read the store for it, which can't be read while a standby is promoted.
-                let Err(ended) = watch().await;
-                assert_eq!(ended.code(), Code::Unavailable, "{ended:?}");
+                assert_eq!(reason(&ended).why, "STORE_UNAVAILABLE", "{ended:?}");
+                let seen = sender.borrow().len() as u64;
+                opened = client.watch_after(seen).await;
             }
         });
         Self { seen, task }
+    }
+
+    /// Reads a stream until it ends.
+    async fn reads(mut events: Streaming<WatchCyclesResponse>, seen: &watch::Sender<Vec<Bytes>>) -> Status {
+        loop {
+            match next_event(&mut events).await {
+                Ok(event) => {
+                    if let Some(Event::Recorded(record)) = event.event {
+                        seen.send_modify(|seen| seen.push(record));
+                    }
+                }
+                Err(ended) => return ended,
+            }
+        }
     }
 
     /// What it has seen, once that has as many records as the history.
@@ -608,7 +618,7 @@ impl Paired {
         replicas.register(&["s"]).await;
         let leader = replicas.leader().await;
         let follower = NAMES.into_iter().find(|name| *name != leader).unwrap();
-        let watcher = Watcher::of(replicas.client(follower).await);
+        let watcher = Watcher::of(replicas.client(follower).await).await;
         Some(Self { primary, standby, replicas, leader, watcher })
     }
 
@@ -910,7 +920,7 @@ async fn an_old_primary_that_goes_on_beside_the_new_one_is_not_read_any_more() {
     for name in NAMES {
         let mut client = paired.replicas.client(name).await;
         records = client.history().await.unwrap();
-        Watcher::of(client).saw(&records).await;
+        Watcher::of(client).await.saw(&records).await;
     }
     assert_eq!(records.len(), 2);
     // The next leader reads the outcome of a request in the store.

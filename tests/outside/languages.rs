@@ -324,8 +324,8 @@ async fn each_passes_the_conformance_check() {
     for example in examples().await {
         let running = example.start(&["--listen", "127.0.0.1:0", "--name", "it"]).await;
         let endpoint = running.endpoint();
-        // With `work_ms`, it works for longer than the checks wait before they give up a call.
-        // The largest message is long on its way while other tests take the processors.
+        // With `work_ms`, it works for longer than the checks wait before they cancel a call. The timeout leaves time
+        // for the largest message while other tests take the processors.
         let given = ["--strict", "--timeout", "30s", "--param", "work_ms=200", "--input", r#"sensor={"value":3}"#];
         let arguments = [&["conformance", &endpoint, "--subsystem", "it"], &given[..]].concat();
         let code = show(&format!("conformance of examples/{}", example.name), &arguments).await;

@@ -232,8 +232,8 @@ async fn an_old_event_is_proved_by_few_hashes_after_all_later_records_were_remov
     let database = database(&stage.home.path("o.db"));
     let (entries, hashes) = (entries(&database).len(), hashes(&database).len());
     println!("{} entries were written, {entries} are kept, with {hashes} hashes", signed.size);
-    // Less than two for each entry that was written, and than a path of 10 for each that is kept.
-    assert!(hashes < 10 * entries && (hashes as u64) < 2 * signed.size, "{hashes}");
+    // Less than a path of 10 for each entry that is kept. A log that forgets nothing has two for each that was written.
+    assert!(hashes < 10 * entries && 2 * (hashes as u64) < 3 * signed.size, "{hashes}");
 }
 
 #[tokio::test]

@@ -330,7 +330,7 @@ async fn a_follower_keeps_the_leader_that_it_knows_for_a_ttl_while_the_row_is_aw
     assert!(timeout(TTL * 19 / 20, wins(&mut other)).await.is_err());
     let leader = Leader { replica: replica("one"), epoch };
     assert_eq!(followed.role(), Role::Follower { leader: Some(leader) });
-    assert!(matches!(*followed.sight().borrow(), Sight::None(_)));
+    assert!(matches!(*followed.sight().borrow(), Sight::Blind(_)));
     assert!(timeout(PAUSE * 4, wins(&mut other)).await.is_err());
     assert_eq!(followed.role(), Role::Follower { leader: None });
     renewing.abort();

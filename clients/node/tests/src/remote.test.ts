@@ -373,13 +373,13 @@ test("an owner that is gone, or never answers, is named by the call, and by the 
       }
     },
   };
-  await serve({ CitadelCore }, { callTimeout: "300ms", registrations: { CitadelCore: { timeout: "20s" } } });
+  await serve({ CitadelCore }, { callTimeout: "2s", registrations: { CitadelCore: { timeout: "20s" } } });
   await orchestrator(service.address).call("RunCycle", { subsystems: ["CitadelCore"] });
   const owner = `in another process, http://${child.address}`;
   assert.deepEqual(said, [
     "fine",
-    `NeuralMesh.hang() ${owner}: no answer within 300 ms; it may have been carried out`,
-    `NeuralMesh.fine() ${owner}: no answer within 300 ms; it may have been carried out`,
+    `NeuralMesh.hang() ${owner}: no answer within 2000 ms; it may have been carried out`,
+    `NeuralMesh.fine() ${owner}: no answer within 2000 ms; it may have been carried out`,
   ]);
   await child.stop("SIGKILL");
   ended = true;
