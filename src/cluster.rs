@@ -170,12 +170,12 @@ impl Membership {
     /// Whether it can lead with its configuration over the contents of the store: why not, or that it can. Returns
     /// whether that is new.
     pub fn set_unable(&self, why: Option<&str>) -> bool {
-        replace(&mut self.reasons().rehearsed, why)
+        replace(&mut self.reasons().rehearsed, why.map(Arc::from))
     }
 
     /// The same for what the row says by which the replicas agree on the leader.
     fn set_unfit(&self, why: Option<&str>) -> bool {
-        replace(&mut self.reasons().unfit, why)
+        replace(&mut self.reasons().unfit, why.map(Arc::from))
     }
 
     fn reasons(&self) -> MutexGuard<'_, Unable> {
@@ -240,19 +240,11 @@ impl Membership {
         if self.0.last_epoch.fetch_max(epoch, Ordering::Relaxed) < epoch {
             self.0.changes.fetch_add(1, Ordering::Relaxed);
         }
-        self.0.role.send_if_modified(|now| {
-            let is_new = *now != role;
-            *now = role;
-            is_new
-        });
+        self.0.role.send_if_modified(|now| replace(now, role));
     }
 
     fn set_sight(&self, sight: Sight) {
-        self.0.sight.send_if_modified(|now| {
-            let is_new = *now != sight;
-            *now = sight;
-            is_new
-        });
+        self.0.sight.send_if_modified(|now| replace(now, sight));
     }
 
     fn set_clock_offset(&self, offset: SignedDuration) {
@@ -261,11 +253,9 @@ impl Membership {
     }
 }
 
-/// Replaces a reason, or removes it. Returns true if it was another one.
-fn replace(now: &mut Option<Arc<str>>, why: Option<&str>) -> bool {
-    let is_new = now.as_deref() != why;
-    if is_new {
-        *now = why.map(Arc::from);
-    }
+/// Replaces a value. Returns true if it was another one.
+fn replace<T: PartialEq>(now: &mut T, new: T) -> bool {
+    let is_new = *now != new;
+    *now = new;
     is_new
 }

@@ -187,15 +187,21 @@ async fn a_follower_reads_the_history_itself_and_goes_on_without_a_leader() {
     assert_eq!(reason(&client.cycle(7).await.unwrap_err()).why, "NO_LEADER");
 }
 
-#[tokio::test]
-async fn a_follower_that_cannot_read_the_store_has_the_leader_answer() {
-    let Some(server) = shared() else { return };
+/// The leader `a`, and `b`, which reaches the server of the store through this network only.
+async fn behind_a_network(server: &Server, ttl: &str) -> (Replicas, Network) {
     let (url, network) = (server.url(), Network::before(server.directory()));
-    let mut replicas = Replicas::none("60s").await;
+    let mut replicas = Replicas::none(ttl).await;
     for (name, store) in [("a", &url), ("b", &network.url(&url))] {
         replicas.add(name, store).await;
         replicas.serve(name).await;
     }
+    (replicas, network)
+}
+
+#[tokio::test]
+async fn a_follower_that_cannot_read_the_store_has_the_leader_answer() {
+    let Some(server) = shared() else { return };
+    let (mut replicas, network) = behind_a_network(server, "60s").await;
     replicas.register(&["s"]).await;
     let mut client = replicas.client("b").await;
     let cycle = client.run().await.unwrap();
@@ -210,12 +216,7 @@ async fn a_follower_that_cannot_read_the_store_has_the_leader_answer() {
 #[tokio::test]
 async fn a_follower_that_cannot_read_the_store_says_why_it_knows_no_leader() {
     let Some(server) = shared() else { return };
-    let (url, network) = (server.url(), Network::before(server.directory()));
-    let mut replicas = Replicas::none("3s").await;
-    for (name, store) in [("a", &url), ("b", &network.url(&url))] {
-        replicas.add(name, store).await;
-        replicas.serve(name).await;
-    }
+    let (mut replicas, network) = behind_a_network(server, "3s").await;
     replicas.ready("b").await;
     let mut client = replicas.client("b").await;
     network.shut();

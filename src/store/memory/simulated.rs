@@ -574,9 +574,9 @@ impl SimulatedStore {
         Ok(MemoryStore { clock: self.clock, kept: Mutex::new(kept) })
     }
 
-    /// What is taken over. Statements of the process before can be executed, and lost later. A process that lives on
-    /// must not build on those: it waits until they can't be lost. A replica has waited, for the answer to its claim.
-    /// A process on the machine of the database ends with it.
+    /// Reads what a process takes over. The loss of power can still undo statements that the process before has
+    /// executed. A process that outlives that loss must not build on them, so it waits until they can't be lost. A
+    /// replica has waited for the answer to its claim. A process on the machine of the database ends with it.
     async fn read_all(&self) -> Result<Version, StoreError> {
         if self.leader.is_some() || self.process.machine.buffers {
             return self.process.read(|rows| rows.now.clone()).await;
